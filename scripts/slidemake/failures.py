@@ -1,0 +1,63 @@
+"""A slide that cannot be processed is a typed record, not a crash and not a gap.
+
+Code that meets such a slide raises `SlideFailure`; `racks.run_rack` turns it into the record that travels down the
+manifests to the report. `RunError` is the other kind of trouble: the run itself cannot go on (a wrong setting, a full
+disk), which is nobody's slide's fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+# code -> what the user can do about it, when the place that raises has nothing more precise to say.
+HINTS: dict[str, str] = {
+    "missing_file": "Check the path column of the sheet: relative paths start at the sheet's own folder.",
+    "unsupported": "No reader opens this file. Convert it to a pyramidal TIFF (vips tiffsave --tile --pyramid).",
+    "unreadable": "The file opens but its pixels do not decode. Copy it again from the scanner or the archive.",
+    "truncated": "The file is shorter than its own index says. Copy it again and compare the sizes.",
+    "not_brightfield": "slidemake reads RGB brightfield slides; fluorescence and multichannel images are refused.",
+    "no_mpp": "Write the slide's um per pixel into the mpp column of the sheet, or set screening.default_mpp.",
+    "implausible_mpp": "Write the true um per pixel (0.05 to 10) into the mpp column of the sheet.",
+    "too_coarse": "The scan is coarser than the grid asks for and is not enlarged: use a grid with a larger mpp.",
+    "no_tissue": "Look at tissue.jpg. If tissue was missed, give your own outline in the tissue_geojson column.",
+    "too_few_tiles": "Lower tiling.min_tissue or tiling.min_tiles, or exclude the slide.",
+    "duplicate": "The same scan is in the sheet twice: keep one row, or set exclude on the other.",
+    "out_of_memory": "Lower the job's threads or the encoder's batch size, or give the job more memory.",
+    "crashed": "This is a defect or an exotic file. The log named here has the traceback; please report it.",
+}
+CODES = tuple(HINTS)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one slide stops at one stage (the failure record of docs/formats.md)."""
+
+    slide_id: str
+    stage: str
+    code: str
+    message: str
+    hint: str
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+class SlideFailure(Exception):
+    """This slide cannot be processed; the cohort goes on.
+
+    `code` is one of `CODES`; `message` says what is wrong with this slide, with numbers; `hint` says what to do and
+    defaults to the code's own.
+    """
+
+    def __init__(self, code: str, message: str, hint: str | None = None):
+        if code not in HINTS:
+            raise ValueError(f"unknown failure code {code!r}; one of {', '.join(CODES)}")
+        super().__init__(message)
+        self.code, self.message, self.hint = code, message, hint or HINTS[code]
+
+    def record(self, slide_id: str, stage: str) -> Failure:
+        return Failure(slide_id, stage, self.code, self.message, self.hint)
+
+
+class RunError(Exception):
+    """The run cannot go on. The message is the whole story for the user: what is wrong, where, and what to do."""

@@ -1,0 +1,155 @@
+"""A rack: the stable set of slides that one job processes, as a scanner takes them.
+
+`run_rack` is the loop of every per-slide stage. It reads what the stage before said of each slide, passes failed
+slides on, works through the others, turns `SlideFailure` into a record and writes the rack's manifest last. What a
+stage has already committed is its own to recognise (by fingerprint), so a killed job resumes at the slide where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Iterable
+
+from slidemake.failures import Failure, RunError, SlideFailure
+from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
+
+log = logging.getLogger("slidemake")
+
+Record = dict[str, Any]  # slide_id, status ("ok" | "failed"), failure (dict | None), and what the stage found
+
+
+def auto_rack_size(slides: int) -> int:
+    """Slides per rack for `rack_size: auto`. Grows in steps, so that appending a slide hardly ever moves the others."""
+    for limit, size in ((16, 4), (64, 8), (512, 16), (4096, 32)):
+        if slides <= limit:
+            return size
+    return 64
+
+
+def assign_racks(slide_ids: list[str], size: int) -> dict[str, list[str]]:
+    """{rack name: slide ids}, in sheet order: appending a slide touches the last rack only."""
+    return {f"r{i // size:05d}": slide_ids[i : i + size] for i in range(0, len(slide_ids), size)}
+
+
+def read_manifest(path: str | Path, stage: str | None = None) -> list[Record]:
+    """Slide records of one rack manifest."""
+    manifest = read_json(path)
+    if stage is not None and manifest["stage"] != stage:
+        raise RunError(f"{path} is a manifest of stage {manifest['stage']!r}, not of {stage!r}")
+    return manifest["slides"]
+
+
+def read_manifests(paths: Iterable[str | Path], stage: str | None = None) -> list[Record]:
+    """Slide records of many racks, in order."""
+    return [record for path in paths for record in read_manifest(path, stage)]
+
+
+def run_rack(
+    stage: str,
+    manifest: str | Path,
+    slides: list[Record],
+    work: Callable[[Record], Record],
+    *,
+    rack: str = "",
+    threads: int = 1,
+) -> list[Record]:
+    """Run `work` on every slide record that has not failed before, write the manifest, return its records.
+
+    `work` gets the record of the stage before and returns this stage's figures for the slide (a dict, JSON-able, that
+    carries `fingerprint` and may carry `reused: True` when a finished result was found). With `threads` > 1 slides
+    are worked on side by side. A full disk, a missing permission or a `RunError` ends the job at once: no slide is
+    to blame, and the slides committed so far are found again.
+    """
+    _stop_on_sigterm()
+    done = 0
+    lock = threading.Lock()
+
+    def one(before: Record) -> Record:
+        nonlocal done
+        slide_id = before["slide_id"]
+        if before.get("status") == "failed":
+            return {"slide_id": slide_id, "status": "failed", "failure": before["failure"]}
+        started = time.perf_counter()
+        failure: Failure | None = None
+        figures: Record = {}
+        try:
+            figures = work(before)
+        except (RunError, KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:
+            failure = _as_failure(error, slide_id, stage)
+        record = {
+            "slide_id": slide_id,
+            "status": "failed" if failure else "ok",
+            "failure": failure.as_dict() if failure else None,
+            "seconds": round(time.perf_counter() - started, 3),
+            **figures,
+        }
+        with lock:
+            done += 1
+            outcome = f"{failure.code}: {failure.message}" if failure else ("reused" if figures.get("reused") else "done")
+            log.info("%s %s %d/%d %s: %s (%.1f s)", stage, rack, done, len(slides), slide_id, outcome, record["seconds"])
+        return record
+
+    started = time.perf_counter()
+    if threads > 1 and len(slides) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            futures = [pool.submit(one, slide) for slide in slides]
+            try:
+                records = [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+    else:
+        records = [one(slide) for slide in slides]
+    write_json(
+        manifest,
+        {
+            "stage": stage,
+            "rack": rack,
+            "version": STAGE_VERSIONS[stage],
+            "seconds": round(time.perf_counter() - started, 3),
+            "slides": records,
+        },
+    )
+    return records
+
+
+def _as_failure(error: Exception, slide_id: str, stage: str) -> Failure:
+    if isinstance(error, SlideFailure):
+        return error.record(slide_id, stage)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise RunError(
+            f"No space left on the disk while {stage} wrote slide {slide_id} ({error}). Free some space and run the "
+            "same command again: finished slides are kept."
+        ) from error
+    if isinstance(error, PermissionError):
+        raise RunError(
+            f"No permission while {stage} worked on slide {slide_id} ({error}). Give this user access and run the "
+            "same command again: finished slides are kept."
+        ) from error
+    if isinstance(error, MemoryError):
+        return SlideFailure("out_of_memory", f"{stage} ran out of memory").record(slide_id, stage)
+    log.error("%s failed on slide %s:\n%s", stage, slide_id, traceback.format_exc())
+    return SlideFailure("crashed", f"{type(error).__name__}: {error}").record(slide_id, stage)
+
+
+def _stop_on_sigterm() -> None:
+    """Preemption ends the job within seconds, with temporary files removed and finished slides kept."""
+
+    def stop(signum: int, frame: object) -> None:
+        log.warning("received SIGTERM: stopping; finished slides are kept and the next run goes on from here")
+        sys.exit(143)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
