@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 from slidemake.failures import Failure, RunError, SlideFailure
 from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
@@ -96,8 +97,11 @@ def run_rack(
         }
         with lock:
             done += 1
-            outcome = f"{failure.code}: {failure.message}" if failure else ("reused" if figures.get("reused") else "done")
-            log.info("%s %s %d/%d %s: %s (%.1f s)", stage, rack, done, len(slides), slide_id, outcome, record["seconds"])
+            outcome = "reused" if figures.get("reused") else "done"
+            if failure:
+                outcome = f"{failure.code}: {failure.message}"
+            place = f"{rack} {done}/{len(slides)}"
+            log.info("%s %s %s: %s (%.1f s)", stage, place, slide_id, outcome, record["seconds"])
         return record
 
     started = time.perf_counter()

@@ -1,0 +1,50 @@
+"""slidemake: from slides and labels to predictions, explanations and a report.
+
+    snakemake --cores all                                  the built-in demo cohort
+    snakemake --cores all --configfile mine.yaml           your slides (config/config.yaml documents every key)
+    snakemake --cores all embeddings | predict | write_sheet ...
+"""
+
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
+
+# A user's --configfile replaces the demo's configuration; it is not merged over it.
+if not workflow.config_settings.configfiles:
+
+    configfile: str(Path(workflow.basedir) / "config" / "config.yaml")
+
+
+include: "rules/common.smk"
+include: "rules/sheet.smk"
+include: "rules/demo.smk"
+include: "rules/screen.smk"
+include: "rules/tissue.smk"
+include: "rules/stain.smk"
+include: "rules/tiles.smk"
+include: "rules/embed.smk"
+include: "rules/cohort.smk"
+include: "rules/mil.smk"
+include: "rules/explain.smk"
+include: "rules/predict.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        collect("{output}/report/index.html", output=OUTPUT),
+
+
+rule tiles:
+    input:
+        [manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
+
+
+rule embeddings:
+    input:
+        [manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],

@@ -1,0 +1,56 @@
+"""The cohort as a whole: which slides made it, which did not and why, and whether to go on."""
+
+
+rule cohort_table:
+    """slides.csv (one row a slide: sheet, status, figures) and failures.csv (reason and remedy)."""
+    input:
+        sheet=CONFIG["sheet"] or [],
+        screen=manifests("screen"),
+        tissue=manifests("tissue"),
+        stain=manifests("stain"),
+        tiles=[manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
+        embed=[manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+    output:
+        slides=f"{OUTPUT}/cohort/slides.csv",
+        failures=f"{OUTPUT}/cohort/failures.csv",
+    log:
+        log_file("cohort_table"),
+    benchmark:
+        benchmark_file("cohort_table")
+    resources:
+        mem_mb=1000,
+    params:
+        results=OUTPUT,
+        sheet=CONFIG["sheet"],
+        duplicates=CONFIG["screening"]["duplicates"],
+    message:
+        "Writing the table of the cohort and of its failures"
+    script:
+        "../scripts/cohort_table.py"
+
+
+rule check_cohort:
+    """Ends the run when more slides failed than `max_failed_fraction` allows; the tables stay."""
+    input:
+        slides=rules.cohort_table.output.slides,
+        failures=rules.cohort_table.output.failures,
+    output:
+        passed=f"{OUTPUT}/cohort/passed.json",
+    log:
+        log_file("check_cohort"),
+    benchmark:
+        benchmark_file("check_cohort")
+    resources:
+        mem_mb=500,
+    params:
+        max_failed_fraction=CONFIG["max_failed_fraction"],
+    message:
+        "Checking that at most {params.max_failed_fraction:.0%} of the slides failed"
+    script:
+        "../scripts/check_cohort.py"
+
+
+rule cohort:
+    """Everything up to the embeddings, with the cohort's tables (a run without a task)."""
+    input:
+        rules.check_cohort.output.passed,

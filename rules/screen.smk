@@ -1,0 +1,33 @@
+"""Screening: can the slide be read, how large is a pixel, what is it by content."""
+
+
+def slides_of_rack(wildcards):
+    """Slide files that are there. One that is missing becomes a failure record, not an error of the whole plan."""
+    if CONFIG["demo"]:
+        return []
+    return [row.path for row in RACKS[wildcards.rack] if os.path.exists(row.path)]
+
+
+rule screen_slides:
+    """Opens every slide of a rack, checks samples of its pixels and writes slide.json with the reader to use."""
+    input:
+        slides=slides_of_rack,
+        demo=rules.draw_demo_slides.output.manifest if CONFIG["demo"] else [],
+    output:
+        manifest=manifest("screen", "{rack}"),
+    log:
+        log_file("screen_slides/{rack}"),
+    benchmark:
+        benchmark_file("screen_slides/{rack}")
+    threads: RACK_THREADS
+    resources:
+        mem_mb=1500,
+    params:
+        results=OUTPUT,
+        rows=lambda wildcards: PLAN.screening_rows(wildcards.rack),
+        options=stage_options(CONFIG, "screen"),
+        version=STAGE_VERSIONS["screen"],
+    message:
+        "Screening the slides of rack {wildcards.rack}"
+    script:
+        "../scripts/screen_slides.py"

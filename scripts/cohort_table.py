@@ -1,0 +1,22 @@
+"""Rule cohort_table: all manifests and the sheet -> cohort/slides.csv, cohort/failures.csv."""
+
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.cohort import sheet_records
+from slidemake.cohort_table import FAILURE_COLUMNS, cohort_rows, failure_rows, write_table
+from slidemake.racks import read_manifests
+from slidemake.screening import find_duplicates
+
+with job(snakemake) as sm:  # noqa: F821
+    results = Path(sm.params.results)
+    screened = read_manifests(sm.input.screen, "screen")
+    stages = {"screen": screened}
+    stages |= {stage: read_manifests(sm.input[stage], stage) for stage in ("tissue", "stain")}
+    for stage in ("tiles", "embed"):
+        for path in sm.input[stage]:  # manifests/<stage>/<grid or encoder>/<rack>.json
+            stages.setdefault(f"{stage} {Path(path).parent.name}", []).extend(read_manifests([path], stage))
+    duplicates = find_duplicates(screened) if sm.params.duplicates == "fail" else {}
+    rows = cohort_rows(sheet_records(sm.params.sheet), stages, results, duplicates)
+    write_table(sm.output.slides, rows)
+    write_table(sm.output.failures, failure_rows(rows), FAILURE_COLUMNS)

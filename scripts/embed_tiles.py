@@ -1,0 +1,31 @@
+"""Rule embed_tiles: tile stores of a rack -> one embedding store each, manifest."""
+
+from functools import partial
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.devices import claimed_device
+from slidemake.embedding import make_slide_job, process_rack
+from slidemake.encoder_loading import load_encoder
+from slidemake.encoder_runtime import keep_freed_memory
+from slidemake.encoders import EncoderRecord
+from slidemake.provenance import read_json
+from slidemake.racks import read_manifest, run_rack
+
+with job(snakemake) as sm:  # noqa: F821
+    keep_freed_memory()  # before torch allocates: large activations would be unmapped at every layer
+    import torch
+
+    torch.set_num_threads(sm.threads)
+    options, record = dict(sm.params.options), EncoderRecord.from_dict(dict(sm.params.encoder))
+    target = read_json(sm.input.target)
+    with claimed_device(options["device"]) as device:
+        process_rack(
+            read_manifest(sm.input.manifest, "tiles"),
+            partial(load_encoder, record, device, options["precision"]),
+            partial(make_slide_job, Path(sm.params.results), record, sm.params.stain, target, options),
+            partial(run_rack, "embed", sm.output.manifest, rack=sm.wildcards.rack),
+            device=device,
+            dtype=options["features"],
+            batch_size=options["batch_size"],
+        )

@@ -1,0 +1,16 @@
+"""Rule make_stain_target: the reference that slides are brought to -> cohort/stain_target.json."""
+
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.provenance import write_json
+from slidemake.racks import read_manifests
+from slidemake.stain_stage import make_target
+
+with job(snakemake) as sm:  # noqa: F821
+    records = read_manifests(sm.input.manifests, "stain")
+    slides = [record["slide_id"] for record in records if record["status"] == "ok"]
+    target = sm.params.record or make_target(
+        Path(sm.params.results), sm.params.target, sm.params.options["method"], slides
+    )
+    write_json(sm.output.target, target)

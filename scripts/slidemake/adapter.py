@@ -1,0 +1,68 @@
+"""What every rule's script does around its one call into the library: logging, clear errors, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slidemake.failures import RunError
+
+
+@contextmanager
+def job(snakemake: Any) -> Iterator[Any]:
+    """Run a rule's body: log to the rule's log file and to the terminal, end a `RunError` with its message alone.
+
+    An unexpected exception keeps its traceback in the log file; the terminal gets one line that names the file.
+    """
+    log_file = Path(str(snakemake.log[0])) if snakemake.log else None
+    _configure_logging(log_file)
+    log = logging.getLogger("slidemake")
+    try:
+        yield snakemake
+    except RunError as error:
+        log.error("%s", error)
+        sys.exit(1)
+    except Exception as error:
+        where = f" (traceback in {log_file})" if log_file else ""
+        if log_file:
+            with open(log_file, "a") as handle:
+                handle.write(traceback.format_exc())
+        else:
+            traceback.print_exc()
+        log.error("rule %s stopped: %s: %s%s", snakemake.rule, type(error).__name__, error, where)
+        sys.exit(1)
+
+
+def _configure_logging(log_file: Path | None) -> None:
+    log = logging.getLogger("slidemake")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if log_file:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(log_file, mode="w")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+    logging.captureWarnings(True)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity and its cgroup's quota, not what the machine has."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cpus  # no cgroup v2 here
+    return cpus

@@ -1,0 +1,163 @@
+"""From the user's configuration to everything that the rules need to know before the first job runs.
+
+Every mistake that can be seen without opening a slide is reported here, at once: settings, sheet, labels, folds,
+encoders and access to their weights.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slidemake.bundle_context import apply_bundle, read_bundle_context
+from slidemake.cohort import SlideRow, check_task, read_sheet
+from slidemake.configuration import load_configuration, stage_options
+from slidemake.encoders import EncoderRecord, check_access, load_record, registry
+from slidemake.failures import RunError
+from slidemake.grid import grid_name
+from slidemake.provenance import FORMAT_VERSION, read_json_if_whole, write_json
+from slidemake.racks import assign_racks, auto_rack_size
+from slidemake.stain import resolve_method
+
+CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about: validated configuration, sheet rows in racks, encoders, grids, tasks."""
+
+    config: dict[str, Any]
+    rows: list[SlideRow]
+    racks: dict[str, list[SlideRow]]
+    encoders: dict[str, EncoderRecord]
+    bundle: dict[str, Any] | None
+
+    @property
+    def output(self) -> str:
+        return str(self.config["output"])
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        return {} if self.bundle else self.config["tasks"]
+
+    @cached_property
+    def grids(self) -> list[str]:
+        return sorted({self.grid_of(key) for key in self.encoders})
+
+    def grid_of(self, encoder: str) -> str:
+        """Name of the grid that an encoder takes its tiles from."""
+        record = self.encoders[encoder]
+        return grid_name(record.tile_px, record.mpp)
+
+    def encoder_record(self, encoder: str) -> dict[str, Any]:
+        """The registry's record of an encoder, as it goes into params and fingerprints."""
+        return self.encoders[encoder].as_dict()
+
+    @cached_property
+    def stain_options(self) -> dict[str, Any]:
+        """Options of the stain stage, with `auto` resolved over all encoders of the run."""
+        options = dict(stage_options(self.config, "stain"))
+        methods = {self.stain_method_of(key) for key in self.encoders} - {"none"}
+        options["method"] = methods.pop() if methods else "none"
+        options.pop("target", None)  # the target is another rule's, and changes no fit
+        return options
+
+    @property
+    def stain_target(self) -> str:
+        return str(self.config["stain"]["target"])
+
+    @property
+    def stain_target_record(self) -> dict[str, Any] | None:
+        """The reference that a bundle was trained with, when a bundle is applied."""
+        return self.bundle["stain"].get("target") if self.bundle else None
+
+    def stain_method_of(self, encoder: str) -> str:
+        """Stain method for one encoder: the configured one, or for `auto` what its record recommends."""
+        return resolve_method(self.config["stain"]["method"], self.encoders[encoder].stain)
+
+    def screening_rows(self, rack: str) -> list[dict[str, Any]]:
+        """What screening depends on, per slide: not the labels, nor who scanned it when."""
+        keys = ("slide_id", "path", "mpp", "stain", "exclude")
+        return [{key: getattr(row, key) for key in keys} for row in self.racks[rack]]
+
+    def outlines(self, rack: str) -> dict[str, str]:
+        """{slide: GeoJSON given in the sheet} of a rack."""
+        return {row.slide_id: row.tissue_geojson for row in self.racks[rack] if row.tissue_geojson}
+
+    def models_of(self, task: str) -> list[str]:
+        """Configured models of a task, then the controls."""
+        return [*self.tasks[task]["models"], *CONTROLS]
+
+    def encoder_of(self, task: str, model: str) -> str:
+        """Encoder whose features a model of a task reads; controls use the first model's."""
+        name = self.tasks[task]["models"][0] if model in CONTROLS else model
+        return str(self.config["models"][name]["encoder"])
+
+
+def plan_run(raw: dict[str, Any], base: Path) -> Plan:
+    """Validate everything that can be validated now. Raises RunError with all problems of the first kind that has any.
+
+    `base` is the folder of the workflow (its config/encoders.yaml is the registry).
+    """
+    registry_paths = [base / "config" / "encoders.yaml"]
+    if raw.get("encoders_file"):
+        registry_paths.append(Path(raw["encoders_file"]))
+    known = registry(registry_paths)
+    config = load_configuration(raw, base)
+    bundle = read_bundle_context(config["bundle"]) if config["bundle"] else None
+    if bundle:
+        config = apply_bundle(config, bundle)
+    check_results_folder(Path(config["output"]))
+    tasks = {} if bundle else config["tasks"]
+    labels = sorted({task["label"] for task in tasks.values()})
+    rows = read_sheet(config["sheet"], labels) if config["sheet"] else []
+    for task in tasks.values():
+        check_task(rows, task)
+    encoders = {}
+    for key in used_encoders(config, tasks, bundle):
+        encoders[key] = load_record(key, known)
+        check_access(encoders[key])
+    size = config["rack_size"]
+    size = auto_rack_size(len(rows)) if size == "auto" else int(size)
+    by_id = {row.slide_id: row for row in rows}
+    racks = {rack: [by_id[i] for i in ids] for rack, ids in assign_racks(list(by_id), size).items()}
+    return Plan(config, rows, racks, encoders, bundle)
+
+
+def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[str]:
+    """Encoders that some model of some task reads (all models' without a task), in a stable order."""
+    if bundle:
+        key, variant = bundle["encoder"]["key"], bundle["encoder"].get("variant")
+        return [f"{key}:{variant}" if variant and ":" not in key else key]
+    used = [name for task in tasks.values() for name in task["models"]] if tasks else list(config["models"])
+    return sorted({str(config["models"][name]["encoder"]) for name in used})
+
+
+def check_results_folder(output: Path) -> None:
+    """Refuse a results folder that another version of the format wrote; mark a new one.
+
+    Raises RunError naming both versions and the ways out.
+    """
+    marker = output / "slidemake.json"
+    found = read_json_if_whole(marker)
+    if found is None:
+        if not os.access(_existing_parent(output), os.W_OK):
+            raise RunError(f"{output} cannot be written: no permission in {_existing_parent(output)}. Set `output`.")
+        write_json(marker, {"format": "slidemake-results", "format_version": FORMAT_VERSION})
+        return
+    if found.get("format_version") != FORMAT_VERSION:
+        raise RunError(
+            f"{output} was written by an incompatible slidemake (results format {found.get('format_version')}; this one "
+            f"reads and writes {FORMAT_VERSION}). Nothing was changed. Choose another `output`, move that folder away, "
+            "or use the slidemake that wrote it."
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    for parent in [path.absolute(), *path.absolute().parents]:
+        if parent.exists():
+            return parent
+    return Path("/")

@@ -1,0 +1,236 @@
+"""The tiling stage: a slide, its tissue mask and a grid become a tile store.
+
+The tiles of a slide are cut into groups of one Zarr shard each; every group is a Dask task that reads its tiles,
+scores them, encodes them and writes its own shard file. A tile whose data are corrupt is left out and counted (the
+slide is then done once more without it, so that shards stay whole); it is never painted white.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slidemake.failures import SlideFailure
+from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
+from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
+from slidemake.tile_reading import read_tiles
+from slidemake.tiles import (
+    FORMAT,
+    FORMAT_VERSION,
+    TileCodec,
+    TileStore,
+    add_array,
+    create_store,
+    shard_path,
+    store_fingerprint,
+    write_shard,
+)
+
+READ_TILES = 64  # tiles in memory at a time per task; more does not read faster
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that a worker needs to make one shard, in plain values (it may run in another process)."""
+
+    slide: str
+    reader: str
+    window: Window
+    coords: np.ndarray
+    out: str | None  # shard file; None scores the tiles without keeping them (store: coords)
+    codec: TileCodec
+    shard_tiles: int
+    stain: dict[str, Any] | None  # transform applied before storing (pixels: normalised)
+
+
+def make_shard(task: ShardTask, reader: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read, score and write the tiles of one shard. Returns quality (n, q) float32 and an (n,) bool of good tiles.
+
+    The shard file is written only when every tile is good. `reader` is an open slide to share between threads;
+    without it the slide is opened here.
+    """
+    from slidemake.reader import open_slide
+    from slidemake.tile_quality import NAMES, tile_quality
+
+    if reader is None:
+        with open_slide(task.slide, reader=task.reader) as opened:
+            return make_shard(task, opened)
+    quality = np.zeros((len(task.coords), len(NAMES)), np.float32)
+    good = np.zeros(len(task.coords), bool)
+    encoded: list[bytes] = []
+    for start in range(0, len(task.coords), READ_TILES):
+        part = slice(start, min(start + READ_TILES, len(task.coords)))
+        tiles, good[part] = read_tiles(reader, task.coords[part], task.window)
+        quality[part] = tile_quality(tiles)
+        if task.out is not None and good[part].all():
+            stored = _normalised(tiles, task.stain)
+            encoded.extend(task.codec.encode(tile) for tile in stored)
+    if task.out is not None and good.all():
+        write_shard(Path(task.out), encoded, task.shard_tiles)
+    return quality, good
+
+
+def _normalised(tiles: np.ndarray, stain: dict[str, Any] | None) -> np.ndarray:
+    if stain is None:
+        return tiles
+    from slidemake.stain import StainTransform, apply_stain_numpy
+
+    return apply_stain_numpy(tiles, StainTransform.from_dict(stain))
+
+
+def run_shards(
+    tasks: list[ShardTask], threads: int, scheduler: str, reader: Any
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Compute shards with Dask: on threads that share `reader`, or on the cluster whose address `scheduler` is."""
+    import dask
+
+    if scheduler in ("threads", "synchronous"):
+        delayed = [dask.delayed(make_shard, pure=False)(task, reader) for task in tasks]
+        return list(dask.compute(*delayed, scheduler=scheduler, num_workers=max(1, threads), optimize_graph=False))
+    from dask.distributed import Client
+
+    with Client(scheduler, set_as_default=False) as client:
+        return client.gather([client.submit(make_shard, task, pure=False) for task in tasks])
+
+
+def tiles_fingerprint(tissue_fingerprint: str, grid: Grid, options: dict[str, Any], stain: str | None) -> str:
+    """Identity of a tile store: the slide and its tissue (through their fingerprint), the grid and the options."""
+    shape = {"name": grid.name, "tile_px": grid.tile_px, "mpp": grid.mpp, "stride_px": grid.stride_px}
+    return fingerprint("tiles", tissue=tissue_fingerprint, grid=shape, options=options, stain=stain)
+
+
+def process_slide(
+    record: dict[str, Any],
+    grid: Grid,
+    results: Path,
+    options: dict[str, Any],
+    *,
+    threads: int = 1,
+    scheduler: str = "threads",
+    stain: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tile one slide into `results/tiles/{grid}/{slide}.zarr`; a finished store is found by its fingerprint.
+
+    `record` is the tissue stage's (slide_id, fingerprint). `options` are the keys of `tiling` in the configuration.
+    `stain` is a stain transform for `pixels: normalised`. Raises SlideFailure too_coarse, too_few_tiles, unreadable.
+    """
+    slide_id = record["slide_id"]
+    path = results / "tiles" / grid.name / f"{slide_id}.zarr"
+    print_ = tiles_fingerprint(record["fingerprint"], grid, options, stain and stain["fingerprint"])
+    if store_fingerprint(path) == print_:
+        return {"fingerprint": print_, "reused": True, **_figures(TileStore(path))}
+    remove_leftovers(path.parent, path.name)
+    slide = read_json(results / "slides" / slide_id / "slide.json")
+    window = plan_window(
+        grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], options.get("mpp_tolerance", 0.0)
+    )
+    coords, tissue, refused = select_tiles(window, slide, results / "slides" / slide_id, options["min_tissue"])
+    minimum = options.get("min_tiles", 1)
+    if len(coords) < minimum:
+        raise SlideFailure(
+            "too_few_tiles",
+            f"{len(coords)} tiles of {grid.tile_um:g} um have {options['min_tissue']:.0%} of tissue or more; "
+            f"tiling.min_tiles asks for {minimum}",
+        )
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "slide_id": slide_id,
+        "identity": slide["identity"],
+        **describe_window(grid, window, slide["mpp"], slide["mpp_source"]),
+        "codec": _codec(options).as_dict(),
+        "shard_tiles": options["shard_tiles"],
+        "store": options["store"],
+        "pixels": options["pixels"],
+        "stain": stain,
+        "min_tissue": options["min_tissue"],
+        "status": "ok",
+        "fingerprint": print_,
+    }
+    with committed(path) as work:
+        corrupt = _write(work, slide, window, coords, tissue, attributes, refused, options, threads, scheduler, stain)
+    return {"fingerprint": print_, "corrupt": corrupt, **_figures(TileStore(path))}
+
+
+def select_tiles(
+    window: Window, slide: dict[str, Any], folder: Path, min_tissue: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Tiles with enough tissue: coords (N, 2), tissue fraction (N,), and how many were refused for too little."""
+    from PIL import Image
+
+    from slidemake.tissue_geometry import tissue_fractions
+
+    described = read_json(folder / "tissue.json")
+    mask = np.asarray(Image.open(folder / "tissue.png")) > 127
+    coords = tile_positions(window, slide["width"], slide["height"], slide["bounds"])
+    fractions = tissue_fractions(mask, tuple(described["level0_per_mask_px"]), boxes(coords, window))
+    keep = fractions >= max(min_tissue, 1e-6)
+    touched = int((fractions > 0).sum())
+    return coords[keep], fractions[keep].astype(np.float32), touched - int(keep.sum())
+
+
+def _codec(options: dict[str, Any]) -> TileCodec:
+    return TileCodec(options["codec"], options.get("jpeg_quality", 90), options.get("jpeg_subsampling", "444"))
+
+
+def _write(
+    work: Path,
+    slide: dict[str, Any],
+    window: Window,
+    coords: np.ndarray,
+    tissue: np.ndarray,
+    attributes: dict[str, Any],
+    refused: int,
+    options: dict[str, Any],
+    threads: int,
+    scheduler: str,
+    stain: dict[str, Any] | None,
+) -> int:
+    """Write the whole store at `work`; returns the number of corrupt tiles left out."""
+    from slidemake.reader import open_slide
+    from slidemake.tile_quality import NAMES
+
+    keep_pixels, size, codec = options["store"] == "pixels", options["shard_tiles"], _codec(options)
+    candidates = len(coords)
+    quality = np.zeros((0, len(NAMES)), np.float32)
+    with open_slide(slide["path"], reader=slide["reader"]) as reader:
+        while True:
+            group = create_store(work, len(coords), window.tile_px, codec, size, with_pixels=keep_pixels)
+            starts = range(0, len(coords), size)
+            outs = [str(shard_path(work, k)) if keep_pixels else None for k in range(len(starts))]
+            tasks = [
+                ShardTask(slide["path"], slide["reader"], window, coords[a : a + size], out, codec, size, stain)
+                for a, out in zip(starts, outs, strict=True)
+            ]
+            results = run_shards(tasks, threads, scheduler, reader)
+            if not results:
+                break
+            quality = np.concatenate([q for q, _ in results])
+            good = np.concatenate([g for _, g in results])
+            if good.all():
+                break
+            coords, tissue = coords[good], tissue[good]  # once more without the corrupt ones
+    corrupt = candidates - len(coords)
+    if corrupt > 0.5 * candidates:
+        raise SlideFailure("unreadable", f"{corrupt} of {candidates} tissue tiles do not decode")
+    add_array(group, "coords", coords.astype(np.int32))
+    add_array(group, "tissue", tissue.astype(np.float32))
+    add_array(group, "quality", quality.astype(np.float32))
+    group.attrs.update({**attributes, "quality_names": list(NAMES), "refused": {"tissue": refused, "corrupt": corrupt}})
+    return corrupt
+
+
+def _figures(store: TileStore) -> dict[str, Any]:
+    names = store.attrs["quality_names"]
+    medians = np.median(store.quality, axis=0) if len(store) else np.zeros(len(names))
+    return {
+        "tiles": len(store),
+        "refused_tissue": store.attrs["refused"]["tissue"],
+        "corrupt": store.attrs["refused"]["corrupt"],
+        "mpp_effective": store.attrs["mpp"]["effective"],
+        "quality_median": {name: round(float(value), 5) for name, value in zip(names, medians, strict=True)},
+        "bytes": sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file()),
+    }

@@ -1,0 +1,95 @@
+"""Fingerprints and commits that are whole or absent."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from slidemake.provenance import (
+    committed,
+    content_identity,
+    fingerprint,
+    read_json,
+    read_json_if_whole,
+    remove_leftovers,
+    temporary_sibling,
+    versions,
+    write_json,
+)
+
+
+def test_equal_parts_equal_fingerprint():
+    one = fingerprint("tiles", a=1, b={"y": (1, 2), "x": np.float64(0.5)})
+    assert one == fingerprint("tiles", b={"x": 0.5, "y": [1, 2]}, a=np.int64(1))
+    assert len(one) == 32
+    assert one != fingerprint("embed", a=1, b={"y": (1, 2), "x": 0.5})
+    assert one != fingerprint("tiles", a=2, b={"y": (1, 2), "x": 0.5})
+
+
+def test_a_stage_version_changes_its_fingerprints(monkeypatch):
+    before = fingerprint("tiles", a=1)
+    monkeypatch.setitem(__import__("slidemake.provenance").provenance.STAGE_VERSIONS, "tiles", 999)
+    assert fingerprint("tiles", a=1) != before
+
+
+def test_a_commit_is_whole_or_absent(tmp_path):
+    path = tmp_path / "x.json"
+    with pytest.raises(RuntimeError), committed(path) as work:
+        work.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    write_json(path, {"a": (1, np.float32(2))})
+    assert read_json(path) == {"a": [1, 2.0]}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    path.write_text('{"a": 1')
+    assert read_json_if_whole(path) is None
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+        read_json(path)
+
+
+def test_a_directory_replaces_an_older_one(tmp_path):
+    store = tmp_path / "s.zarr"
+    for content in ("old", "new"):
+        with committed(store) as work:
+            work.mkdir()
+            (work / content).write_text(content)
+    assert [p.name for p in store.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+
+
+def test_leftovers_of_dead_jobs_go_and_those_of_live_ones_stay(tmp_path):
+    alive = temporary_sibling(tmp_path / "s.zarr")
+    alive.mkdir()
+    pid = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
+    dead = alive.with_name(alive.name.replace(f"-{os.getpid()}-", f"-{pid.strip()}-"))
+    dead.mkdir()
+    elsewhere = alive.with_name(".s.zarr.tmp-another-host-1-ab")
+    elsewhere.mkdir()
+    other = tmp_path / ".other.zarr.tmp-x-1-ab"
+    other.mkdir()
+    remove_leftovers(tmp_path, "s.zarr")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, other])
+    remove_leftovers(tmp_path, "s.zarr", older_than=-1)
+    assert sorted(tmp_path.iterdir()) == [other]
+
+
+def test_content_identity_is_of_bytes_not_of_names(tmp_path):
+    data = np.random.default_rng(0).bytes(5 << 20)
+    one, two = tmp_path / "a.svs", tmp_path / "b.tiff"
+    one.write_bytes(data)
+    two.write_bytes(data)
+    assert content_identity(one) == content_identity(two)
+    two.write_bytes(data[:-1])
+    assert content_identity(one) != content_identity(two)
+    two.write_bytes(b"x" + data[1:])
+    assert content_identity(one) != content_identity(two)
+    for name in ("d1", "d2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.dcm").write_bytes(b"abc")
+    assert content_identity(tmp_path / "d1") == content_identity(tmp_path / "d2")
+
+
+def test_versions_name_what_shapes_results():
+    assert versions()["numpy"] == np.__version__
+    assert versions()["slidemake"]

@@ -1,0 +1,97 @@
+"""The tile store against zarr-python, both ways; damage is found; shapes from 0 to more than a shard."""
+
+import numpy as np
+import pytest
+import zarr
+from slidemake.failures import RunError
+from slidemake.tiles import TileCodec, TileStore, add_array, create_store, shard_path, write_shard
+
+SIDE, SHARD = 32, 4
+
+
+def tiles_of(count, seed=0):
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(60, 250, (count, 4, 4, 3)).astype(np.uint8)
+    return coarse.repeat(SIDE // 4, 1).repeat(SIDE // 4, 2)
+
+
+def make(path, tiles, codec):
+    group = create_store(path, len(tiles), SIDE, codec, SHARD)
+    for shard in range(0, len(tiles), SHARD):
+        encoded = [codec.encode(t) for t in tiles[shard : shard + SHARD]]
+        write_shard(shard_path(path, shard // SHARD), encoded, SHARD)
+    add_array(group, "coords", np.arange(2 * len(tiles), dtype=np.int32).reshape(-1, 2))
+    add_array(group, "tissue", np.ones(len(tiles), np.float32))
+    add_array(group, "quality", np.zeros((len(tiles), 2), np.float32))
+    group.attrs.update(
+        format="slidemake-tiles",
+        format_version=1,
+        tile_px=SIDE,
+        shard_tiles=SHARD,
+        store="pixels",
+        codec=codec.as_dict(),
+    )
+    return TileStore(path)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "zstd", "none"])
+@pytest.mark.parametrize("count", [0, 1, 4, 11])
+def test_zarr_python_reads_what_we_write(tmp_path, name, count):
+    tiles, codec = tiles_of(count), TileCodec(name)
+    store = make(tmp_path / "s.zarr", tiles, codec)
+    ours = store.read(0, count)
+    theirs = zarr.open_group(tmp_path / "s.zarr", mode="r")["pixels"][...]
+    np.testing.assert_array_equal(ours, theirs)
+    if name == "jpeg":
+        assert count == 0 or np.abs(ours.astype(int) - tiles).mean() < 3
+    else:
+        np.testing.assert_array_equal(ours, tiles)
+    assert len(store) == count
+    assert store.coords.shape == (count, 2)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "zstd", "none"])
+def test_we_read_what_zarr_python_writes_and_the_bytes_agree(tmp_path, name):
+    tiles, codec = tiles_of(6), TileCodec(name)
+    make(tmp_path / "ours.zarr", tiles, codec)
+    group = create_store(tmp_path / "theirs.zarr", 6, SIDE, codec, SHARD)
+    group["pixels"][...] = tiles
+    decoded = zarr.open_group(tmp_path / "ours.zarr", mode="r")["pixels"][...]
+    np.testing.assert_array_equal(group["pixels"][...], decoded)
+    ours, theirs = (shard_path(tmp_path / f"{who}.zarr", 0).read_bytes() for who in ("ours", "theirs"))
+    assert len(ours) == len(theirs)
+
+
+def test_random_access_equals_sequential(tmp_path):
+    store = make(tmp_path / "s.zarr", tiles_of(11), TileCodec("zstd"))
+    wanted = [10, 0, 5, 5, 3]
+    np.testing.assert_array_equal(store.read_tiles(wanted), store.read(0, 11)[wanted])
+    with pytest.raises(IndexError):
+        store.read_tiles([11])
+
+
+@pytest.mark.parametrize("name", ["jpeg", "zstd", "none"])
+def test_every_flipped_byte_is_found(tmp_path, name):
+    store = make(tmp_path / "s.zarr", tiles_of(3), TileCodec(name))
+    path = shard_path(tmp_path / "s.zarr", 0)
+    whole = path.read_bytes()
+    for position in np.random.default_rng(1).integers(0, len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x40
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match="checksum"):
+            store.read(0, 3)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"checksum|shorter"):
+        store.read(0, 3)
+
+
+def test_a_foreign_or_newer_store_is_refused(tmp_path):
+    make(tmp_path / "s.zarr", tiles_of(1), TileCodec("none"))
+    zarr.open_group(tmp_path / "s.zarr")["coords"].attrs["x"] = 1
+    group = zarr.open_group(tmp_path / "s.zarr")
+    group.attrs["format_version"] = 99
+    with pytest.raises(RunError, match="version 99"):
+        TileStore(tmp_path / "s.zarr")
+    with pytest.raises(RunError, match="no tile store"):
+        TileStore(tmp_path / "nothing.zarr")
