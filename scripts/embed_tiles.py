@@ -8,7 +8,7 @@ from slidemake.devices import claimed_device
 from slidemake.embedding import make_slide_job, process_rack
 from slidemake.encoder_loading import load_encoder
 from slidemake.encoder_runtime import keep_freed_memory
-from slidemake.encoders import EncoderRecord
+from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
 from slidemake.provenance import read_json
 from slidemake.racks import read_manifest, run_rack
 
@@ -19,11 +19,14 @@ with job(snakemake) as sm:  # noqa: F821
     torch.set_num_threads(sm.threads)
     options, record = dict(sm.params.options), EncoderRecord.from_dict(dict(sm.params.encoder))
     target = read_json(sm.input.target)
+    known = identity(record, weights_sha256(resolve_weights(record)))
     with claimed_device(options["device"]) as device:
         process_rack(
             read_manifest(sm.input.manifest, "tiles"),
             partial(load_encoder, record, device, options["precision"]),
-            partial(make_slide_job, Path(sm.params.results), record, sm.params.stain, target, options),
+            partial(
+                make_slide_job, Path(sm.params.results), record, known, sm.params.stain, target, options["features"]
+            ),
             partial(run_rack, "embed", sm.output.manifest, rack=sm.wildcards.rack),
             device=device,
             dtype=options["features"],

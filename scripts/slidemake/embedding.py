@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.failures import SlideFailure
-from slidemake.provenance import committed, fingerprint, remove_leftovers
+from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
 from slidemake.tiles import TileStore, add_array, store_fingerprint
 
 log = logging.getLogger("slidemake")
@@ -42,7 +42,7 @@ class SlideJob:
     slide: dict[str, Any]  # slide.json, for stores that keep coordinates only
 
 
-def embedding_fingerprint(tiles: str, encoder: dict[str, Any], stain: str, dtype: str) -> str:
+def embedding_fingerprint(tiles: str, encoder: dict[str, Any], stain: dict[str, Any], dtype: str) -> str:
     """Identity of an embedding store: the tiles, the encoder with its weights and transform, the stain transform."""
     return fingerprint("embed", tiles=tiles, encoder=encoder, stain=stain, dtype=dtype)
 
@@ -58,17 +58,18 @@ def make_slide_job(
 ) -> SlideJob:
     """What is to be done for one slide of the tiling stage's `record`; `identity` is the encoder's (with weights)."""
     from slidemake.grid import grid_name
+    from slidemake.stain_stage import slide_transform
 
     slide_id = record["slide_id"]
     tiles = results / "tiles" / grid_name(encoder.tile_px, encoder.mpp) / f"{slide_id}.zarr"
     stored = read_json(tiles / "zarr.json")["attributes"]
     if stored["pixels"] == "normalised":  # the store's tiles are what the encoder gets
-        transform, stain_info = None, _stain_info(stored["stain"], stored["stain"])
+        transform, stain_info = None, stain_description(stored["stain"])
     elif stain_method == "none":
-        transform, stain_info = None, _stain_info(None, None)
+        transform, stain_info = None, stain_description(None)
     else:
         transform = slide_transform(results, slide_id, target)
-        stain_info = _stain_info(target, transform)
+        stain_info = stain_description(transform)
     return SlideJob(
         slide_id=slide_id,
         tiles=tiles,
@@ -78,6 +79,13 @@ def make_slide_job(
         fingerprint=embedding_fingerprint(record["fingerprint"], identity, stain_info, dtype),
         slide=read_json(results / "slides" / slide_id / "slide.json"),
     )
+
+
+def stain_description(transform: dict[str, Any] | None) -> dict[str, Any]:
+    """What an embedding store says of its stain: the same for all slides of a cohort but for `slide`."""
+    if transform is None:
+        return {"method": "none", "target": None, "slide": None}
+    return {"method": transform["method"], "target": transform["target"], "slide": transform["fingerprint"]}
 
 
 class TileAhead:

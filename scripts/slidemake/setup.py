@@ -150,9 +150,9 @@ def check_results_folder(output: Path) -> None:
         return
     if found.get("format_version") != FORMAT_VERSION:
         raise RunError(
-            f"{output} was written by an incompatible slidemake (results format {found.get('format_version')}; this one "
-            f"reads and writes {FORMAT_VERSION}). Nothing was changed. Choose another `output`, move that folder away, "
-            "or use the slidemake that wrote it."
+            f"{output} was written by an incompatible slidemake (results format {found.get('format_version')}; this "
+            f"one reads and writes {FORMAT_VERSION}). Nothing was changed. Choose another `output`, move that "
+            "folder away, or use the slidemake that wrote it."
         )
 
 

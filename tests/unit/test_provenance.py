@@ -35,9 +35,13 @@ def test_a_stage_version_changes_its_fingerprints(monkeypatch):
 
 def test_a_commit_is_whole_or_absent(tmp_path):
     path = tmp_path / "x.json"
-    with pytest.raises(RuntimeError), committed(path) as work:
-        work.write_text("half")
-        raise RuntimeError
+    def killed():
+        with committed(path) as work:
+            work.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        killed()
     assert list(tmp_path.iterdir()) == []
     write_json(path, {"a": (1, np.float32(2))})
     assert read_json(path) == {"a": [1, 2.0]}
