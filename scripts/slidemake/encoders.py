@@ -1,0 +1,406 @@
+"""The registry of encoders: what each is, where its weights are, what it wants to see.
+
+One record per encoder in `config/encoders.yaml` (documented there), checked against its schema. A user's own file
+(`encoders_file`) adds records and changes single keys of known ones. Nothing here imports torch: the plan of a run,
+its access check and its grid come from records alone. `encoder_loading` makes a model of a record.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from slidemake.failures import RunError
+from slidemake.provenance import canonical_json, file_sha256
+
+CONFIG = Path(__file__).resolve().parents[2] / "config"
+REGISTRY = CONFIG / "encoders.yaml"
+SCHEMA = CONFIG / "schemas" / "encoders.schema.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from. `file`, when set, wins over everything else."""
+
+    kind: str  # package | hub | file | random
+    package: str | None = None
+    resource: str | None = None
+    hub: str | None = None
+    filename: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """One encoder with one of its outputs (variant). Lengths in px, resolutions in um per px."""
+
+    key: str
+    variant: str
+    default_variant: str
+    title: str
+    source: Source
+    loader: str
+    layout: str
+    architecture: str | None
+    arguments: dict[str, Any] = field(hash=False)
+    resample_position: bool
+    tile_px: int
+    mpp: float
+    trained_mpp: tuple[float, ...]
+    resize: int
+    crop: int
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    prefix_tokens: int
+    pooling: str
+    dim: int
+    precision: str
+    licence: str
+    gated: bool
+    stain: str
+    corpora: tuple[str, ...]
+    reference: str
+
+    @property
+    def name(self) -> str:
+        """`key`, or `key:variant` when it is not the default variant: what a configuration calls it."""
+        return self.key if self.variant == self.default_variant else f"{self.key}:{self.variant}"
+
+    @property
+    def slug(self) -> str:
+        """`name` fit for a folder: `virchow2-cls`."""
+        return self.name.replace(":", "-")
+
+    @property
+    def grid(self) -> str:
+        """Name of the tiling grid that this encoder asks for: `224px_0.5mpp`."""
+        return f"{self.tile_px}px_{self.mpp:g}mpp"
+
+    @property
+    def effective_mpp(self) -> float:
+        """um per pixel that the network really sees, after its resize (256 px at 0.5 resized to 224: 0.571)."""
+        return self.mpp * self.tile_px / self.resize
+
+    @property
+    def normalise_stain(self) -> bool:
+        """What `stain: auto` does for this encoder."""
+        return self.stain in ("required", "recommended")
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """Everything that happens to a tile between uint8 and the network, stain apart."""
+        return {
+            "tile_px": self.tile_px,
+            "mpp": self.mpp,
+            "resize": self.resize,
+            "crop": self.crop,
+            "interpolation": self.interpolation,
+            "antialias": True,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+# ------------------------------------------------------------------------------------------------- registry files
+
+
+def registry(*paths: str | Path | None) -> dict[str, dict[str, Any]]:
+    """Raw records by key: ours, then each file of `paths` on top (None is skipped), as `config/encoders.yaml` says.
+
+    Raises RunError that lists every problem of the first file that has one.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for path in (REGISTRY, *[Path(p) for p in paths if p is not None]):
+        records = _read(path)
+        for key, record in records.items():
+            merged[key] = _overlaid(merged[key], record) if key in merged else record
+        problems = _problems({"encoders": {key: merged[key] for key in records}})
+        if problems:
+            raise RunError(f"{path} is not a valid encoder registry:\n  " + "\n  ".join(problems))
+    return merged
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"There is no encoder registry {path}: check the configuration key encoders_file.") from None
+    except yaml.YAMLError as error:
+        raise RunError(f"{path} is not valid YAML: {error}") from error
+    records = raw.get("encoders") if isinstance(raw, dict) else None
+    if not isinstance(records, dict) or set(raw) != {"encoders"}:
+        raise RunError(f"{path} must hold one mapping `encoders:` of key -> record; see {REGISTRY.name} for the form.")
+    for key, record in records.items():
+        if not isinstance(record, dict):
+            raise RunError(f"{path}: encoders.{key} must be a mapping, not {type(record).__name__}.")
+        source = record.get("source")
+        if isinstance(source, dict) and isinstance(source.get("file"), str):
+            source["file"] = str(path.parent / Path(source["file"]).expanduser())
+    return records
+
+
+def _overlaid(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`; mappings are merged, and a new weights file sheds the old one's checksum."""
+    out = copy.deepcopy(base)
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict) and key in ("source", "transform", "variants"):
+            if key == "source" and value.get("file") and "sha256" not in value:
+                out[key].pop("sha256", None)
+            out[key] = _overlaid(out[key], value)
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+def _problems(raw: dict[str, Any]) -> list[str]:
+    schema = json.loads(SCHEMA.read_text())
+    known = set(schema["$defs"]["encoder"]["properties"]) | set(schema["$defs"]["source"]["properties"])
+    found = []
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(raw):
+        where = ".".join(str(part) for part in error.absolute_path)
+        hint = ""
+        if error.validator == "additionalProperties" and isinstance(error.instance, dict):
+            for key in sorted(set(error.instance) - set(error.schema.get("properties", {})), key=str):
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint += f" Did you mean {close[0]!r}?" if close else ""
+        found.append(f"{where}: {error.message}.{hint}")
+    if not found:
+        for key, record in raw["encoders"].items():
+            found += _contradictions(key, record)
+    return sorted(found)
+
+
+def _contradictions(key: str, record: dict[str, Any]) -> list[str]:
+    """What a schema cannot say."""
+    found = []
+    if record["variant"] not in record["variants"]:
+        found.append(f"encoders.{key}.variant: {record['variant']!r} is not one of {', '.join(record['variants'])}.")
+    if record["loader"] != "torchscript" and not record.get("architecture"):
+        found.append(f"encoders.{key}.architecture: loader {record['loader']} needs the name of a timm model.")
+    if record["transform"]["crop"] > record["transform"]["resize"]:
+        found.append(f"encoders.{key}.transform: crop is larger than resize; it cuts from the resized tile.")
+    return found
+
+
+def load_record(name: str, encoders_file: str | Path | None = None) -> EncoderRecord:
+    """Record of `key` or `key:variant`. RunError with the nearest names if there is none."""
+    records = registry(encoders_file)
+    key, _, variant = name.partition(":")
+    if key not in records:
+        close = difflib.get_close_matches(key, records, n=3, cutoff=0.5)
+        meant = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise RunError(f"Unknown encoder {name!r}.{meant} Known: {', '.join(sorted(records))}.")
+    raw = records[key]
+    variant = variant or raw["variant"]
+    if variant not in raw["variants"]:
+        close = difflib.get_close_matches(variant, raw["variants"], n=1, cutoff=0.0)
+        raise RunError(
+            f"Encoder {key} has no variant {variant!r}. Did you mean {key}:{close[0]}? "
+            f"Its variants: {', '.join(sorted(raw['variants']))}."
+        )
+    return _record(key, variant, raw)
+
+
+def _record(key: str, variant: str, raw: dict[str, Any]) -> EncoderRecord:
+    return EncoderRecord(
+        key=key,
+        variant=variant,
+        default_variant=raw["variant"],
+        title=raw["title"],
+        source=Source(**raw["source"]),
+        loader=raw["loader"],
+        layout=raw.get("layout", "timm"),
+        architecture=raw.get("architecture"),
+        arguments=dict(raw.get("arguments") or {}),
+        resample_position=raw.get("resample_position", False),
+        tile_px=raw["tile_px"],
+        mpp=float(raw["mpp"]),
+        trained_mpp=tuple(float(m) for m in raw.get("trained_mpp", [raw["mpp"]])),
+        resize=raw["transform"]["resize"],
+        crop=raw["transform"]["crop"],
+        interpolation=raw["transform"]["interpolation"],
+        mean=tuple(float(v) for v in raw["mean"]),
+        std=tuple(float(v) for v in raw["std"]),
+        prefix_tokens=raw.get("prefix_tokens", 0),
+        pooling=raw["variants"][variant]["pooling"],
+        dim=raw["variants"][variant]["dim"],
+        precision=raw["precision"],
+        licence=raw["licence"],
+        gated=raw["gated"],
+        stain=raw["stain"],
+        corpora=tuple(raw.get("corpora", [])),
+        reference=raw.get("reference", ""),
+    )
+
+
+def contaminated(record: EncoderRecord, cohort: str) -> list[str]:
+    """Corpora of the record's pretraining named in the free text `cohort` (a sheet's name, a citation): warn on any."""
+    text = cohort.lower().replace("-", "").replace("_", "")
+    return [corpus for corpus in record.corpora if corpus.lower().replace("-", "") in text]
+
+
+# ------------------------------------------------------------------------------------------------- identity
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a weights file (about 1 s per 1.5 GB)."""
+    return file_sha256(path)
+
+
+def transform_sha256(record: EncoderRecord) -> str:
+    """Hex SHA-256 of `record.transform`: two encoders with equal weights and unequal transforms are two encoders."""
+    return hashlib.sha256(canonical_json(record.transform).encode()).hexdigest()
+
+
+def identity(record: EncoderRecord, sha: str, precision: str | None = None) -> dict[str, Any]:
+    """What an embedding store and a model bundle keep of an encoder; equal identities give interchangeable features.
+
+    `sha` is the weights file's hash, or `random:<seed>`. `precision` is what really ran; the record's own by default.
+    """
+    return {
+        "key": record.key,
+        "variant": record.variant,
+        "weights_sha256": sha,
+        "transform_sha256": transform_sha256(record),
+        "precision": precision or record.precision,
+        "dim": record.dim,
+        "architecture": record.architecture or record.loader,
+        "mpp": record.mpp,
+        "tile_px": record.tile_px,
+        "timm": _version("timm"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def resolve_weights(record: EncoderRecord) -> Path | None:
+    """Local path of the weights, downloading from the hub if need be; None for random weights. RunError otherwise."""
+    source = record.source
+    if source.kind == "random" and not source.file:
+        return None
+    if source.file:
+        return _existing(record, Path(source.file))
+    if source.kind == "package":
+        return _package_file(record)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(source.hub, source.filename, revision=source.revision))
+    except _hub_errors() as error:
+        raise RunError(_no_access(record, _reason(error))) from error
+
+
+def check_access(record: EncoderRecord) -> None:
+    """Make sure, without downloading weights or reading a slide, that `resolve_weights` will succeed.
+
+    Returns None, or raises a RunError that says how to get access. A hub file counts as accessible when it is in the
+    local hub cache, or when the hub answers a request for its headers (so a token without an accepted licence is
+    found out now). `gated` in the record only words the message: what the hub says counts.
+    """
+    source = record.source
+    if source.kind == "random" and not source.file:
+        return
+    if source.file:
+        _existing(record, Path(source.file))
+        return
+    if source.kind == "package":
+        _package_file(record)
+        return
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    cached = huggingface_hub.try_to_load_from_cache(source.hub, source.filename, revision=source.revision)
+    if isinstance(cached, (str, os.PathLike)):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise RunError(_no_access(record, "it is not in the local hub cache, and HF_HUB_OFFLINE is set"))
+    if record.gated and huggingface_hub.get_token() is None:
+        raise RunError(_no_access(record, "it is gated, and there is no hub token"))
+    url = huggingface_hub.hf_hub_url(source.hub, source.filename, revision=source.revision)
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=15)
+    except _hub_errors() as error:
+        raise RunError(_no_access(record, _reason(error))) from error
+
+
+def _existing(record: EncoderRecord, path: Path) -> Path:
+    if not path.is_file():
+        raise RunError(f"Encoder {record.key}: there is no weights file {path} (encoders.{record.key}.source.file).")
+    return path
+
+
+def _package_file(record: EncoderRecord) -> Path:
+    source = record.source
+    package, resource = str(source.package), str(source.resource)  # the schema demands both
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise RunError(
+            f"Encoder {record.key}: its weights come with the Python package {name}, which is not installed. "
+            f"Install it with pip, or set encoders.{record.key}.source.file in your encoders_file to a local copy."
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / resource
+    if not path.is_file():
+        raise RunError(f"Encoder {record.key}: the package {package} has no file {path}.")
+    return path
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What a hub that is out of reach or says no raises: its own errors, and those of its transport."""
+    import httpx
+    from huggingface_hub import errors
+
+    return (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        OSError,
+        httpx.HTTPError,
+    )
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        return f"the hub refuses it (HTTP {status or 403}: licence not accepted, or a token without rights)"
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"the hub is out of reach or does not have it ({first})"
+
+
+def _no_access(record: EncoderRecord, why: str) -> str:
+    source = record.source
+    steps = []
+    if record.gated or "refuses" in why:
+        steps.append(f"accept the licence ({record.licence}) at https://huggingface.co/{source.hub} and set HF_TOKEN")
+    else:
+        steps.append(f"connect once to download {source.filename} of huggingface.co/{source.hub} into the hub cache")
+    steps.append(
+        f"or download {source.filename} yourself and set encoders.{record.key}.source.file in the file that "
+        "the configuration key encoders_file names"
+    )
+    return f"No access to the weights of encoder {record.key}: {why}. To go on, {'; '.join(steps)}."
