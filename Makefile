@@ -1,0 +1,49 @@
+# make demo: the built-in cohort from slides to results/report/index.html      make test: lint is `make lint`
+PYTHON ?= python3
+BIN := .venv/bin
+CORES ?= all
+JOBS ?= 2
+
+.PHONY: help demo test lint lock clean setup
+
+help:
+	@echo "make demo    set up .venv if needed, then run the demo cohort to results/report/index.html"
+	@echo "make test    set up .venv if needed, then run the tests"
+	@echo "make lint    ruff, snakefmt and mypy"
+	@echo "make lock    renew envs/requirements.txt from requirements-test.in"
+	@echo "make clean   remove the demo's results and slides (not .venv)"
+
+setup: .venv/ready
+
+.venv/ready: envs/requirements.txt
+	@echo "slidemake: setting up .venv with the locked packages (about 3 GB to download, 7 GB on disk, 3 to 10 minutes)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "slidemake needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r envs/requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --editable .
+	@touch .venv/ready
+	@echo "slidemake: .venv is ready (source .venv/bin/activate, then plain snakemake works too)"
+
+demo: setup
+	@echo "slidemake: running the demo cohort on $(CORES) cores"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
+	@echo "slidemake: open results/report/index.html"
+
+test: setup
+	@echo "slidemake: running the tests (about 10 minutes on 2 cores; real slides are used where SLIDEMAKE_TEST_DATA points)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/snakefmt --check Snakefile rules
+	@$(BIN)/mypy scripts/slidemake
+
+lock:
+	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv
+	@cd envs && ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--output-file requirements.txt requirements-test.in
+	@rm -rf .venv-lock
+
+clean:
+	@rm -rf results demo_slides .snakemake
