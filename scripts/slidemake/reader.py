@@ -1,0 +1,325 @@
+"""One small protocol for reading slides, and the choice of the implementation that serves a file.
+
+`open_slide` returns a `SlideReader`: level geometry, um per pixel, and `read`, safe from several threads. Three
+implementations: `openslide` (every format that it opens), `pyvips` (tiled TIFFs on which it is proven pixel-equal: a
+few times as fast), `tiatoolbox` (OME-TIFF, JPEG 2000, OME-Zarr, plain images, DICOM variants). `choose_reader` decides
+once per slide, at screening; the name is recorded and later stages pass it back.
+
+Conventions. Positions are level-0 pixels, sizes are pixels of the level read. A position is rounded to the nearest
+pixel of the level (downsamples such as 3.9998 are never truncated). What lies outside the slide, or is transparent, is
+white. Corrupt data raises `OSError`: garbage is never returned silently where the decoder knows better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from slidemake.failures import RunError, SlideFailure
+
+READERS = ("pyvips", "openslide", "tiatoolbox")
+BLOCK = 1024  # px of the level read at once for an overview: bounds its memory
+SAMPLE = 512  # px, side of the regions compared between two readers
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the pyramid. `downsample`: level-0 px per px of this level, mean of x and y, never rounded."""
+
+    width: int
+    height: int
+    downsample: float
+
+
+def make_levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
+    """Levels from (width, height) pairs, finest first. Downsample: mean of the ratios of x and y, as OpenSlide."""
+    w0, h0 = sizes[0]
+    return tuple(Level(int(w), int(h), (w0 / w + h0 / h) / 2) for w, h in sizes)
+
+
+class SlideReader:
+    """A slide that is open for reading; a context manager. Implementations supply `_read_inside`.
+
+    Attributes: `name` (of the implementation), `path`, `dimensions` (w, h at level 0), `levels`, `mpp` (um per level-0
+    pixel, mean of x and y; the caller's value before the file's; None if unknown), `file_mpp` (mpp_x, mpp_y) | None,
+    `vendor`, `properties`, `bounds` (x, y, w, h in level-0 px of the scanned area, None if the file has none).
+    """
+
+    name = ""
+
+    def __init__(
+        self,
+        path: Path,
+        levels: tuple[Level, ...],
+        *,
+        mpp: float | None = None,
+        file_mpp: tuple[float, float] | None = None,
+        vendor: str = "",
+        properties: dict[str, str] | None = None,
+        bounds: tuple[int, int, int, int] | None = None,
+    ):
+        self.path, self.levels, self.vendor, self.bounds = path, levels, vendor, bounds
+        self.dimensions = (levels[0].width, levels[0].height)
+        self.properties = properties or {}
+        self.file_mpp = file_mpp
+        self.mpp = mpp if mpp is not None else (sum(file_mpp) / 2 if file_mpp else None)
+        self.corrupt_blocks = 0  # blocks that `overview` and `thumbnail` could not read and left white
+
+    def __enter__(self) -> SlideReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back file handles and memory."""
+
+    def associated(self) -> list[str]:
+        """Names of the label, macro and thumbnail images in the file, sorted."""
+        return []
+
+    def _read_inside(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
+        """(h, w, 3) uint8 of a window that lies inside the level; lx, ly in pixels of the level."""
+        raise NotImplementedError
+
+    def read(self, x0: float, y0: float, level: int, w: int, h: int) -> np.ndarray:
+        """Region of w x h px of `level` whose top-left corner is at level-0 position (x0, y0).
+
+        Returns (h, w, 3) uint8 RGB, white outside the slide. Raises OSError when the data there is corrupt.
+        """
+        scale = self.levels[level].downsample
+        return self.read_level(math.floor(x0 / scale + 0.5), math.floor(y0 / scale + 0.5), level, w, h)
+
+    def read_level(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
+        """As `read`, with the corner (lx, ly) in pixels of `level`."""
+        size = self.levels[level]
+        left, top = max(lx, 0), max(ly, 0)
+        right, bottom = min(lx + w, size.width), min(ly + h, size.height)
+        if (left, top, right, bottom) == (lx, ly, lx + w, ly + h):
+            return self._read_inside(lx, ly, level, w, h)
+        out = np.full((h, w, 3), 255, np.uint8)
+        if right > left and bottom > top:
+            inside = self._read_inside(left, top, level, right - left, bottom - top)
+            out[top - ly : bottom - ly, left - lx : right - lx] = inside
+        return out
+
+    def thumbnail(self, max_px: int) -> np.ndarray:
+        """The whole slide, area-averaged so that its longer side has at most `max_px` px: (h, w, 3) uint8."""
+        return self.overview_at(max(self.dimensions) / max_px)[0]
+
+    def overview(self, mpp: float) -> tuple[np.ndarray, float, float]:
+        """The whole slide at `mpp` um/px (never coarser; finer only where the slide itself ends).
+
+        Area-averaged from the next finer level, block by block, so that memory is bounded by the result. Blocks that
+        are corrupt stay white and are counted in `corrupt_blocks`. Returns (h, w, 3) uint8 and the exact level-0 px
+        per overview px in x and y. Raises ValueError when the slide's mpp is not known.
+        """
+        if not self.mpp:
+            raise ValueError(f"{self.path}: overview(mpp) needs the slide's um per pixel; pass mpp= to open_slide")
+        return self.overview_at(mpp / self.mpp)
+
+    def overview_at(self, downsample: float) -> tuple[np.ndarray, float, float]:
+        """As `overview`, with the level-0 px per overview px given."""
+        level = best_level(self.levels, max(downsample, 1.0))
+        size = self.levels[level]
+        factor = max(downsample / size.downsample, 1.0)
+        whole = max(1, math.floor(factor * (1 + 1e-3)))
+        reduced = self._reduced(level, whole)
+        (w0, h0), (w, h) = self.dimensions, (size.width, size.height)
+        if abs(factor / whole - 1) <= 1e-3:
+            return reduced, whole * w0 / w, whole * h0 / h
+        out_w, out_h = math.ceil(w / factor - 1e-9), math.ceil(h / factor - 1e-9)
+        small = _area_resize(_area_resize(reduced, h / whole, out_h, 0), w / whole, out_w, 1)
+        return np.clip(np.rint(small), 0, 255).astype(np.uint8), w0 / out_w, h0 / out_h
+
+    def _reduced(self, level: int, factor: int) -> np.ndarray:
+        """The whole level, averaged over factor x factor px (fewer at the right and bottom edges)."""
+        size = self.levels[level]
+        out = np.empty((-(-size.height // factor), -(-size.width // factor), 3), np.uint8)
+        side = factor * max(1, BLOCK // factor)
+        for y in range(0, size.height, side):
+            for x in range(0, size.width, side):
+                w, h = min(side, size.width - x), min(side, size.height - y)
+                block = self._read_or_white(x, y, level, w, h)
+                if factor > 1:
+                    block = np.asarray(Image.fromarray(block).reduce(factor))
+                out[y // factor : y // factor + block.shape[0], x // factor : x // factor + block.shape[1]] = block
+        return out
+
+    def _read_or_white(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
+        """Region in which only the parts that do not decode are white (an overview finds no tissue there)."""
+        try:
+            return self._read_inside(lx, ly, level, w, h)
+        except OSError:
+            if max(w, h) <= 128:
+                self.corrupt_blocks += 1
+                return np.full((h, w, 3), 255, np.uint8)
+        out = np.empty((h, w, 3), np.uint8)
+        half = -(-max(w, h) // 2)
+        for y in range(0, h, half):
+            for x in range(0, w, half):
+                part = self._read_or_white(lx + x, ly + y, level, min(half, w - x), min(half, h - y))
+                out[y : y + half, x : x + half] = part
+        return out
+
+
+def best_level(reader: SlideReader | Sequence[Level], downsample: float) -> int:
+    """Index of the coarsest level that is not coarser than `downsample` (tolerance 0.1 %); 0 if all are."""
+    levels = reader.levels if isinstance(reader, SlideReader) else reader
+    fine = [i for i, level in enumerate(levels) if level.downsample <= downsample * (1 + 1e-3)]
+    return max(fine, key=lambda i: levels[i].downsample, default=0)
+
+
+def _area_resize(image: np.ndarray, extent: float, out: int, axis: int) -> np.ndarray:
+    """Mean of `image` over `out` equal intervals of [0, extent] along `axis`, fractions of pixels included.
+
+    `extent` may end inside the last pixel. Exact area averaging: differences of the interpolated running sum.
+    """
+    moved = np.moveaxis(image, axis, 0)
+    result = np.empty((out, *moved.shape[1:]), np.float32)
+    edges = np.linspace(0, extent, out + 1)
+    for i in range(out):
+        lo, hi = edges[i], edges[i + 1]
+        first, last = int(lo), min(math.ceil(hi - 1e-12), moved.shape[0])
+        weights = np.ones(last - first, np.float32)
+        weights[0] -= lo - first
+        weights[-1] -= last - hi
+        result[i] = np.tensordot(weights / weights.sum(), moved[first:last].astype(np.float32), 1)
+    return np.moveaxis(result, 0, axis)
+
+
+def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None) -> SlideReader:
+    """Open a slide file, or the folder of a multi-file DICOM or OME-Zarr.
+
+    `reader`: the name recorded at screening, or "auto" (`choose_reader`, which reads some regions). `mpp`: um per
+    pixel that stands before the file's own. Raises SlideFailure (missing_file, unsupported, not_brightfield, ...).
+    """
+    if reader == "auto":
+        reader = choose_reader(path)
+    file = slide_file(path)
+    if reader == "openslide":
+        from slidemake.reader_openslide import OpenSlideReader
+
+        return OpenSlideReader(file, mpp)
+    if reader == "pyvips":
+        from slidemake.reader_vips import VipsReader
+
+        return VipsReader(file, mpp)
+    if reader == "tiatoolbox":
+        from slidemake.reader_tiatoolbox import open_tiatoolbox
+
+        return open_tiatoolbox(Path(path), mpp)
+    raise RunError(f"Unknown reader {reader!r}: one of auto, {', '.join(READERS)}.")
+
+
+def slide_file(path: str | Path) -> Path:
+    """The file to hand to a reader: for a DICOM folder its first .dcm file; anything else as it is."""
+    path = Path(path)
+    if not path.exists():
+        raise SlideFailure("missing_file", f"{path} does not exist")
+    if path.is_dir() and not (path / ".zattrs").exists() and not (path / "zarr.json").exists():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".dcm")
+        if not files:
+            raise SlideFailure("unsupported", f"{path} is a folder without DICOM files and not an OME-Zarr")
+        return files[0]
+    return path
+
+
+def choose_reader(path: str | Path) -> str:
+    """Name of the reader for a slide: OpenSlide if it opens the file, else TIAToolbox; pyvips instead of either
+    when it gives the same pixels on a fixed sample of regions at every level.
+
+    Raises SlideFailure `unsupported` when nothing opens the file.
+    """
+    from slidemake.reader_openslide import opens_with_openslide
+    from slidemake.reader_tiff import read_tiff_index
+    from slidemake.reader_vips import vips_may_read
+
+    file = slide_file(path)
+    index = read_tiff_index(file)
+    problem = opens_with_openslide(file)
+    # OpenSlide takes an OME-TIFF for a generic TIFF: it misses the sub-resolutions, the channels and the mpp.
+    ome = index is not None and index.is_ome
+    name = "openslide" if problem is None and not ome else "tiatoolbox"
+    if index is not None and vips_may_read(index, ome) and (name == "openslide" or ome):
+        with open_slide(path, name) as reference:
+            if reference.vendor in ("aperio", "generic-tiff", "ome-tiff") and _vips_agrees(file, reference):
+                return "pyvips"
+        return name
+    if name == "tiatoolbox":
+        open_slide(path, name).close()  # raises the typed failure
+    return name
+
+
+def _vips_agrees(file: Path, reference: SlideReader) -> bool:
+    from slidemake.reader_vips import VipsReader
+
+    try:
+        with VipsReader(file) as candidate:
+            return same_pixels(reference, candidate)
+    except OSError:
+        return False
+
+
+def sample_regions(levels: Sequence[Level], per_level: int = 4, side: int = SAMPLE) -> list[tuple[int, int, int, int]]:
+    """Fixed sample of regions (level, lx, ly, side): the first corner, one that crosses the far edge, others inside."""
+    rng = np.random.default_rng(0)
+    regions = []
+    for number, level in enumerate(levels):
+        px = min(side, max(level.width, level.height))
+        regions.append((number, 0, 0, px))
+        regions.append((number, level.width - px + 16, level.height - px + 16, px))
+        for _ in range(per_level - 2):
+            x = int(rng.integers(0, max(1, level.width - px + 1)))
+            y = int(rng.integers(0, max(1, level.height - px + 1)))
+            regions.append((number, x, y, px))
+    return regions
+
+
+def same_pixels(reference: SlideReader, candidate: SlideReader) -> bool:
+    """Whether two readers agree on geometry and on the pixels of `sample_regions`.
+
+    OpenSlide takes integer level-0 positions only, so on a level with a broken downsample its window lies a fraction
+    of a pixel beside the level's grid and is interpolated: there the candidate's pixels are shifted alike and must
+    agree within rounding (3 of 255 on 99 % of the values); everywhere else they must be equal. A region that fails in
+    the reference must fail in the candidate, and one at least must succeed.
+    """
+    if [(v.width, v.height) for v in reference.levels] != [(v.width, v.height) for v in candidate.levels]:
+        return False
+    compared = 0
+    offset = getattr(reference, "subpixel_offset", None)
+    for level, lx, ly, px in sample_regions(reference.levels):
+        dx, dy = (offset(max(lx, 0), level), offset(max(ly, 0), level)) if offset else (0.0, 0.0)
+        try:
+            wanted = reference.read_level(lx, ly, level, px, px)
+        except OSError:
+            wanted = None
+        try:
+            got = _shifted(candidate, lx, ly, level, px, dx, dy)
+        except OSError:
+            got = None
+        if wanted is None or got is None:
+            if wanted is None and got is None:
+                continue
+            return False
+        compared += 1
+        difference = np.abs(wanted.astype(np.float32) - got)
+        if (np.quantile(difference, 0.99) > 3) if dx or dy else difference.any():
+            return False
+    return compared > 0
+
+
+def _shifted(reader: SlideReader, lx: int, ly: int, level: int, px: int, dx: float, dy: float) -> np.ndarray:
+    """Region displaced by a fraction of a pixel, bilinear."""
+    if not dx and not dy:
+        return reader.read_level(lx, ly, level, px, px)
+    bx, by = math.floor(dx), math.floor(dy)
+    image = reader.read_level(lx + bx, ly + by, level, px + 1, px + 1).astype(np.float32)
+    fx, fy = dx - bx, dy - by
+    image = image[:, :-1] * (1 - fx) + image[:, 1:] * fx
+    return np.rint(image[:-1] * (1 - fy) + image[1:] * fy)

@@ -1,0 +1,236 @@
+"""The index of a TIFF file (its IFDs), read without decoding a pixel.
+
+Tells what a decoder does not say in time: data that lie beyond the end of the file, tiles that are missing, how the
+pixels are compressed, how many channels there are. TIFF 6.0 and BigTIFF; NDPI above 4 GB is left to OpenSlide.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from slidemake.failures import SlideFailure
+
+_TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4,u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4,i4"}
+_TYPES |= {11: "f4", 12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+_WANTED = {
+    254,
+    256,
+    257,
+    258,
+    259,
+    262,
+    270,
+    273,
+    277,
+    279,
+    282,
+    283,
+    284,
+    296,
+    322,
+    323,
+    324,
+    325,
+    330,
+    338,
+    347,
+    65420,
+}
+UM_PER_UNIT = {"": 1.0, "µm": 1.0, "um": 1.0, "μm": 1.0, "micrometer": 1.0, "micrometre": 1.0, "nm": 1e-3}
+UM_PER_UNIT |= {"nanometer": 1e-3, "mm": 1e3, "millimeter": 1e3, "cm": 1e4, "m": 1e6, "meter": 1e6, "Å": 1e-4}
+
+
+@dataclass(frozen=True)
+class TiffPage:
+    """One image of a TIFF file: its geometry, coding, and where its data lie (bytes)."""
+
+    width: int
+    height: int
+    tiled: bool
+    compression: int
+    photometric: int
+    samples: int
+    bits: int
+    planar: bool
+    alpha: bool
+    description: str
+    resolution: tuple[float, float] | None  # um per px from the resolution tags
+    offsets: np.ndarray
+    counts: np.ndarray
+    tile: tuple[int, int] = (0, 0)
+    jpeg_tables: bytes = b""
+    subpages: tuple[TiffPage, ...] = ()
+
+
+@dataclass(frozen=True)
+class TiffIndex:
+    """All pages of a TIFF file. `broken`: what of the index itself lies beyond the end of the file."""
+
+    path: Path
+    size: int
+    pages: tuple[TiffPage, ...]
+    broken: str = ""
+    ndpi: bool = False
+
+    @property
+    def is_ome(self) -> bool:
+        return bool(self.pages) and "<OME" in self.pages[0].description[:4096]
+
+    @property
+    def all_pages(self) -> list[TiffPage]:
+        return [p for page in self.pages for p in (page, *page.subpages)]
+
+
+@dataclass
+class _Walk:
+    handle: BinaryIO
+    size: int
+    order: str
+    big: bool
+    seen: set[int] = field(default_factory=set)
+    ndpi: bool = False
+
+
+class _BeyondEnd(Exception):
+    pass
+
+
+def read_tiff_index(path: Path) -> TiffIndex | None:
+    """Index of a TIFF file; None if it is not one."""
+    if path.is_dir():
+        return None
+    with open(path, "rb") as handle:
+        head = handle.read(16)
+        if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return None
+        order, big = ("<" if head[:2] == b"II" else ">"), 43 in (head[2], head[3])
+        walk = _Walk(handle, path.stat().st_size, order, big)
+        pages: list[TiffPage] = []
+        try:
+            offset = struct.unpack(order + "Q", head[8:16])[0] if big else struct.unpack(order + "I", head[4:8])[0]
+            while offset and offset not in walk.seen:
+                page, offset = _page(walk, offset)
+                if page is not None:
+                    pages.append(page)
+        except (_BeyondEnd, struct.error) as error:
+            return TiffIndex(path, walk.size, tuple(pages), str(error) or "the index ends too early", walk.ndpi)
+    return TiffIndex(path, walk.size, tuple(pages), "", walk.ndpi)
+
+
+def _bytes(walk: _Walk, offset: int, count: int) -> bytes:
+    if offset + count > walk.size:
+        raise _BeyondEnd(f"its index points to byte {offset + count} of {walk.size}")
+    walk.handle.seek(offset)
+    return walk.handle.read(count)
+
+
+def _page(walk: _Walk, offset: int) -> tuple[TiffPage | None, int]:
+    walk.seen.add(offset)
+    width, entry, value = (8, 20, 8) if walk.big else (2, 12, 4)
+    number = int.from_bytes(_bytes(walk, offset, width), "little" if walk.order == "<" else "big")
+    table = _bytes(walk, offset + width, number * entry + value)
+    tags: dict[int, np.ndarray] = {}
+    for i in range(number):
+        raw = table[i * entry : (i + 1) * entry]
+        tag, kind, count = struct.unpack(walk.order + ("HHQ" if walk.big else "HHI"), raw[:-value])
+        if tag not in _WANTED or kind not in _TYPES:
+            continue
+        dtype = np.dtype(_TYPES[kind]).newbyteorder(walk.order)
+        data = raw[-value:]
+        if count * dtype.itemsize > value:
+            where = struct.unpack(walk.order + ("Q" if walk.big else "I"), data)[0]
+            data = _bytes(walk, where, count * dtype.itemsize)
+        tags[tag] = np.frombuffer(data, dtype, count)
+    following = struct.unpack(walk.order + ("Q" if walk.big else "I"), table[-value:])[0]
+    walk.ndpi |= 65420 in tags
+    subpages = [_page(walk, int(o))[0] for o in tags.get(330, ()) if o and int(o) not in walk.seen]
+    return _make_page(tags, tuple(p for p in subpages if p is not None)), following
+
+
+def _make_page(tags: dict[int, np.ndarray], subpages: tuple[TiffPage, ...]) -> TiffPage | None:
+    if 256 not in tags or 257 not in tags:
+        return None
+
+    def number(tag: int, default: int) -> int:
+        return int(tags[tag][0]) if tag in tags and len(tags[tag]) else default
+
+    offsets, counts = (tags.get(a, tags.get(b, np.zeros(0))).astype(np.int64) for a, b in ((324, 273), (325, 279)))
+    return TiffPage(
+        width=number(256, 0),
+        height=number(257, 0),
+        tiled=322 in tags,
+        compression=number(259, 1),
+        photometric=number(262, 2),
+        samples=number(277, 1),
+        bits=int(tags[258].max()) if 258 in tags else 1,
+        planar=number(284, 1) == 2,
+        alpha=number(338, 0) in (1, 2),
+        description=tags[270].tobytes().split(b"\0")[0].decode("utf-8", "replace") if 270 in tags else "",
+        resolution=_resolution(tags, number(296, 2)),
+        offsets=offsets,
+        counts=counts,
+        tile=(number(322, 0), number(323, 0)),
+        jpeg_tables=tags[347].tobytes() if 347 in tags else b"",
+        subpages=subpages,
+    )
+
+
+def _resolution(tags: dict[int, np.ndarray], unit: int) -> tuple[float, float] | None:
+    um = {2: 25400.0, 3: 10000.0}.get(unit)
+    if um is None or 282 not in tags or 283 not in tags:
+        return None
+    values = [tags[t][0] for t in (282, 283)]
+    if any(v[0] == 0 or v[1] == 0 for v in values):
+        return None
+    x, y = (um * float(v[1]) / float(v[0]) for v in values)
+    return x, y
+
+
+def check_whole(index: TiffIndex) -> None:
+    """Raise SlideFailure `truncated` when the file ends before the data its index speaks of."""
+    if index.ndpi and index.size >= 1 << 32:
+        return  # 64-bit offsets hidden in 32-bit tags
+    if index.broken:
+        raise SlideFailure("truncated", f"{index.path.name} ends too early: {index.broken}")
+    lost = total = 0
+    for page in index.all_pages:
+        n = min(len(page.offsets), len(page.counts))
+        ends, there = page.offsets[:n] + page.counts[:n], page.counts[:n] > 0
+        lost += int((ends[there] > index.size).sum())
+        total += n
+    if lost:
+        message = (
+            f"{index.path.name}: {lost} of {total} tiles or strips lie beyond the end of the file ({index.size} bytes)"
+        )
+        raise SlideFailure("truncated", message)
+
+
+def check_rgb(page: TiffPage, name: str) -> None:
+    """Raise SlideFailure `not_brightfield` unless the page holds 8-bit RGB, with or without alpha.
+
+    Grey and 16-bit images are refused rather than stretched: what the stain and the encoder expect is colour.
+    """
+    if page.photometric == 3:  # palette: the readers expand it
+        return
+    if page.samples not in (3, 4) or (page.samples == 4 and not page.alpha):
+        raise SlideFailure("not_brightfield", f"{name} has {page.samples} channel(s) per pixel, not RGB")
+    if page.bits != 8:
+        raise SlideFailure("not_brightfield", f"{name} has {page.bits} bits per channel, not 8")
+
+
+def ome_mpp(description: str) -> tuple[float, float] | None:
+    """um per px (x, y) of the first image of an OME-XML, units converted; None if absent."""
+    found = []
+    for axis in "XY":
+        size = re.search(rf'\bPhysicalSize{axis}="([^"]+)"', description)
+        unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]*)"', description)
+        scale = UM_PER_UNIT.get(unit.group(1).replace("&#181;", "µ") if unit else "")
+        if size is not None and scale is not None:
+            found.append(float(size.group(1)) * scale)
+    return (found[0], found[-1]) if found and min(found) > 0 else None

@@ -1,0 +1,186 @@
+"""Reading tiled TIFFs through libvips: a few times as fast as OpenSlide on JPEG tiles.
+
+Only for files on which `reader.choose_reader` found it pixel-equal to the reference. The libvips wheel has no JPEG
+2000 and may return black without an error: such files never come here.
+
+libvips also goes on after a damaged JPEG tile (half of it grey, say) and leaves no more than a note in its error
+buffer, which all threads and slides of the process share. So a note seen by anyone makes every open reader verify,
+from then on, the JPEG tiles that it touches, one by one with a strict decoder: what a read gives does not depend on
+who saw the note first.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyvips
+
+from slidemake.failures import SlideFailure
+from slidemake.reader import Level, SlideReader, make_levels
+from slidemake.reader_openslide import OpenSlideReader
+from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, ome_mpp, read_tiff_index
+
+pyvips.cache_set_max(0)  # no operation cache: a closed slide gives its memory back
+
+DECODED = (1, 5, 7, 8, 32946)  # none, LZW, JPEG, deflate: compressions that every libvips decodes
+
+
+def vips_may_read(index: TiffIndex, ome: bool = False) -> bool:
+    """Whether the file is worth a comparison: tiled 8-bit RGB, known compression, no tile absent."""
+    if index.broken or index.ndpi or not index.pages:
+        return False
+    pages = [index.pages[0], *index.pages[0].subpages] if ome else [p for p in index.pages if p.tiled]
+    return bool(pages) and all(_plain_tiles(page) for page in pages)
+
+
+def _plain_tiles(page: TiffPage) -> bool:
+    rgb = page.samples == 3 and page.bits == 8 and not page.planar and page.photometric in (2, 6)
+    # A tile of no bytes is black to libvips; OpenSlide fills it from another level or leaves it white.
+    return page.tiled and rgb and page.compression in DECODED and bool(len(page.counts)) and bool(page.counts.min() > 0)
+
+
+class _Notes:
+    """The process-wide error buffer of libvips: counts how often something was found in it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._seen = 0
+
+    def collect(self) -> tuple[int, str]:
+        """Notes seen so far in this process, and the text of the one found now; empties the buffer."""
+        with self.lock:
+            text = pyvips.ffi.string(pyvips.vips_lib.vips_error_buffer()).decode("utf-8", "replace")
+            if text:
+                pyvips.vips_lib.vips_error_clear()
+                self._seen += 1
+            return self._seen, " ".join(text.split())
+
+    def strict_jpeg(self, data: bytes) -> bool:
+        """Whether a JPEG decodes without so much as a warning."""
+        with self.lock:
+            try:
+                pyvips.Image.jpegload_buffer(data, fail_on="warning").avg()
+            except pyvips.Error:
+                self._seen += 1  # pyvips.Error emptied the buffer, perhaps with somebody else's note in it
+                return False
+        return True
+
+
+_NOTES = _Notes()
+
+
+class VipsReader(SlideReader):
+    """libvips regions, one per thread and level; levels are TIFF pages, or the sub-IFDs of an OME-TIFF.
+
+    libvips keeps two rows of decoded tiles per level in use: 150 MB on a level 100,000 px wide, 3 MB at 2,000.
+    """
+
+    name = "pyvips"
+
+    def __init__(self, path: Path, mpp: float | None = None):
+        index = read_tiff_index(path)
+        if index is None or not index.pages:
+            raise SlideFailure("unsupported", f"{path.name} is not a TIFF file")
+        self._associated: list[str] = []
+        if index.is_ome:
+            page = index.pages[0]
+            self._pages = [page, *page.subpages]
+            self._sources = [{"page": 0, "subifd": i - 1} for i in range(len(self._pages))]
+            levels = make_levels([(p.width, p.height) for p in self._pages])
+            super().__init__(path, levels, mpp=mpp, file_mpp=ome_mpp(page.description), vendor="ome-tiff")
+        else:
+            with OpenSlideReader(path, mpp) as known:
+                numbers = [_page_of(index, level) for level in known.levels]
+                self._pages = [index.pages[n] for n in numbers]
+                self._sources = [{"page": n} for n in numbers]
+                super().__init__(
+                    path,
+                    known.levels,
+                    mpp=mpp,
+                    file_mpp=known.file_mpp,
+                    vendor=known.vendor,
+                    properties=known.properties,
+                    bounds=known.bounds,
+                )
+                self._associated = known.associated()
+        check_rgb(self._pages[0], path.name)
+        self._images: dict[int, pyvips.Image] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._sound: dict[tuple[int, int], bool] = {}  # (level, tile) -> whether it decodes strictly
+        self._notes_before = _NOTES.collect()[0]
+
+    def close(self) -> None:
+        self._local = threading.local()
+        self._images = {}
+
+    def associated(self) -> list[str]:
+        return list(self._associated)
+
+    def _region(self, level: int) -> pyvips.Region:
+        regions = self._local.__dict__.setdefault("regions", {})
+        if level not in regions:
+            with self._lock:
+                image = self._images.get(level)
+                if image is None:
+                    image = self._images[level] = self._load(level)
+            regions[level] = pyvips.Region.new(image)
+        return regions[level]
+
+    def _load(self, level: int) -> pyvips.Image:
+        try:
+            image = pyvips.Image.tiffload(str(self.path), access="random", fail_on="warning", **self._sources[level])
+        except pyvips.Error as error:
+            raise OSError(f"{self.path.name}: libvips does not open level {level}: {error}") from error
+        size = self.levels[level]
+        if (image.width, image.height, image.bands, image.format) != (size.width, size.height, 3, "uchar"):
+            raise OSError(f"{self.path.name}: libvips sees level {level} as {image}")
+        return image
+
+    def _read_inside(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
+        data = _fetch(self._region(level), lx, ly, w, h)
+        notes, text = _NOTES.collect()
+        if data is None or (notes != self._notes_before and not self._tiles_sound(lx, ly, level, w, h)):
+            what = f"{self.path.name}: level {level}, {w} x {h} px at ({lx}, {ly}) of the level does not decode"
+            raise OSError(f"{what}: {text or 'damaged JPEG data'}")
+        return data.reshape(h, w, 3)
+
+    def _tiles_sound(self, lx: int, ly: int, level: int, w: int, h: int) -> bool:
+        """Whether all JPEG tiles under a window decode without a warning (other codings fail by themselves)."""
+        page = self._pages[level]
+        if page.compression != 7:
+            return True
+        across = -(-page.width // page.tile[0])
+        for row in range(ly // page.tile[1], (ly + h - 1) // page.tile[1] + 1):
+            for column in range(lx // page.tile[0], (lx + w - 1) // page.tile[0] + 1):
+                key = (level, row * across + column)
+                if key not in self._sound:
+                    self._sound[key] = _NOTES.strict_jpeg(self._jpeg(page, key[1]))
+                if not self._sound[key]:
+                    return False
+        return True
+
+    def _jpeg(self, page: TiffPage, tile: int) -> bytes:
+        """One tile as a JPEG file: the tables that all tiles share go before its own segments."""
+        with open(self.path, "rb") as handle:
+            handle.seek(int(page.offsets[tile]))
+            data = handle.read(int(page.counts[tile]))
+        return page.jpeg_tables[:-2] + data[2:] if page.jpeg_tables else data
+
+
+def _fetch(region: pyvips.Region, x: int, y: int, w: int, h: int) -> np.ndarray | None:
+    """`Region.fetch` that leaves the error buffer alone (pyvips.Error empties it, with notes of other threads)."""
+    size = pyvips.ffi.new("size_t *")
+    pointer = pyvips.vips_lib.vips_region_fetch(region.pointer, x, y, w, h, size)
+    if pointer == pyvips.ffi.NULL:
+        return None
+    return np.frombuffer(pyvips.ffi.buffer(pyvips.ffi.gc(pointer, pyvips.glib_lib.g_free), size[0]), np.uint8)
+
+
+def _page_of(index: TiffIndex, level: Level) -> int:
+    for number, page in enumerate(index.pages):
+        if page.tiled and (page.width, page.height) == (level.width, level.height):
+            return number
+    raise OSError(f"{index.path.name}: no tiled page of {level.width} x {level.height} px")

@@ -1,0 +1,199 @@
+"""Screening: what each slide is, and whether it can be processed at all, before any real work is spent on it.
+
+For every slide: identity by content, the reader that serves it, levels, um per px and where that came from, or a typed
+reason why not. A few regions over the slide and at every level are read; of a TIFF the positions of all tiles are
+compared with the size of the file.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from slidemake.cohort import SlideRow
+from slidemake.failures import SlideFailure
+from slidemake.provenance import committed, content_identity, fingerprint, read_json_if_whole, write_json
+from slidemake.racks import Record
+from slidemake.reader import SlideReader, choose_reader, open_slide, slide_file
+from slidemake.reader_tiff import check_rgb, check_whole, read_tiff_index
+
+log = logging.getLogger("slidemake")
+
+PLAUSIBLE_MPP = (0.05, 10.0)  # um per px at level 0; a resolution tag of 72 dpi says 353
+COARSER = 1.05  # a slide coarser than a grid by more than this is not enlarged
+THUMBNAIL = 512  # px, longer side
+PROBE = 256  # px, side of the regions read
+
+
+def screen_slide(row: SlideRow, options: dict[str, Any], results: Path) -> Record:
+    """Screen one slide: writes `slides/{id}/thumbnail.jpg` and, last, `slide.json` under `results`.
+
+    `options`: `reader` ("auto", or one name for all slides), `default_mpp` (um per px for slides that have none, or
+    None), `grid_mpps` (the grids that will be asked for: those finer than the slide are only noted here, in
+    `coarser_than`). Returns the figures of slide.json, with `reused: True` when they were found finished. Raises
+    SlideFailure with the reason; slide.json then holds it, with status "failed".
+    """
+    path = Path(row.path)
+    target = results / "slides" / row.slide_id / "slide.json"
+    if not path.exists():
+        target.unlink(missing_ok=True)
+        raise SlideFailure("missing_file", f"{path} does not exist")
+    identity = slide_identity(path)
+    wanted = {key: options.get(key) for key in ("reader", "default_mpp")}
+    mark = fingerprint("screen", identity=identity, slide_id=row.slide_id, mpp=row.mpp, options=wanted)
+    known = read_json_if_whole(target)
+    if known is not None and known.get("fingerprint") == mark and target.with_name("thumbnail.jpg").exists():
+        if known["path"] != str(path):  # the file moved
+            known["path"] = str(path)
+            write_json(target, known)
+        return {**known, **_coarser(known["mpp"], options), "reused": True}
+    try:
+        found = _examine(row, path, options, target.with_name("thumbnail.jpg"))
+    except SlideFailure as failure:
+        reason = failure.record(row.slide_id, "screen").as_dict()
+        write_json(target, {"slide_id": row.slide_id, "status": "failed", "path": str(path), "failure": reason})
+        raise
+    record = {"slide_id": row.slide_id, "status": "ok", "path": str(path), "identity": identity, **found}
+    record["fingerprint"] = mark
+    write_json(target, record)
+    return {**record, **_coarser(record["mpp"], options)}
+
+
+def slide_identity(path: Path) -> str:
+    """Content identity of a slide. An .mrxs counts with the folder of its name, which holds its pixels."""
+    data = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and data.is_dir():
+        return fingerprint("screen", parts=[content_identity(path), content_identity(data)])
+    return content_identity(path)
+
+
+def find_duplicates(records: list[Record]) -> dict[str, str]:
+    """{slide_id: slide_id of the first slide with the same content}, for all but the first of each scan.
+
+    Over the records of all racks, in sheet order; records without an identity (failed ones) are passed over.
+    """
+    first: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
+    for record in records:
+        identity = record.get("identity")
+        if identity is None:
+            continue
+        original = first.setdefault(identity, record["slide_id"])
+        if original != record["slide_id"]:
+            duplicates[record["slide_id"]] = original
+    return duplicates
+
+
+def _coarser(mpp: float, options: dict[str, Any]) -> dict[str, list[float]]:
+    return {"coarser_than": sorted(grid for grid in options.get("grid_mpps") or () if mpp > COARSER * grid)}
+
+
+def _examine(row: SlideRow, path: Path, options: dict[str, Any], thumbnail: Path) -> Record:
+    """Open the slide and look at it: the figures of slide.json, and its thumbnail."""
+    index = read_tiff_index(slide_file(path))
+    if index is not None:
+        check_whole(index)
+        if index.pages and not index.is_ome:
+            check_rgb(index.pages[0], path.name)
+    name = options.get("reader") or "auto"
+    with open_slide(path, choose_reader(path) if name == "auto" else name, row.mpp) as slide:
+        flags = _check_modality(slide) + _probe(slide)
+        mpp, source = _resolve_mpp(slide, row.mpp, options.get("default_mpp"))
+        flags += _mpp_flags(slide, mpp, source)
+        picture = slide.thumbnail(THUMBNAIL)
+        flags += _check_light(picture, path.name)
+        with committed(thumbnail) as work:
+            Image.fromarray(picture).save(work, "JPEG", quality=85)
+        return {
+            "vendor": slide.vendor,
+            "reader": slide.name,
+            "width": slide.dimensions[0],
+            "height": slide.dimensions[1],
+            "levels": [vars(level) for level in slide.levels],
+            "bounds": list(slide.bounds) if slide.bounds else None,
+            "mpp": mpp,
+            "mpp_source": source,
+            "mpp_file": list(slide.file_mpp) if slide.file_mpp else None,
+            "objective": _objective(slide),
+            "associated": slide.associated(),
+            "flags": sorted(set(flags)),
+        }
+
+
+def _resolve_mpp(slide: SlideReader, sheet: float | None, default: float | None) -> tuple[float, str]:
+    """um per px and its source: sheet, then file, then the cohort's default."""
+    file = sum(slide.file_mpp) / 2 if slide.file_mpp else None
+    for value, source in ((sheet, "sheet"), (file, "file"), (default, "default")):
+        if value is None:
+            continue
+        if not PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]:
+            where = {"sheet": "The sheet", "file": "The file", "default": "The setting default_mpp"}[source]
+            message = f"{where} says {value:.6g} um per pixel; between 0.05 and 10 is plausible"
+            raise SlideFailure("implausible_mpp", message)
+        return float(value), source
+    raise SlideFailure("no_mpp", f"{slide.path.name} does not say its um per pixel, nor does the sheet")
+
+
+def _objective(slide: SlideReader) -> float | None:
+    try:
+        return float(slide.properties["openslide.objective-power"])
+    except (KeyError, ValueError):
+        return None
+
+
+def _mpp_flags(slide: SlideReader, mpp: float, source: str) -> list[str]:
+    """What does not fit together: 10 um / objective is the usual um per px, within a factor 1.5 or so."""
+    flags = []
+    objective = _objective(slide)
+    if objective and not 1 / 1.6 < mpp * objective / 10 < 1.6:
+        flags.append("mpp_disagrees_with_objective")
+    if slide.file_mpp:
+        x, y = slide.file_mpp
+        if abs(x / y - 1) > 0.02:
+            flags.append("pixels_not_square")
+        if source == "sheet" and abs(mpp / ((x + y) / 2) - 1) > 0.05:
+            flags.append("mpp_of_sheet_differs_from_file")
+    return flags
+
+
+def _check_modality(slide: SlideReader) -> list[str]:
+    """Refuse what the file itself calls fluorescence (Leica, 3DHISTECH, DICOM, ... each in its own property)."""
+    for key, value in slide.properties.items():
+        told = any(word in key.lower() for word in ("illumination", "slide_type", "slide-type", "modality"))
+        if told and "fluor" in value.lower():
+            raise SlideFailure("not_brightfield", f"{slide.path.name} is a fluorescence scan ({key} = {value})")
+    return []
+
+
+def _check_light(picture: np.ndarray, name: str) -> list[str]:
+    """Refuse a slide that is dark nearly everywhere: transmitted light leaves the background bright."""
+    brightest = picture.max(axis=2)
+    padding = float((brightest <= 5).mean())
+    seen = brightest[brightest > 5]
+    if padding > 0.98 or (seen.size and np.median(seen) < 40):
+        raise SlideFailure("not_brightfield", f"{name} is dark ({100 * padding:.0f} % black): not transmitted light")
+    return ["black_padding"] if padding > 0.1 else []
+
+
+def _probe(slide: SlideReader) -> list[str]:
+    """Read regions spread over the slide at every level: `unreadable` when a level gives nothing at all."""
+    lost = 0
+    for number, level in enumerate(slide.levels):
+        steps = (0.1, 0.5, 0.9) if number == 0 else (0.3, 0.7)
+        failed, reason = 0, ""
+        for fy in steps:
+            for fx in steps:
+                w, h = min(PROBE, level.width), min(PROBE, level.height)
+                x, y = int(fx * (level.width - w)), int(fy * (level.height - h))
+                try:
+                    slide.read_level(x, y, number, w, h)
+                except OSError as error:
+                    failed, reason = failed + 1, str(error)
+        if failed == len(steps) ** 2:
+            raise SlideFailure("unreadable", f"Nothing at level {number} can be read: {reason}")
+        lost += failed
+    return ["corrupt_regions"] if lost else []
