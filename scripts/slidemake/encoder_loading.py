@@ -17,7 +17,7 @@ from torch import nn
 
 from slidemake import encoders
 from slidemake.encoder_architectures import Pooled, build_trunk, network_dim
-from slidemake.encoder_runtime import accelerate, autocast, effective_precision, tune_allocator
+from slidemake.encoder_runtime import accelerate, autocast, effective_precision, keep_freed_memory
 from slidemake.encoder_transform import Preprocess, StainHook
 from slidemake.encoder_weights import load_into
 from slidemake.encoders import EncoderRecord
@@ -67,8 +67,8 @@ def load_encoder(
 ) -> Encoder:
     """Find, verify and load the record's weights on `device`; -> a warm `Encoder`.
 
-    `precision`: fp32, fp16 or bf16; None means the record's own on a GPU and fp32 on the CPU. On the CPU the C
-    library's allocator is tuned for the whole process (`encoder_runtime.tune_allocator`). RunError when weights are
+    `precision`: fp32, fp16 or bf16; None or "auto" is the record's own on a GPU and fp32 on the CPU. On the CPU the C
+    library's allocator is tuned for the whole process (`encoder_runtime.keep_freed_memory`). RunError when weights are
     missing, are not those of the record (sha256, names or shapes of tensors), or give features of another width.
     """
     device = torch.device(device)
@@ -77,11 +77,12 @@ def load_encoder(
     except ValueError as error:
         raise RunError(f"Encoder {record.name}: {error}.") from error
     if device.type == "cpu":
-        tune_allocator()
+        keep_freed_memory()
     path = encoders.resolve_weights(record)
-    sha = verified_sha256(record, path) if path else f"random:{record.source.seed}"
+    sha = verified_sha256(record, path) if path else encoders.weights_sha256(None)
     model = build_model(record, path)
     fast, path_name = accelerate(model, device, record.crop, precision, compile_model=compile_model)
+    identity = encoders.identity(record, sha, precision)
     log.info("encoder %s on %s in %s (%s), %d numbers per tile", record.name, device, precision, path_name, record.dim)
     return Encoder(
         record=record,
@@ -90,8 +91,8 @@ def load_encoder(
         device=device,
         precision=precision,
         path_name=path_name,
-        weights_sha256=sha,
-        identity=encoders.identity(record, sha, precision),
+        weights_sha256=identity["weights_sha256"],
+        identity=identity,
     )
 
 

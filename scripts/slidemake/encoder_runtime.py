@@ -27,7 +27,7 @@ AGREEMENT = 1e-3  # largest difference between traced and eager features, relati
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
-def tune_allocator() -> bool:
+def keep_freed_memory() -> bool:
     """Ask glibc to keep freed memory in the process. True if it agreed; False on another C library.
 
     By default every large activation is mapped, faulted in page by page and unmapped again, at every layer: half of the
@@ -45,11 +45,12 @@ def tune_allocator() -> bool:
 
 
 def effective_precision(precision: str | None, recorded: str, device: torch.device) -> str:
-    """Precision that will run: the one asked for, else the record's on a GPU and fp32 on the CPU.
+    """Precision that will run: the one asked for; for None and "auto" the record's on a GPU and fp32 on the CPU.
 
     fp16 on the CPU is refused: it is slower than fp32 there and not what anybody evaluated.
     """
-    chosen = precision or (recorded if device.type == "cuda" else "fp32")
+    automatic = recorded if device.type == "cuda" else "fp32"
+    chosen = automatic if precision in (None, "auto") else str(precision)
     if chosen not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {chosen!r}")
     if chosen == "fp16" and device.type == "cpu":
@@ -89,12 +90,12 @@ def _traced(model: nn.Module, device: torch.device, input_px: int) -> tuple[Call
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TracerWarning: control flow on shapes; the probes below decide
-            traced = torch.jit.freeze(torch.jit.trace(model, probe(3, input_px, device), check_trace=False))
-        # The executor profiles the first calls and optimises the later ones: ask three times, the last answer counts.
-        for count in (2, 5):
+            traced = torch.jit.freeze(torch.jit.trace(model, probe(2, input_px, device), check_trace=False))
+        # The executor profiles the first calls and optimises the later ones: ask twice, the last answer counts.
+        for count in (1, 3):
             batch = probe(count, input_px, device)
             expected = model(batch)
-            for _ in range(3):
+            for _ in range(2):
                 got = traced(batch)
             difference = relative_difference(got, expected)
             if not difference <= AGREEMENT:
