@@ -22,7 +22,7 @@ RACK_THREADS = max(1, min(4, (workflow.cores or 2) // max(1, len(RACKS))))
 wildcard_constraints:
     rack=r"r\d+",
     grid=r"\d+px_[0-9.]+mpp",
-    encoder=r"[A-Za-z0-9_.-]+(?::[a-z0-9_]+)?",
+    encoder=r"[A-Za-z0-9_.-]+",
     task=r"[A-Za-z0-9_.-]+",
     model=r"[A-Za-z0-9_.-]+",
 

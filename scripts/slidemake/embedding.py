@@ -57,11 +57,10 @@ def make_slide_job(
     record: dict[str, Any],
 ) -> SlideJob:
     """What is to be done for one slide of the tiling stage's `record`; `identity` is the encoder's (with weights)."""
-    from slidemake.grid import grid_name
     from slidemake.stain_stage import slide_transform
 
     slide_id = record["slide_id"]
-    tiles = results / "tiles" / grid_name(encoder.tile_px, encoder.mpp) / f"{slide_id}.zarr"
+    tiles = results / "tiles" / encoder.grid / f"{slide_id}.zarr"
     stored = read_json(tiles / "zarr.json")["attributes"]
     if stored["pixels"] == "normalised":  # the store's tiles are what the encoder gets
         transform, stain_info = None, stain_description(stored["stain"])
@@ -73,7 +72,7 @@ def make_slide_job(
     return SlideJob(
         slide_id=slide_id,
         tiles=tiles,
-        out=results / "embeddings" / encoder.name / f"{slide_id}.zarr",
+        out=results / "embeddings" / encoder.slug / f"{slide_id}.zarr",
         stain=transform,
         stain_info=stain_info,
         fingerprint=embedding_fingerprint(record["fingerprint"], identity, stain_info, dtype),

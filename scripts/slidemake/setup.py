@@ -17,7 +17,6 @@ from slidemake.cohort import SlideRow, check_task, read_sheet
 from slidemake.configuration import load_configuration, stage_options
 from slidemake.encoders import EncoderRecord, check_access, load_record, registry
 from slidemake.failures import RunError
-from slidemake.grid import grid_name
 from slidemake.provenance import FORMAT_VERSION, read_json_if_whole, write_json
 from slidemake.racks import assign_racks, auto_rack_size
 from slidemake.stain import resolve_method
@@ -32,7 +31,8 @@ class Plan:
     config: dict[str, Any]
     rows: list[SlideRow]
     racks: dict[str, list[SlideRow]]
-    encoders: dict[str, EncoderRecord]
+    encoders: dict[str, EncoderRecord]  # by folder name
+    registry: dict[str, Any]
     bundle: dict[str, Any] | None
 
     @property
@@ -49,8 +49,7 @@ class Plan:
 
     def grid_of(self, encoder: str) -> str:
         """Name of the grid that an encoder takes its tiles from."""
-        record = self.encoders[encoder]
-        return grid_name(record.tile_px, record.mpp)
+        return self.encoders[encoder].grid
 
     def encoder_record(self, encoder: str) -> dict[str, Any]:
         """The registry's record of an encoder, as it goes into params and fingerprints."""
@@ -92,9 +91,41 @@ class Plan:
         return [*self.tasks[task]["models"], *CONTROLS]
 
     def encoder_of(self, task: str, model: str) -> str:
-        """Encoder whose features a model of a task reads; controls use the first model's."""
+        """Folder name of the encoder whose features a model of a task reads; controls use the first model's."""
+        return load_record(self._model(task, model)["encoder"], self.registry).slug
+
+    def _model(self, task: str, model: str) -> dict[str, Any]:
         name = self.tasks[task]["models"][0] if model in CONTROLS else model
-        return str(self.config["models"][name]["encoder"])
+        return dict(self.config["models"][name])
+
+    def task_options(self, task: str) -> dict[str, Any]:
+        """A task's settings but for its list of models, which changes nothing for any one of them."""
+        return {key: value for key, value in self.tasks[task].items() if key != "models"}
+
+    def model_options(self, task: str, model: str) -> dict[str, Any]:
+        """Settings of a model; a control is the first model's with `control` set."""
+        options = self._model(task, model)
+        if model in CONTROLS:
+            options["control"] = model
+        return options
+
+    def bundle_context(self, task: str, model: str) -> dict[str, Any]:
+        """What a bundle must carry so that a slide never seen is processed like the training slides."""
+        encoder = self.encoder_of(task, model)
+        return {
+            "encoder": self.encoders[encoder].name,
+            "grid": self.grid_of(encoder),
+            "stain": {**stage_options(self.config, "stain"), "method": self.stain_method_of(encoder)},
+            "tissue": stage_options(self.config, "tissue"),
+            "tiling": self.config["tiling"],
+            "features": self.config["embedding"]["features"],
+        }
+
+    def explained_model(self, task: str) -> str | None:
+        """The model of a task whose attention is drawn on the slides; None when nothing is to be explained."""
+        if self.config["explain"]["slides"] == "none":
+            return None
+        return self.config["explain"]["model"] or next(iter(self.tasks[task]["models"]), None)
 
 
 def plan_run(raw: dict[str, Any], base: Path) -> Plan:
@@ -118,13 +149,14 @@ def plan_run(raw: dict[str, Any], base: Path) -> Plan:
         check_task(rows, task)
     encoders = {}
     for key in used_encoders(config, tasks, bundle):
-        encoders[key] = load_record(key, known)
-        check_access(encoders[key])
+        record = load_record(key, known)
+        check_access(record)
+        encoders[record.slug] = record
     size = config["rack_size"]
     size = auto_rack_size(len(rows)) if size == "auto" else int(size)
     by_id = {row.slide_id: row for row in rows}
     racks = {rack: [by_id[i] for i in ids] for rack, ids in assign_racks(list(by_id), size).items()}
-    return Plan(config, rows, racks, encoders, bundle)
+    return Plan(config, rows, racks, encoders, known, bundle)
 
 
 def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[str]:

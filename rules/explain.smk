@@ -1,0 +1,32 @@
+"""Explanation: where on each slide the model looked, by models that never saw the slide's patient."""
+
+
+rule explain_slides:
+    """Attention and leave-one-tile-out per tile, heatmap (PNG, GeoJSON), tiles with most and least attention."""
+    input:
+        trained=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",
+        predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
+        splits=rules.split_cohort.output.splits,
+        embed=lambda wildcards: manifest(
+            "embed", wildcards.rack, encoder=PLAN.encoder_of(wildcards.task, wildcards.model)
+        ),
+        slides=rules.cohort_table.output.slides,
+    output:
+        manifest=manifest("explain", "{rack}", task="{task}", model="{model}"),
+    log:
+        log_file("explain_slides/{task}/{model}/{rack}"),
+    benchmark:
+        benchmark_file("explain_slides/{task}/{model}/{rack}")
+    threads: 1
+    resources:
+        mem_mb=2000,
+    params:
+        results=OUTPUT,
+        encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),
+        task=lambda wildcards: PLAN.task_options(wildcards.task),
+        options=stage_options(CONFIG, "explain"),
+        version=STAGE_VERSIONS["explain"],
+    message:
+        "Explaining {wildcards.model} on the slides of rack {wildcards.rack}"
+    script:
+        "../scripts/explain_slides.py"

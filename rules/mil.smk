@@ -1,0 +1,88 @@
+"""Multiple-instance learning: folds of patients, one model per fold and repeat, predictions out of fold, metrics."""
+
+
+rule split_cohort:
+    """Folds at patient level, with a report on balance; a patient in two folds stops the run."""
+    input:
+        slides=rules.cohort_table.output.slides,
+        passed=rules.check_cohort.output.passed,
+    output:
+        splits=f"{OUTPUT}/tasks/{{task}}/splits.csv",
+        report=f"{OUTPUT}/tasks/{{task}}/splits.json",
+    log:
+        log_file("split_cohort/{task}"),
+    benchmark:
+        benchmark_file("split_cohort/{task}")
+    resources:
+        mem_mb=500,
+    params:
+        task=lambda wildcards: PLAN.task_options(wildcards.task),
+        version=STAGE_VERSIONS["splits"],
+    message:
+        "Assigning the patients of task {wildcards.task} to folds"
+    script:
+        "../scripts/split_cohort.py"
+
+
+rule train_aggregator:
+    """Trains a model (or a control) on every fold of every repeat; writes bundles and out-of-fold predictions."""
+    input:
+        slides=rules.cohort_table.output.slides,
+        splits=rules.split_cohort.output.splits,
+        embed=lambda wildcards: manifests("embed", encoder=PLAN.encoder_of(wildcards.task, wildcards.model)),
+        target=rules.make_stain_target.output.target,
+    output:
+        manifest=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",
+        slides=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_slides.csv",
+        patients=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
+        curves=f"{OUTPUT}/tasks/{{task}}/{{model}}/curves.csv",
+    log:
+        log_file("train_aggregator/{task}/{model}"),
+    benchmark:
+        benchmark_file("train_aggregator/{task}/{model}")
+    threads: 1
+    resources:
+        mem_mb=3000,
+    params:
+        results=OUTPUT,
+        encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),
+        task=lambda wildcards: PLAN.task_options(wildcards.task),
+        options=lambda wildcards: PLAN.model_options(wildcards.task, wildcards.model),
+        context=lambda wildcards: PLAN.bundle_context(wildcards.task, wildcards.model),
+        version=STAGE_VERSIONS["train"],
+    message:
+        "Training {wildcards.model} for task {wildcards.task}"
+    script:
+        "../scripts/train_aggregator.py"
+
+
+rule evaluate:
+    """Metrics with patient-level intervals for every model and control of a task, and what they allow to say."""
+    input:
+        predictions=lambda wildcards: [
+            f"{OUTPUT}/tasks/{wildcards.task}/{model}/predictions_patients.csv"
+            for model in PLAN.models_of(wildcards.task)
+        ],
+    output:
+        metrics=f"{OUTPUT}/tasks/{{task}}/metrics.json",
+        table=report(
+            f"{OUTPUT}/tasks/{{task}}/metrics.csv",
+            caption="../docs/report/metrics.rst",
+            category="Metrics",
+            labels={"task": "{task}"},
+        ),
+        curves=f"{OUTPUT}/tasks/{{task}}/curves.json",
+    log:
+        log_file("evaluate/{task}"),
+    benchmark:
+        benchmark_file("evaluate/{task}")
+    resources:
+        mem_mb=1500,
+    params:
+        models=lambda wildcards: PLAN.models_of(wildcards.task),
+        options=stage_options(CONFIG, "evaluate"),
+        version=STAGE_VERSIONS["evaluate"],
+    message:
+        "Evaluating the models of task {wildcards.task}"
+    script:
+        "../scripts/evaluate.py"

@@ -1,0 +1,46 @@
+"""The report: one HTML file that needs no network; also part of `snakemake --report`."""
+
+EXPLAINED = {task: PLAN.explained_model(task) for task in TASKS}
+
+
+rule write_report:
+    """Cohort, failures, QC, metrics, curves, heatmaps, throughput and provenance in one page."""
+    input:
+        passed=rules.check_cohort.output.passed,
+        slides=rules.cohort_table.output.slides,
+        failures=rules.cohort_table.output.failures,
+        target=rules.make_stain_target.output.target,
+        metrics=[f"{OUTPUT}/tasks/{task}/metrics.json" for task in TASKS],
+        explained=[
+            manifest("explain", rack, task=task, model=model)
+            for task, model in EXPLAINED.items()
+            if model
+            for rack in RACKS
+        ],
+        manifests=[
+            *manifests("screen"),
+            *manifests("tissue"),
+            *manifests("stain"),
+            *[manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
+            *[manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+        ],
+    output:
+        html=report(f"{OUTPUT}/report/index.html", caption="../docs/report/report.rst", category="Report"),
+    log:
+        log_file("write_report"),
+    benchmark:
+        benchmark_file("write_report")
+    resources:
+        mem_mb=2000,
+    params:
+        results=OUTPUT,
+        tasks={task: {"models": PLAN.models_of(task), "explained": EXPLAINED[task]} for task in TASKS},
+        encoders=sorted(ENCODERS),
+        grids=sorted(GRIDS),
+        config=CONFIG,
+        configfiles=[str(path) for path in workflow.config_settings.configfiles],
+        version=STAGE_VERSIONS["report"],
+    message:
+        "Writing the report"
+    script:
+        "../scripts/write_report.py"

@@ -1,0 +1,259 @@
+"""The report: one HTML file with everything that a reader of the results asks for, and no need of a network.
+
+Everything that comes from the sheet, a file name or an error is escaped (Jinja2 autoescape). Pictures are embedded.
+Cohorts of thousands stay readable: all failures and figures, but only the first `max_slides` slides with pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slidemake import report_figures as figures
+from slidemake.cohort_table import read_table
+from slidemake.provenance import read_json, read_json_if_whole, versions, write_text
+from slidemake.racks import read_manifests
+
+STAGE_TITLES = {
+    "screen": "screening",
+    "tissue": "tissue detection",
+    "stain": "stain fit",
+    "tiles": "tiling",
+    "embed": "embedding",
+    "explain": "explanation",
+}
+METRIC_TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "brier": "Brier",
+    "ece": "ECE",
+}
+
+
+def picture(path: str | Path) -> str | None:
+    """`data:` address of a JPEG or PNG; None when there is none."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    kind = "png" if path.suffix == ".png" else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def small_picture(path: str | Path, width: int, quality: int = 82) -> str | None:
+    """`data:` address of a picture reduced to `width` px; None when there is none."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    if not Path(path).exists():
+        return None
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        if image.width > width:
+            size = (width, max(1, round(image.height * width / image.width)))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        out = BytesIO()
+        image.save(out, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def stage_times(results: Path, manifests: list[str]) -> list[dict[str, Any]]:
+    """Seconds, slides and tiles of each stage, from the manifests; slides found finished do not count."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in manifests:
+        parts = Path(path).relative_to(results / "manifests").parts
+        title = STAGE_TITLES.get(parts[0], parts[0]) + (f" ({'/'.join(parts[1:-1])})" if len(parts) > 2 else "")
+        row = found.setdefault(title, {"stage": title, "seconds": 0.0, "slides": 0, "reused": 0, "tiles": 0})
+        for record in read_manifests([path]):
+            if record["status"] != "ok":
+                continue
+            if record.get("reused"):
+                row["reused"] += 1
+                continue
+            row["slides"] += 1
+            row["seconds"] += record.get("seconds", 0.0)
+            row["tiles"] += record.get("tiles", 0) or 0
+    for row in found.values():
+        row["rate"] = row["tiles"] / row["seconds"] if row["tiles"] and row["seconds"] else None
+    return list(found.values())
+
+
+def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[dict[str, Any]]:
+    """What the cohort table shows of each slide, pictures included."""
+    cards = []
+    for row in rows[:limit]:
+        folder = results / "slides" / row["slide_id"]
+        tissue = read_json_if_whole(folder / "tissue.json") or {}
+        tiles = {key.removeprefix("tiles_"): value for key, value in row.items() if key.startswith("tiles_") and value}
+        cards.append(
+            {
+                "row": row,
+                "thumbnail": small_picture(folder / "thumbnail.jpg", 150),
+                "tissue": small_picture(folder / "tissue.jpg", 300),
+                "flags": tissue.get("flags", []),
+                "qc": {key: value for key, value in tissue.get("qc", {}).items() if value is not None},
+                "tiles": sum(int(float(value)) for value in tiles.values()),
+            }
+        )
+    return cards
+
+
+def task_section(results: Path, task: str, models: list[str], explained: str | None) -> dict[str, Any]:
+    """Metrics, curves, pictures and warnings of one task."""
+    folder = results / "tasks" / task
+    metrics, curves = read_json(folder / "metrics.json"), read_json(folder / "curves.json")
+    splits = read_json_if_whole(folder / "splits.json") or {}
+    binary = metrics.get("positive") is not None
+    main = models[0]
+    pictures = [("Discrimination of every model and control", figures.forest(metrics), "wide")]
+    if binary:
+        pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics), ""))
+        pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics), ""))
+        patients = read_table(folder / main / "predictions_patients.csv")
+        pictures.append(("Predictions by site and truth", figures.scores(patients, metrics["positive"], main), ""))
+    pictures.append(("Calibration", figures.calibration(curves, metrics, main), ""))
+    learning = folder / main / "curves.csv"
+    if learning.exists() and (trained := figures.training(read_table(learning), main)):
+        pictures.append(("Training", trained, ""))
+    scopes = metrics["models"][main]["scopes"]
+    return {
+        "name": task,
+        "metrics": metrics,
+        "main": main,
+        "titles": {k: v for k, v in METRIC_TITLES.items() if k in scopes["pooled"]["metrics"]},
+        "pictures": pictures,
+        "splits": splits,
+        "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
+        "folds": {name.removeprefix("fold:"): s for name, s in scopes.items() if name.startswith("fold:")},
+        "explained": explanations(results, task, explained) if explained else None,
+    }
+
+
+def explanations(results: Path, task: str, model: str, limit: int = 60) -> dict[str, Any]:
+    """Heatmaps and tile galleries of the explained slides, and how well attention finds annotated tumour."""
+    import statistics
+
+    folder = results / "explain" / task / model
+    slides = []
+    for path in sorted(folder.glob("*/explain.json")):
+        described = read_json_if_whole(path)
+        if described is None:
+            continue
+        described["pictures"] = {}
+        if len(slides) < limit:
+            for name, width in (("heatmap", 900), ("top", 900), ("bottom", 900)):
+                source = path.with_name(f"{name}.png" if name == "heatmap" else f"{name}.jpg")
+                described["pictures"][name] = small_picture(source, width)
+        slides.append(described)
+    found = [s["tile_auroc"] for s in slides if s.get("tile_auroc") is not None]
+    slides.sort(key=lambda s: (-(s.get("probability") or 0.0), s["slide_id"]))
+    return {
+        "model": model,
+        "slides": slides,
+        "tile_auroc": {"median": statistics.median(found), "n": len(found), "low": min(found), "high": max(found)}
+        if found
+        else None,
+    }
+
+
+def write_report(
+    results: Path,
+    out: Path,
+    *,
+    title: str,
+    tasks: dict[str, dict[str, Any]],
+    manifests: list[str],
+    config: dict[str, Any],
+    encoders: dict[str, dict[str, Any]],
+    stain_pictures: list[dict[str, Any]],
+    command: str,
+    max_slides: int = 200,
+) -> None:
+    """Write report/index.html.
+
+    `tasks` maps a task to {"models": [...], "explained": model or None}; `stain_pictures` are {"site", "slide_id",
+    "before", "after"} with paths of pictures; `config` is the validated configuration.
+    """
+    rows = read_table(results / "cohort" / "slides.csv")
+    failures = read_table(results / "cohort" / "failures.csv")
+    sites: dict[str, dict[str, int]] = {}
+    for row in rows:
+        count = sites.setdefault(row.get("site") or "no site", {"slides": 0, "failed": 0})
+        count["slides"] += 1
+        count["failed"] += row["status"] == "failed"
+    stages = stage_times(results, manifests)
+    for stain in stain_pictures:
+        stain["picture"] = picture(stain["path"])
+    html = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            style=(Path(__file__).parent / "report.css").read_text(),
+            rows=rows,
+            cards=slide_cards(results, rows, max_slides),
+            failures=failures,
+            sites=sites,
+            patients=len({row["patient_id"] for row in rows}),
+            tiles=sum(int(float(v)) for row in rows for k, v in row.items() if k.startswith("tiles_") and v),
+            tasks=[task_section(results, name, t["models"], t.get("explained")) for name, t in tasks.items()],
+            stages=stages,
+            stage_figure=figures.throughput([s for s in stages if s["seconds"] > 0]),
+            stains=stain_pictures,
+            encoders=encoders,
+            config=json.dumps(config, indent=2, sort_keys=True, default=str),
+            versions=versions(),
+            command=command,
+            fingerprints=_fingerprints(results, tasks),
+        )
+    )
+    write_text(out, html)
+
+
+def _fingerprints(results: Path, tasks: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    found = []
+    for task, about in tasks.items():
+        for model in about["models"]:
+            trained = read_json_if_whole(results / "tasks" / task / model / "train.json") or {}
+            if trained.get("fingerprint"):
+                found.append((f"{task} / {model}", trained["fingerprint"]))
+    return found
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["interval"] = _interval
+    return environment
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    """A figure for people: `0.91`, `12,345`, and a dash for none."""
+    if value in (None, ""):
+        return "–"
+    number = float(value)
+    return f"{number:,.0f}" if digits == 0 or abs(number) >= 1000 else f"{number:.{digits}f}"
+
+
+def _interval(metric: dict[str, Any] | None) -> str:
+    if not metric or metric["value"] is None:
+        return "–"
+    if metric["low"] is None:
+        return f"{metric['value']:.2f}"
+    return f"{metric['value']:.2f} ({metric['low']:.2f} to {metric['high']:.2f})"

@@ -1,0 +1,216 @@
+"""Figures of the report, as SVG text: vector, small, readable in print, without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+
+# Colour-blind safe (Okabe and Ito 2008); models first, controls in greys.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREYS = ("#6b7280", "#9ca3af", "#b8bec8", "#4b5563")
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa0a6",
+    "axes.labelcolor": "#3c4043",
+    "xtick.color": "#5f6368",
+    "ytick.color": "#5f6368",
+    "axes.grid": True,
+    "grid.color": "#eceff1",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "slidemake",
+}
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    """`data:` address of the figure as SVG; the same figure gives the same text."""
+    import matplotlib.pyplot as plt
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue().encode()).decode()
+
+
+def _colours(models: dict[str, Any]) -> dict[str, str]:
+    names = [name for name, model in models.items() if not model.get("control")]
+    controls = [name for name in models if name not in names]
+    found = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    return found | {name: GREYS[i % len(GREYS)] for i, name in enumerate(controls)}
+
+
+def forest(metrics: dict[str, Any], metric: str = "auroc") -> str:
+    """Pooled figure of every model with its interval, beside chance."""
+    models = metrics["models"]
+    rows = [(name, m["scopes"]["pooled"]["metrics"].get(metric)) for name, m in models.items()]
+    rows = [(name, value) for name, value in rows if value and value["value"] is not None]
+    figure, axes = _figure(6.2, 0.6 + 0.36 * max(1, len(rows)))
+    colours = _colours(models)
+    for place, (name, value) in enumerate(reversed(rows)):
+        axes.plot([value["low"], value["high"]], [place, place], color=colours[name], linewidth=2.4, alpha=0.55)
+        axes.plot(value["value"], place, "o", color=colours[name], markersize=6)
+        label = f"{value['value']:.2f}"
+        axes.annotate(label, (value["value"], place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.axvline(0.5, color="#9aa0a6", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.2)
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel(f"patient-level {metric.upper()} with 95 % interval (dotted: chance)")
+    axes.grid(axis="y", visible=False)
+    return _svg(figure)
+
+
+def roc(curves: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """ROC curves of all models."""
+    return _pairs(curves, metrics, "roc", ("fpr", "tpr"), ("1 - specificity", "sensitivity"), diagonal=True)
+
+
+def precision_recall(curves: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Precision against recall, with the prevalence as the line of no skill."""
+    return _pairs(curves, metrics, "pr", ("recall", "precision"), ("recall", "precision"), diagonal=False)
+
+
+def _pairs(
+    curves: dict[str, Any],
+    metrics: dict[str, Any],
+    kind: str,
+    keys: tuple[str, str],
+    labels: tuple[str, str],
+    *,
+    diagonal: bool,
+) -> str:
+    figure, axes = _figure(3.5, 3.3)
+    colours = _colours(metrics["models"])
+    for name, model in metrics["models"].items():
+        points = curves["models"].get(name, {}).get(kind)
+        if not points or name == "prevalence":
+            continue
+        control = model.get("control")
+        axes.plot(
+            points[keys[0]],
+            points[keys[1]],
+            color=colours[name],
+            linewidth=1.1 if control else 2.2,
+            zorder=2 if control else 3,
+            label=name,
+            drawstyle="default" if diagonal else "steps-post",
+        )
+    if diagonal:
+        axes.plot([0, 1], [0, 1], ":", color="#9aa0a6", linewidth=1)
+    else:
+        counts = metrics["class_counts"]
+        share = counts.get(metrics["positive"], 0) / max(1, sum(counts.values()))
+        axes.axhline(share, linestyle=":", color="#9aa0a6", linewidth=1)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.04)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.legend(fontsize=7.5, loc="lower right" if diagonal else "lower left")
+    return _svg(figure)
+
+
+def calibration(curves: dict[str, Any], metrics: dict[str, Any], model: str) -> str:
+    """Observed against predicted probability of one model, with the number of patients in each bin."""
+    points = curves["models"][model]["calibration"]
+    figure, axes = _figure(3.5, 3.3)
+    axes.plot([0, 1], [0, 1], ":", color="#9aa0a6", linewidth=1)
+    colour = _colours(metrics["models"])[model]
+    for point in points:
+        if point["observed"] is None:
+            continue
+        axes.plot([point["predicted"]] * 2, [point["low"], point["high"]], color=colour, alpha=0.45, linewidth=2)
+        axes.plot(point["predicted"], point["observed"], "o", color=colour, markersize=5)
+        note = f"{point['count']}"
+        axes.annotate(note, (point["predicted"], point["observed"]), (6, -3), textcoords="offset points", fontsize=7)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(f"predicted probability ({model})")
+    axes.set_ylabel("observed frequency (n beside each bin)")
+    return _svg(figure)
+
+
+def training(curves: list[dict[str, str]], model: str) -> str | None:
+    """Training and validation loss over epochs: every fold thin, the median of the folds still training thick."""
+    runs: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for row in curves:
+        values = tuple(float(row[key]) if row.get(key) not in ("", None) else np.nan for key in _LOSSES)
+        runs.setdefault((row["repeat"], row["fold"]), []).append(values)  # type: ignore[arg-type]
+    if not runs:
+        return None
+    figure, axes = _figure(3.5, 3.3)
+    for column, colour, label in ((1, COLOURS[0], "training"), (2, COLOURS[1], "validation")):
+        longest = max(len(run) for run in runs.values())
+        table = np.full((len(runs), longest), np.nan)
+        for place, run in enumerate(runs.values()):
+            table[place, : len(run)] = [values[column] for values in run]
+            axes.plot(range(1, len(run) + 1), table[place, : len(run)], color=colour, alpha=0.16, linewidth=0.8)
+        enough = np.isfinite(table).sum(0) >= max(1, len(runs) // 2)
+        if enough.any():
+            epochs = np.flatnonzero(enough)
+            axes.plot(epochs + 1, np.nanmedian(table[:, enough], 0), color=colour, linewidth=2.2, label=label)
+    axes.set_xlabel(f"epoch ({model}, {len(runs)} folds)")
+    axes.set_ylabel("loss")
+    axes.legend(fontsize=8)
+    return _svg(figure)
+
+
+_LOSSES = ("epoch", "train_loss", "val_loss")
+
+
+def scores(patients: list[dict[str, str]], positive: str, model: str, seed: int = 0) -> str:
+    """Out-of-fold probability of every patient by site, coloured by true label; the threshold's range as a band."""
+    mean: dict[str, list[float]] = {}
+    about: dict[str, tuple[str, str]] = {}
+    for row in patients:
+        mean.setdefault(row["patient_id"], []).append(float(row[f"prob_{positive}"]))
+        about[row["patient_id"]] = (row.get("site") or "", row["label"])
+    sites = sorted({site for site, _ in about.values()})
+    figure, axes = _figure(max(3.5, 0.9 * len(sites) + 1.6), 3.3)
+    rng = np.random.default_rng(seed)
+    for label, colour in ((positive, COLOURS[1]), (None, COLOURS[0])):
+        chosen = [p for p in sorted(mean) if (about[p][1] == positive) == (label is not None)]
+        x = [sites.index(about[p][0]) + rng.uniform(-0.22, 0.22) for p in chosen]
+        y = [float(np.mean(mean[p])) for p in chosen]
+        name = positive if label else f"not {positive}"
+        axes.scatter(x, y, s=26, color=colour, alpha=0.8, linewidths=0, label=name)
+    cuts = [float(row["threshold"]) for row in patients if row.get("threshold")]
+    if cuts:
+        axes.axhspan(np.quantile(cuts, 0.25), np.quantile(cuts, 0.75), color="#9aa0a6", alpha=0.18, linewidth=0)
+        axes.axhline(float(np.median(cuts)), color="#9aa0a6", linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(sites)), [site or "no site" for site in sites])
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel(f"out-of-fold probability of {positive}")
+    axes.set_xlabel(f"{model}; dashed: median threshold of the folds")
+    axes.legend(fontsize=7.5)
+    return _svg(figure)
+
+
+def throughput(stages: list[dict[str, Any]]) -> str:
+    """Seconds that each stage of the spine took, summed over slides."""
+    figure, axes = _figure(6.2, 0.6 + 0.34 * max(1, len(stages)))
+    names = [stage["stage"] for stage in stages][::-1]
+    seconds = [stage["seconds"] for stage in stages][::-1]
+    axes.barh(names, seconds, color=COLOURS[0], height=0.6)
+    for place, value in enumerate(seconds):
+        axes.annotate(f" {value:.0f} s", (value, place), va="center", fontsize=8)
+    axes.set_xlabel("seconds, summed over slides (jobs run side by side)")
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, max(seconds or [1]) * 1.15 + 0.1)
+    return _svg(figure)
