@@ -1,0 +1,148 @@
+"""Pixel arithmetic of tissue detection: glass, optical density, and fast morphology on large masks.
+
+Morphology uses separable running minima and maxima and label counts (all linear in the number of pixels), because an
+overview has up to 16 million of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage as ndi
+
+TINY = 1e-12
+
+
+def median3(rgb: np.ndarray) -> np.ndarray:
+    """3 x 3 median of each channel of (h, w, c) uint8, by the 19-exchange sorting network of Paeth (1990).
+
+    Removes JPEG ringing and specks before thresholding; about 30 times as fast as a rank filter.
+    """
+    padded = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    h, w = rgb.shape[:2]
+    v = [padded[dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
+    # fmt: off
+    network = ((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3), (5, 8), (4, 7), (3, 6),
+               (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2))
+    # fmt: on
+    for a, b in network:
+        v[a], v[b] = np.minimum(v[a], v[b]), np.maximum(v[a], v[b])
+    return np.ascontiguousarray(v[4])
+
+
+def glass_white_point(rgb: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """(3,) float64: colour of the empty glass, the mode of the bright, colourless pixels.
+
+    rgb (h, w, 3) uint8; usable (h, w) bool. The brightest clear peak is taken, because pale tissue may cover more of
+    the slide than glass does. Exact 255 is what readers paint outside the scan, so it counts only where there is no
+    other glass. Without any bright pixel (a region full of tissue) 245 in each channel is assumed.
+    """
+    step = max(1, int(np.sqrt(usable.size / 2_000_000)))
+    pixels = rgb[::step, ::step][usable[::step, ::step]]
+    darkest, brightest = pixels.min(1), pixels.max(1)
+    # Stained tissue keeps a colour; glass is at most tinted.
+    glass = (darkest >= 180) & (brightest.astype(np.int16) - darkest <= 24)
+    bright = pixels[glass]
+    painted = bright.min(1) == 255 if len(bright) else np.zeros(0, bool)
+    if (~painted).sum() >= 0.01 * max(len(pixels), 1):
+        bright = bright[~painted]
+    elif painted.sum() >= 0.01 * max(len(pixels), 1):
+        return np.full(3, 255.0)
+    if len(bright) < 0.002 * max(len(pixels), 1) or len(bright) < 16:
+        return np.full(3, 245.0)
+    level = bright.astype(np.uint16).sum(1) // 3
+    counts = np.convolve(np.bincount(level, minlength=256).astype(np.float64), np.ones(5) / 5, mode="same")
+    peaks = [i for i in range(2, 256) if counts[i] == counts[max(0, i - 4) : i + 5].max() and counts[i] > 0]
+    peak = max((i for i in peaks if counts[i] >= 0.08 * counts.max()), default=int(np.argmax(counts)))
+    return np.median(bright[np.abs(level.astype(int) - peak) <= 2], axis=0).astype(np.float64)
+
+
+def optical_density(rgb: np.ndarray, white: np.ndarray) -> list[np.ndarray]:
+    """-log10((I + 1) / (white + 1)) per channel, never negative: three (h, w) float32 (Beer-Lambert)."""
+    values = np.arange(256, dtype=np.float64)
+    return [np.maximum(-np.log10((values + 1) / (white[c] + 1)), 0).astype(np.float32)[rgb[..., c]] for c in range(3)]
+
+
+def hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue (0..360, -180..180 wrapped to 0..360), saturation (0..255), value (0..255) of (h, w, 3) uint8, float32."""
+    r, g, b = (rgb[..., c].astype(np.float32) for c in range(3))
+    top, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
+    spread = np.maximum(top - low, np.float32(1e-6))
+    hue = np.where(top == r, (g - b) / spread, np.where(top == g, 2 + (b - r) / spread, 4 + (r - g) / spread)) * 60
+    return (hue % 360).astype(np.float32), (255 * (top - low) / np.maximum(top, 1)).astype(np.float32), top
+
+
+def box_mean(values: np.ndarray, size: float) -> np.ndarray:
+    """Mean in a square window of about `size` px (odd, at least 3), (h, w) float32."""
+    return ndi.uniform_filter(values, max(3, round(size) | 1), mode="nearest")
+
+
+def local_texture(values: np.ndarray, size: float) -> np.ndarray:
+    """RMS deviation from the local mean over `size` px, (h, w) float32. A smooth gradient (shading) has none."""
+    rest = values - box_mean(values, size)
+    rest *= rest
+    return np.sqrt(np.maximum(box_mean(rest, size), 0))
+
+
+def _running(mask: np.ndarray, radius: float, grow: bool) -> np.ndarray:
+    reach = round(radius)
+    if reach < 1:
+        return mask.copy()
+    filter1d = ndi.maximum_filter1d if grow else ndi.minimum_filter1d
+    out = filter1d(mask.view(np.uint8), 2 * reach + 1, axis=0, mode="nearest")
+    return filter1d(out, 2 * reach + 1, axis=1, mode="nearest").view(bool)
+
+
+def grow(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Dilation with a square of half-width `radius` px."""
+    return _running(mask, radius, True)
+
+
+def shrink(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Erosion with a square of half-width `radius` px; the border of the picture is not an edge."""
+    return _running(mask, radius, False)
+
+
+def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
+    """Dilation with a disc of `radius` px."""
+    if radius < 1 or not mask.any():
+        return mask.copy()
+    if radius < 4:
+        return grow(mask, radius)
+    return ndi.distance_transform_edt(~mask) <= radius
+
+
+def close_gaps(mask: np.ndarray, width: float) -> np.ndarray:
+    """Bridge gaps up to `width` px."""
+    return shrink(grow(mask, width / 2), width / 2) | mask
+
+
+def thin_parts(mask: np.ndarray, radius: float) -> np.ndarray:
+    """What an opening with half-width `radius` px (at least 1) removes."""
+    reach = max(1.0, radius)
+    return mask & ~grow(shrink(mask, reach), reach)
+
+
+def component_areas(labels: np.ndarray, count: int) -> np.ndarray:
+    """(count + 1,) pixels per label; index 0 is the background."""
+    return np.bincount(labels.ravel(), minlength=count + 1)
+
+
+def keep_components(mask: np.ndarray, min_area: float, evidence: np.ndarray | None = None) -> np.ndarray:
+    """Drop 8-connected components below `min_area` px, and those without a pixel of `evidence`."""
+    labels, count = ndi.label(mask, structure=np.ones((3, 3), bool))
+    keep = component_areas(labels, count) >= max(min_area, 1)
+    if evidence is not None:
+        keep &= np.bincount(labels[evidence & mask], minlength=count + 1) > 0
+    keep[0] = False
+    return keep[labels]
+
+
+def fill_small_holes(mask: np.ndarray, max_area: float) -> np.ndarray:
+    """Fill 4-connected holes of at most `max_area` px that do not touch the border."""
+    if max_area < 1:
+        return mask
+    labels, count = ndi.label(~mask)
+    fill = component_areas(labels, count) <= max_area
+    fill[0] = False
+    fill[np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))] = False
+    return mask | fill[labels]

@@ -1,0 +1,183 @@
+"""The tissue stage: one slide's overview becomes a mask, its outline as GeoJSON, a preview and figures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage as ndi
+
+from slidemake.failures import SlideFailure
+from slidemake.provenance import committed, file_sha256, fingerprint, read_json_if_whole, write_json, write_text
+from slidemake.tile_quality import focus
+from slidemake.tissue import DEFAULTS as DETECTION_DEFAULTS
+from slidemake.tissue import TissueResult, check_options, describe_mask, detect_tissue, flags_of
+from slidemake.tissue_geometry import mask_polygons, polygons_geojson, polygons_mask, read_geojson
+from slidemake.tissue_pixels import shrink
+from slidemake.tissue_preview import draw_preview
+
+# What the stage adds to the options of `detect_tissue`.
+DEFAULTS: dict[str, Any] = {
+    "overview_mpp": 8.0,  # um per px of the overview and of tissue.png
+    "focus_samples": 48,  # regions read at about 0.5 um/px to see what is out of focus; 0: none
+}
+MAX_OVERVIEW_PX = 16_000_000  # bounds the memory: larger slides get a coarser overview (about 100 bytes per px)
+FOCUS_REGION_PX, FOCUS_MPP = 256, 0.5
+BLURRED = 0.25  # of the slide's own sharp reference (the upper quartile of its samples)
+FILES = ("tissue.png", "tissue.geojson", "tissue.jpg", "tissue.json")
+
+
+def process_slide(
+    record: dict[str, Any], results: str | Path, options: dict[str, Any], geojson: str | Path | None = None
+) -> dict[str, Any]:
+    """Detect the tissue of one slide (or take the outline given) and write its four files, tissue.json last.
+
+    record: what screening found (slide_id, path, reader, mpp, fingerprint, ...). options: `DEFAULTS` here and in
+    `tissue`. Returns the figures of tissue.json, with `reused: True` when finished results carry the same
+    fingerprint. Raises SlideFailure: `no_tissue` (after the files were written), `no_mpp`, or what the reader and the
+    outline's file say.
+    """
+    folder = Path(results) / "slides" / record["slide_id"]
+    settings = {**DEFAULTS, **options}
+    detection = {key: value for key, value in settings.items() if key not in DEFAULTS}
+    detection = check_options(detection)
+    if geojson is not None and not Path(geojson).is_file():
+        read_geojson(geojson)  # says what is wrong
+    outline = file_sha256(geojson) if geojson is not None else None
+    mark = fingerprint("tissue", slide=record["fingerprint"], options={**settings, **detection}, outline=outline)
+    done = read_json_if_whole(folder / "tissue.json")
+    if done and done.get("fingerprint") == mark and all((folder / name).is_file() for name in FILES):
+        return _verdict({**done, "reused": True}, geojson)
+    if not record.get("mpp"):
+        raise SlideFailure("no_mpp", "the resolution is unknown, so tissue cannot be measured in um")
+    return _verdict(_make(record, folder, settings, detection, geojson, mark), geojson)
+
+
+def _make(
+    record: dict[str, Any],
+    folder: Path,
+    settings: dict[str, Any],
+    detection: dict[str, Any],
+    geojson: str | Path | None,
+    mark: str,
+) -> dict[str, Any]:
+    from slidemake.reader import open_slide
+
+    with open_slide(record["path"], reader=record.get("reader", "auto"), mpp=record["mpp"]) as slide:
+        mpp = float(record["mpp"])
+        width, height = slide.dimensions
+        coarsest = mpp * math.sqrt(width * height / MAX_OVERVIEW_PX)
+        rgb, sx, sy = slide.overview(max(settings["overview_mpp"], mpp, coarsest))
+        mask_mpp = mpp * (sx + sy) / 2
+        if geojson is None:
+            found = detect_tissue(rgb, mask_mpp, detection)
+            polygons = mask_polygons(found.mask, (sx, sy))
+        else:
+            polygons = read_geojson(geojson)
+            drawn = polygons_mask(polygons, rgb.shape[:2], (sx, sy))
+            found = describe_mask(rgb, mask_mpp, drawn, detection)
+        samples = sample_focus(slide, found.mask, (sx, sy), mpp, settings["focus_samples"])
+    qc = {**found.qc, **samples}
+    pixel_mm2 = (mpp * sx) * (mpp * sy) / 1e6
+    figures = {
+        "slide_id": record["slide_id"],
+        "fingerprint": mark,
+        "method": "geojson" if geojson is not None else detection["method"],
+        "options": {**settings, **detection},
+        "mask_mpp": mask_mpp,
+        "mask_width": found.mask.shape[1],
+        "mask_height": found.mask.shape[0],
+        "level0_per_mask_px": [sx, sy],
+        "area_mm2": round(float(found.mask.sum()) * pixel_mm2, 6),
+        "slide_area_mm2": round(width * height * mpp**2 / 1e6, 6),
+        "components": int(ndi.label(found.mask, structure=np.ones((3, 3)))[1]),
+        "threshold": found.threshold,
+        "qc": qc,
+        "flags": sorted({*flags_of(qc), *(["unreadable"] if samples["unreadable_samples"] else [])}),
+    }
+    _write(folder, rgb, found, polygons_geojson(polygons, mpp), mask_mpp, figures)
+    return figures
+
+
+def _write(
+    folder: Path,
+    rgb: np.ndarray,
+    found: TissueResult,
+    outline: dict[str, Any],
+    mask_mpp: float,
+    figures: dict[str, Any],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    import json
+
+    with committed(folder / "tissue.png") as work:
+        Image.fromarray(found.mask.astype(np.uint8) * 255).save(work, format="PNG")
+    write_text(folder / "tissue.geojson", json.dumps(outline, separators=(",", ":")) + "\n")
+    with committed(folder / "tissue.jpg") as work:
+        draw_preview(rgb, found.mask, mask_mpp).save(work, format="JPEG", quality=88)
+    write_json(folder / "tissue.json", figures)
+
+
+def _verdict(figures: dict[str, Any], geojson: str | Path | None) -> dict[str, Any]:
+    if figures["components"] > 0:
+        return figures
+    if geojson is not None:
+        raise SlideFailure(
+            "no_tissue",
+            f"the outline {geojson} covers none of the slide ({figures['slide_area_mm2']:g} mm^2)",
+            "Outlines are in level-0 pixels of this very slide; export them from it again.",
+        )
+    qc = figures["qc"]
+    raise SlideFailure(
+        "no_tissue",
+        f"no tissue of {figures['options']['min_area_um2']:g} um^2 or more on {figures['slide_area_mm2']:.4g} mm^2 "
+        f"(method {figures['method']}, threshold {figures['threshold']:.3g}, glass {qc['white_point']}, "
+        f"pen {qc['pen_fraction']:.1%}, black {qc['black_fraction']:.1%})",
+    )
+
+
+def sample_focus(slide: Any, mask: np.ndarray, scale: tuple[float, float], mpp: float, samples: int) -> dict[str, Any]:
+    """Sharpness of up to `samples` regions of 256 px at about 0.5 um/px, spread over the tissue.
+
+    The score is the variance of the Laplacian of green over the variance of green within the region, so that a region
+    with few nuclei is not taken for a blurred one. Blurred is what stays below a quarter of the slide's own upper
+    quartile: a slide that is half out of focus is caught, one that is so throughout is not. Regions that do not decode
+    are counted; tiling refuses them later.
+    """
+    none = {"blur_fraction": 0.0, "focus_median": None, "focus_samples": 0, "unreadable_samples": 0}
+    if samples < 1 or not mask.any():
+        return none
+    fitting = [level for level in slide.levels if level.downsample * mpp <= FOCUS_MPP * 1.25]
+    level = len(fitting) - 1 if fitting else 0
+    side = FOCUS_REGION_PX * slide.levels[level].downsample  # level-0 px
+    inner = shrink(mask, max(1, round(side / 2 / scale[0])))
+    rows, columns = np.nonzero(inner if int(inner.sum()) >= samples else mask)
+    # Evenly along the scan order, the same every time and on every machine.
+    chosen = np.unique(np.linspace(0, len(rows) - 1, samples).round().astype(np.int64))
+    scores, unreadable = [], 0
+    for row, column in zip(rows[chosen], columns[chosen], strict=True):
+        x, y = int((column + 0.5) * scale[0] - side / 2), int((row + 0.5) * scale[1] - side / 2)
+        try:
+            region = slide.read(max(x, 0), max(y, 0), level, FOCUS_REGION_PX, FOCUS_REGION_PX)
+        except (OSError, SlideFailure):
+            unreadable += 1
+            continue
+        grey = region[..., 1]
+        spread = float(grey.astype(np.float32).var())
+        if spread > 9:
+            scores.append(focus(grey) / spread)
+    if not scores:
+        return {**none, "unreadable_samples": unreadable}
+    values = np.asarray(scores)
+    return {
+        "blur_fraction": round(float((values < BLURRED * np.percentile(values, 75)).mean()), 4),
+        "focus_median": round(float(np.median(values)), 4),
+        "focus_samples": len(values),
+        "unreadable_samples": unreadable,
+    }
+
+
+ALL_DEFAULTS: dict[str, Any] = {**DEFAULTS, **DETECTION_DEFAULTS}
