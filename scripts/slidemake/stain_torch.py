@@ -1,0 +1,116 @@
+"""Stain normalisation of batches on the device, in the same pass as the encoder's resize and normalisation.
+
+Vectorised over the batch; a tile's result never depends on the other tiles of its batch. On the CPU every pass over
+the batch counts, so tables replace logarithms, and the arithmetic runs in place.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slidemake.stain import StainTransform
+from slidemake.stain_colour import (
+    BLANK_FRACTION,
+    GLASS_OD,
+    LAB_EPSILON,
+    LAB_KAPPA,
+    LAB_OFFSET,
+    RGB_TO_XYZ,
+    TISSUE_OD,
+    XYZ_TO_RGB,
+    optical_density,
+    srgb_to_linear,
+    tissue_lattice,
+)
+
+
+def apply_stain(batch: torch.Tensor, transform: StainTransform) -> torch.Tensor:
+    """Normalise tiles (B, 3, H, W), uint8 or float 0..255, to float32 0..255 of the same shape on the same device.
+
+    A tile with fewer than 0.5 % of tissue-like pixels (mean optical density of at least 0.15, on every fourth pixel in
+    both directions) comes back as it is. No result is ever NaN.
+    """
+    if transform.status == "none" or batch.numel() == 0:
+        return batch.float()
+    white = np.asarray(transform.white_point, np.float64)
+    density = _density(batch, white)
+    step = tissue_lattice(batch.shape[2], batch.shape[3])
+    dark = density[:, :, ::step, ::step].mean(dim=1) >= TISSUE_OD
+    blank = dark.float().mean(dim=(1, 2)) < BLANK_FRACTION
+    if transform.method == "reinhard":
+        out = _reinhard(batch, density.mean(dim=1, keepdim=True), transform)
+    else:
+        out = _mix(density, -np.asarray(transform.matrix).T, np.log(np.asarray(transform.target_white_point)))
+        out.exp_().clamp_(max=255.0)
+    if batch.device.type != "cpu":
+        return torch.where(blank[:, None, None, None], batch.float(), out)  # no synchronisation with the device
+    if bool(blank.any()):
+        out[blank] = batch[blank].float()
+    return out
+
+
+def _table(batch: torch.Tensor, table: np.ndarray) -> torch.Tensor:
+    """Look up uint8 `batch` (B, 3, H, W) in `table` (3, 256), one row per channel -> float32."""
+    entries = torch.as_tensor(table.astype(np.float32).ravel(), device=batch.device)
+    index = batch.to(torch.int32, memory_format=torch.contiguous_format)
+    index += torch.tensor([0, 256, 512], dtype=torch.int32, device=batch.device).view(1, 3, 1, 1)
+    return entries.index_select(0, index.view(-1)).view(batch.shape)
+
+
+def _density(batch: torch.Tensor, white: np.ndarray) -> torch.Tensor:
+    if batch.dtype == torch.uint8:
+        return _table(batch, optical_density(np.arange(256)[:, None] * np.ones(3), white).T)
+    ceiling = torch.as_tensor(np.log(white), dtype=torch.float32, device=batch.device).view(1, 3, 1, 1)
+    clean = torch.nan_to_num(batch.float(), nan=255.0)
+    return (ceiling - clean.clamp_(1.0, 255.0).log_()).clamp_(min=0.0)
+
+
+def _mix(planes: torch.Tensor, matrix: np.ndarray, offset: np.ndarray | None = None) -> torch.Tensor:
+    """(B, 3, H, W): out[:, k] = sum_j matrix[k, j] planes[:, j] + offset[k]. Plane by plane: 3 x 3 is too small for a
+    matrix product to pay, and the order of the sums does not depend on the batch."""
+    out = torch.empty_like(planes)
+    for k in range(3):
+        plane = out[:, k]
+        torch.mul(planes[:, 0], float(matrix[k, 0]), out=plane)
+        plane.add_(planes[:, 1], alpha=float(matrix[k, 1])).add_(planes[:, 2], alpha=float(matrix[k, 2]))
+        if offset is not None:
+            plane.add_(float(offset[k]))
+    return out
+
+
+def _reinhard(batch: torch.Tensor, density: torch.Tensor, transform: StainTransform) -> torch.Tensor:
+    """CIELAB moments of the source brought to the target's, glass faded to balanced white; as in `stain`."""
+    gain = 255.0 / np.asarray(transform.white_point, np.float64)
+    if batch.dtype == torch.uint8:
+        balanced_table = np.minimum(np.arange(256) * gain[:, None], 255.0)
+        balanced, linear = _table(batch, balanced_table), _table(batch, srgb_to_linear(balanced_table / 255.0))
+    else:
+        scale = torch.as_tensor(gain, dtype=torch.float32, device=batch.device).view(1, 3, 1, 1)
+        balanced = (torch.nan_to_num(batch.float(), nan=255.0) * scale).clamp_(0.0, 255.0)
+        unit = balanced / 255.0
+        linear = torch.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
+    xyz = _mix(linear, RGB_TO_XYZ)
+    f = torch.where(xyz > LAB_EPSILON, xyz.clamp_min(LAB_EPSILON).pow(1.0 / 3.0), LAB_KAPPA * xyz + LAB_OFFSET)
+    matrix, offset = _lab_affine(transform)
+    f = _mix(f, matrix, offset)
+    cut = float(np.cbrt(LAB_EPSILON))
+    linear = _mix(torch.where(f > cut, f**3, (f - LAB_OFFSET) / LAB_KAPPA), XYZ_TO_RGB).clamp_(0.0, 1.0)
+    moved = torch.where(
+        linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp_min(0.0031308).pow(1 / 2.4) - 0.055
+    ).mul_(255.0)
+    weight = (density / GLASS_OD).clamp_(max=1.0)
+    return torch.lerp(balanced, moved.clamp_(0.0, 255.0), weight)
+
+
+def _lab_affine(transform: StainTransform) -> tuple[np.ndarray, np.ndarray]:
+    """Moments in CIELAB are an affine map of the three cube roots (fx, fy, fz): its matrix (3, 3) and offset (3,)."""
+    to_lab = np.array([[0.0, 116.0, 0.0], [500.0, -500.0, 0.0], [0.0, 200.0, -200.0]])
+    base = np.array([-16.0, 0.0, 0.0])
+    mean, std, target_mean, target_std = (
+        np.asarray(getattr(transform, key), np.float64)
+        for key in ("lab_mean", "lab_std", "target_lab_mean", "target_lab_std")
+    )
+    back = np.linalg.inv(to_lab)
+    scale = np.diag(target_std / std)
+    return back @ scale @ to_lab, back @ (scale @ (base - mean) + target_mean - base)
