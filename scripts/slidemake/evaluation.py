@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from slidemake.bootstrap import bootstrap_weights, percentile_interval, scope_seed
-from slidemake.calibration import calibration_line, ece_if_calibrated, reliability_table, roc_and_pr
 from slidemake.failures import RunError
-from slidemake.metrics import METRICS, THRESHOLDED, confidence_and_hit, confusion, metrics_over, why_undefined
+from slidemake.metrics import METRICS, confidence_and_hit, confusion, metrics_over, why_undefined
 from slidemake.prediction_table import Predictions, read_predictions
 from slidemake.provenance import STAGE_VERSIONS, write_json, write_text
+from slidemake.reliability import calibration_line, ece_if_calibrated, reliability_table, roc_and_pr
 from slidemake.verdict import CONTROLS, REFERENCE, confounding, verdict
 
 DEFAULTS: dict[str, Any] = {"bootstrap": 2000, "seed": 0, "ece_bins": 15, "level": 0.95, "stratify": True}
@@ -58,7 +58,9 @@ class Draws:
     """Bootstrap weights per scope and set of patients, made once and shared by all models."""
 
     def __init__(self, options: dict[str, Any]):
-        self.options, self._kept, self.redrawn = options, {}, {}
+        self.options = options
+        self._kept: dict[tuple, np.ndarray] = {}
+        self.redrawn: dict[str, int] = {}
 
     def weights(self, scope: str, patients: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
         key = (scope, patients, tuple(int(v) for v in labels))
@@ -78,7 +80,7 @@ def _figures(
     level: float,
 ) -> dict[str, dict[str, Any]]:
     """{metric: {value, low, high, reason}} of point values (1,) and draws (B,)."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if np.isfinite(value[0]):
             low, high = percentile_interval(draws[name], level)
@@ -184,7 +186,12 @@ def _spread(scopes: dict[str, Any], prefix: str, test_to_train: float | None = N
         if not len(values):
             continue
         sd = float(values.std(ddof=1)) if len(values) > 1 else None
-        row = {"mean": float(values.mean()), "sd": sd, "min": float(values.min()), "max": float(values.max())}
+        row: dict[str, Any] = {
+            "mean": float(values.mean()),
+            "sd": sd,
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
         row |= {"n": len(values), "undefined": len(entries) - len(values)}
         if test_to_train is not None and sd is not None:
             row["se_corrected"] = sd * float(np.sqrt(1 / len(values) + test_to_train))
@@ -234,7 +241,7 @@ def _difference(
     """Paired differences a - b of the pooled metrics, on the same resampled patients."""
     if a.cohort() != b.cohort():
         return {"model": a.name, "reference": b.name, "metrics": {}, "reason": "the two models saw different patients"}
-    metrics = {}
+    metrics: dict[str, dict[str, float | None]] = {}
     for name in METRICS:
         one, two = (values[m]["scopes"]["pooled"]["metrics"][name]["value"] for m in (a.name, b.name))
         if one is None or two is None:
@@ -334,6 +341,3 @@ def evaluate(
     write_json(curves, points)
     write_json(metrics, result)
     return result
-
-
-__all__ = ["THRESHOLDED", "evaluate", "evaluate_models", "metrics_table"]

@@ -112,10 +112,10 @@ def tile_auroc(scores: np.ndarray, truth: np.ndarray) -> float | None:
     return auroc(np.asarray(truth) > TRUE_ABOVE, scores)
 
 
-def _colour_class(percentile: float) -> dict[str, Any]:
-    low, high = next(edges for edges in BINS if percentile <= edges[1])
-    rgb = colormaps[COLOURS]((low + high) / 200)[:3]
-    return {"name": f"attention {low}-{high} %", "color": [round(255 * v) for v in rgb]}
+def _colour_classes() -> list[dict[str, Any]]:
+    """QuPath's name and colour of each of BINS: the middle of the bin on the heatmap's scale."""
+    middles = [(low, high, colormaps[COLOURS]((low + high) / 200)[:3]) for low, high in BINS]
+    return [{"name": f"attention {a}-{b} %", "color": [round(255 * float(v)) for v in rgb]} for a, b, rgb in middles]
 
 
 def write_geojson(
@@ -127,13 +127,14 @@ def write_geojson(
     because JSON has no NaN. Without tiles the collection is empty.
     """
     w, h = (round(float(v), 3) for v in tile_level0_px)
-    rank = measurements["attention_percentile"]
+    rank, classes = measurements["attention_percentile"], _colour_classes()
+    bins = np.searchsorted([high for _, high in BINS[:-1]], rank)
     features = []
     for i, (x, y) in enumerate(np.asarray(coords).reshape(-1, 2).tolist()):
         values = {name: float(f"{column[i]:.7g}") for name, column in measurements.items() if np.isfinite(column[i])}
         properties: dict[str, Any] = {"objectType": "detection", "isLocked": False, "measurements": values}
         if np.isfinite(rank[i]):
-            properties["classification"] = _colour_class(float(rank[i]))
+            properties["classification"] = classes[bins[i]]
         ring = [[x, y], [x + w, y], [x + w, y + h], [x, y + h], [x, y]]
         geometry = {"type": "Polygon", "coordinates": [ring]}
         features.append({"type": "Feature", "geometry": geometry, "properties": properties})
@@ -194,8 +195,8 @@ def gallery(
     for i in range(len(tiles)):
         x, y = coords[i]
         place = f"x {x * level0_mpp / 1000:.2f}, y {y * level0_mpp / 1000:.2f} mm" if level0_mpp else f"x {x}, y {y} px"
-        known = leave_one_out is not None and np.isfinite(leave_one_out[i])
-        captions.append((f"percentile {scores[i]:.1f}", f"Δ {-leave_one_out[i]:+.2g}" if known else "", place))
+        drop = np.nan if leave_one_out is None else leave_one_out[i]
+        captions.append((f"percentile {scores[i]:.1f}", f"Δ {-drop:+.2g}" if np.isfinite(drop) else "", place))
     note = "Percentile of attention in the slide; sensitivity, not causality."
     if any(delta for _, delta, _ in captions):
         note += " Δ: change of the logit when the tile is left out."

@@ -42,6 +42,13 @@ def cramers_v(
     return {"cramers_v": float(np.sqrt(seen / (n * (min(rows, columns) - 1)))), "p": (as_extreme + 1) / (draws + 1)}
 
 
+def _mean_auroc(p: Predictions, inside: np.ndarray) -> float | None:
+    """AUROC among the patients `inside`, mean over repeats; None when a repeat has one class only."""
+    values = [auroc(p.labels[inside] == 1, p.prob[r, inside, 1]) for r in range(len(p.repeats))]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
 def within_site_auroc(p: Predictions) -> dict[str, Any] | None:
     """AUROC inside sites, weighted by the sites' patients, mean over repeats, beside the pooled AUROC.
 
@@ -53,15 +60,15 @@ def within_site_auroc(p: Predictions) -> dict[str, Any] | None:
     sites, found, patients = np.array(p.sites), [], 0
     for site in sorted(set(p.sites) - {""}):
         inside = sites == site
-        values = [auroc(p.labels[inside] == 1, p.prob[r, inside, 1]) for r in range(len(p.repeats))]
-        if all(value is not None for value in values):
-            found.append((int(inside.sum()), float(np.mean(values))))
+        value = _mean_auroc(p, inside)
+        if value is not None:
+            found.append((int(inside.sum()), value))
             patients += int(inside.sum())
     if not found:
         return None
-    pooled = [auroc(p.labels == 1, p.prob[r, :, 1]) for r in range(len(p.repeats))]
     within = sum(n * value for n, value in found) / patients
-    return {"within": within, "pooled": float(np.mean(pooled)), "sites": len(found), "patients": patients}
+    pooled = _mean_auroc(p, np.ones(len(p.patients), bool))
+    return {"within": within, "pooled": within if pooled is None else pooled, "sites": len(found), "patients": patients}
 
 
 def confounding(models: list[Predictions], entries: dict[str, Any], seed: int) -> dict[str, Any]:

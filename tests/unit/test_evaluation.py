@@ -15,7 +15,7 @@ from slidemake.failures import RunError
 from slidemake.prediction_table import Predictions, read_predictions
 from slidemake.verdict import cramers_v
 
-FEW = {"bootstrap": 200, "seed": 5}
+FEW = {"bootstrap": 100, "seed": 5}
 
 
 def simulate(name, signal, n=40, repeats=3, folds=5, seed=0, classes=("benign", "tumour"), sites=2, by_site=0.0):
@@ -75,7 +75,7 @@ def test_pooled_is_the_mean_over_repeats_with_a_brute_force_interval(result):
     pooled = result["models"]["gated_abmil"]["scopes"]["pooled"]["metrics"]
     of_repeats = [roc_auc_score(p.labels, prob[:, 1]) for prob in p.prob]
     assert pooled["auroc"]["value"] == pytest.approx(np.mean(of_repeats), abs=1e-12)
-    indices, _ = bootstrap_indices(p.labels, 200, scope_seed(5, "pooled"))
+    indices, _ = bootstrap_indices(p.labels, 100, scope_seed(5, "pooled"))
     for metric, oracle in {"auroc": roc_auc_score, "auprc": average_precision_score}.items():
         draws = [np.mean([oracle(p.labels[chosen], prob[chosen, 1]) for prob in p.prob]) for chosen in indices]
         assert (pooled[metric]["low"], pooled[metric]["high"]) == pytest.approx(percentile_interval(np.array(draws)))
@@ -110,7 +110,7 @@ def test_controls_and_paired_differences(result):
     assert result["models"]["prevalence"]["scopes"]["pooled"]["metrics"]["brier"]["value"] == pytest.approx(0.25)
     [pair] = [c for c in result["comparisons"] if (c["model"], c["reference"]) == ("gated_abmil", "mean_pool_lr")]
     a, b = cohort()[:2]
-    indices, _ = bootstrap_indices(a.labels, 200, scope_seed(5, "pooled"))
+    indices, _ = bootstrap_indices(a.labels, 100, scope_seed(5, "pooled"))
 
     def mean_auroc(p, chosen):
         return np.mean([roc_auc_score(p.labels[chosen], prob[chosen, 1]) for prob in p.prob])

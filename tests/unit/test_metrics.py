@@ -7,7 +7,8 @@ import pytest
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 from slidemake.bootstrap import bootstrap_indices, bootstrap_weights, percentile_interval, scope_seed
-from slidemake.calibration import (
+from slidemake.metrics import METRICS, auroc, ece, mass_bins, metrics_over, why_undefined, width_bins
+from slidemake.reliability import (
     MAX_POINTS,
     calibration_line,
     ece_if_calibrated,
@@ -15,7 +16,6 @@ from slidemake.calibration import (
     roc_and_pr,
     wilson_interval,
 )
-from slidemake.metrics import METRICS, auroc, ece, mass_bins, metrics_over, why_undefined, width_bins
 
 
 def sample(n: int, classes: int, seed: int, decimals: int = 12):
