@@ -31,7 +31,6 @@ METRICS = (
     "ece",  # equal-mass bins
     "ece_width",  # equal-width bins
 )
-THRESHOLDED = ("balanced_accuracy", "f1", "sensitivity", "specificity", "accuracy")  # depend on the decision, not on p
 LOWER_IS_BETTER = ("brier", "log_loss", "ece", "ece_width")
 CHUNK = 4_000_000  # numbers per array while working through draws: bounds memory to some 32 MB an array
 
