@@ -115,7 +115,8 @@ class SlideReader:
     def overview(self, mpp: float) -> tuple[np.ndarray, float, float]:
         """The whole slide at `mpp` um/px (never coarser; finer only where the slide itself ends).
 
-        Area-averaged from the next finer level, block by block, so that memory is bounded by the result. Blocks that
+        Area-averaged from the next finer level, block by block, so that memory is bounded by the result: first over
+        whole numbers of pixels, then over the fraction that remains (exact below a factor of 2). Blocks that
         are corrupt stay white and are counted in `corrupt_blocks`. Returns (h, w, 3) uint8 and the exact level-0 px
         per overview px in x and y. Raises ValueError when the slide's mpp is not known.
         """
@@ -252,7 +253,12 @@ def choose_reader(path: str | Path) -> str:
                 return "pyvips"
         return name
     if name == "tiatoolbox":
-        open_slide(path, name).close()  # raises the typed failure
+        try:
+            open_slide(path, name).close()
+        except SlideFailure as failure:
+            if failure.code != "unsupported" or problem is None:
+                raise
+            raise SlideFailure("unsupported", f"{failure}. OpenSlide says: {problem}", failure.hint) from failure
     return name
 
 
@@ -292,7 +298,7 @@ def same_pixels(reference: SlideReader, candidate: SlideReader) -> bool:
     if [(v.width, v.height) for v in reference.levels] != [(v.width, v.height) for v in candidate.levels]:
         return False
     compared = 0
-    offset = getattr(reference, "subpixel_offset", None)
+    offset = None if hasattr(candidate, "subpixel_offset") else getattr(reference, "subpixel_offset", None)
     for level, lx, ly, px in sample_regions(reference.levels):
         dx, dy = (offset(max(lx, 0), level), offset(max(ly, 0), level)) if offset else (0.0, 0.0)
         try:

@@ -8,6 +8,7 @@ Reads are serialised by a lock.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from slidemake.reader import Level, SlideReader, make_levels
 from slidemake.reader_tiff import UM_PER_UNIT, TiffIndex, check_rgb, ome_mpp, read_tiff_index
 
 MAX_DECODED_BYTES = 512 << 20  # a plain image is held in memory as a whole: 13,000 x 13,000 px
+logging.getLogger("pyvips").setLevel(logging.ERROR)  # TIAToolbox turns everybody's chatter on
 FLUORESCENCE = re.compile(r"DAPI|Hoechst|FITC|Cy[357]\b|EmissionWavelength=|<Fluor|Fluor=", re.IGNORECASE)
 
 Window = Callable[[int, int, int, int, int], np.ndarray]  # level, x0, y0, x1, y1 -> (h, w, 3 or 4)
@@ -95,7 +97,7 @@ def open_tiatoolbox(path: Path, mpp: float | None = None) -> SlideReader:
         hint = "Install TIAToolbox (pip install 'slidemake[tiatoolbox]') or convert the slide to a pyramidal TIFF."
         raise SlideFailure("unsupported", f"{path.name} needs TIAToolbox, which is missing: {error}", hint) from error
     except Exception as error:  # TIAToolbox and the libraries below it raise anything
-        message = f"{path.name} is not opened by any reader: {type(error).__name__}: {str(error).splitlines()[0:1]}"
+        message = f"No reader opens {path.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise SlideFailure("unsupported", message) from error
 
 
@@ -253,17 +255,16 @@ def _zarr_mpp(scales: dict[str, Any]) -> tuple[float, float] | None:
 def _open_dicom(path: Path, mpp: float | None) -> SlideReader:
     from tiatoolbox.wsicore.wsireader import DICOMWSIReader
 
-    reader = _no_guess(DICOMWSIReader(path, post_proc=None))
-    info, slide = reader.info, reader.wsi
-    levels = make_levels([(int(w), int(h)) for w, h in info.level_dimensions])
+    slide = DICOMWSIReader(path, post_proc=None).wsi  # its `info` fails on files that name no manufacturer
+    levels = make_levels([(level.size.width, level.size.height) for level in slide.levels])
+    spacing = slide.levels.base_level.datasets[0].pixel_spacing  # mm
+    file_mpp = _pair((spacing.width * 1e3, spacing.height * 1e3)) if spacing else None
     numbers = [level.level for level in slide.levels]
 
     def window(level: int, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
         return np.asarray(slide.read_region((x0, y0), numbers[level], (x1 - x0, y1 - y0)))
 
-    return TiatoolboxReader(
-        path, levels, window, slide.close, mpp=mpp, file_mpp=_pair(info.mpp), vendor="dicom", properties=_power(info)
-    )
+    return TiatoolboxReader(path, levels, window, slide.close, mpp=mpp, file_mpp=file_mpp, vendor="dicom")
 
 
 def _open_plain(path: Path, mpp: float | None) -> SlideReader:

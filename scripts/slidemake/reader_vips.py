@@ -1,16 +1,18 @@
-"""Reading tiled TIFFs through libvips: a few times as fast as OpenSlide on JPEG tiles.
+"""Reading JPEG-tiled TIFFs through libvips: a few times as fast as OpenSlide.
 
 Only for files on which `reader.choose_reader` found it pixel-equal to the reference. The libvips wheel has no JPEG
 2000 and may return black without an error: such files never come here.
 
-libvips also goes on after a damaged JPEG tile (half of it grey, say) and leaves no more than a note in its error
-buffer, which all threads and slides of the process share. So a note seen by anyone makes every open reader verify,
-from then on, the JPEG tiles that it touches, one by one with a strict decoder: what a read gives does not depend on
-who saw the note first.
+libvips also goes on after a damaged JPEG tile: it returns what was decoded of it, or black for that tile and for sound
+ones after it, and leaves no more than a note in its error buffer, which all threads and slides of the process share.
+So a note seen by anyone makes every reader that is open take its tiles, from then on, one by one from the file and
+through a strict decoder (the same libjpeg, hence the same pixels): what a read gives does not depend on who saw the
+note first, and a damaged tile is always an error.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from slidemake.reader import Level, SlideReader, make_levels
 from slidemake.reader_openslide import OpenSlideReader
 from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, ome_mpp, read_tiff_index
 
+logging.getLogger("pyvips").setLevel(logging.ERROR)  # what matters is raised, with the file's name
 pyvips.cache_set_max(0)  # no operation cache: a closed slide gives its memory back
 
-DECODED = (1, 5, 7, 8, 32946)  # none, LZW, JPEG, deflate: compressions that every libvips decodes
+JPEG = 7  # TIFF compression
 
 
 def vips_may_read(index: TiffIndex, ome: bool = False) -> bool:
-    """Whether the file is worth a comparison: tiled 8-bit RGB, known compression, no tile absent."""
+    """Whether the file is worth a comparison: 8-bit RGB in JPEG tiles, none absent."""
     if index.broken or index.ndpi or not index.pages:
         return False
     pages = [index.pages[0], *index.pages[0].subpages] if ome else [p for p in index.pages if p.tiled]
@@ -38,7 +41,7 @@ def vips_may_read(index: TiffIndex, ome: bool = False) -> bool:
 def _plain_tiles(page: TiffPage) -> bool:
     rgb = page.samples == 3 and page.bits == 8 and not page.planar and page.photometric in (2, 6)
     # A tile of no bytes is black to libvips; OpenSlide fills it from another level or leaves it white.
-    return page.tiled and rgb and page.compression in DECODED and bool(len(page.counts)) and bool(page.counts.min() > 0)
+    return page.tiled and rgb and page.compression == JPEG and bool(len(page.counts)) and bool(page.counts.min() > 0)
 
 
 class _Notes:
@@ -48,24 +51,22 @@ class _Notes:
         self.lock = threading.RLock()
         self._seen = 0
 
-    def collect(self) -> tuple[int, str]:
-        """Notes seen so far in this process, and the text of the one found now; empties the buffer."""
+    def collect(self) -> int:
+        """How many notes were seen so far in this process; empties the buffer."""
         with self.lock:
-            text = pyvips.ffi.string(pyvips.vips_lib.vips_error_buffer()).decode("utf-8", "replace")
-            if text:
+            if pyvips.ffi.string(pyvips.vips_lib.vips_error_buffer()):
                 pyvips.vips_lib.vips_error_clear()
                 self._seen += 1
-            return self._seen, " ".join(text.split())
+            return self._seen
 
-    def strict_jpeg(self, data: bytes) -> bool:
-        """Whether a JPEG decodes without so much as a warning."""
+    def decode(self, data: bytes) -> np.ndarray | None:
+        """(h, w, 3) uint8 of a JPEG; None if it does not decode without so much as a warning."""
         with self.lock:
             try:
-                pyvips.Image.jpegload_buffer(data, fail_on="warning").avg()
+                return pyvips.Image.jpegload_buffer(data, fail_on="warning").numpy()
             except pyvips.Error:
                 self._seen += 1  # pyvips.Error emptied the buffer, perhaps with somebody else's note in it
-                return False
-        return True
+                return None
 
 
 _NOTES = _Notes()
@@ -109,8 +110,8 @@ class VipsReader(SlideReader):
         self._images: dict[int, pyvips.Image] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._sound: dict[tuple[int, int], bool] = {}  # (level, tile) -> whether it decodes strictly
-        self._notes_before = _NOTES.collect()[0]
+        self._damaged: set[tuple[int, int]] = set()  # (level, tile)
+        self._notes_before = _NOTES.collect()
 
     def close(self) -> None:
         self._local = threading.local()
@@ -140,34 +141,46 @@ class VipsReader(SlideReader):
         return image
 
     def _read_inside(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
-        data = _fetch(self._region(level), lx, ly, w, h)
-        notes, text = _NOTES.collect()
-        if data is None or (notes != self._notes_before and not self._tiles_sound(lx, ly, level, w, h)):
-            what = f"{self.path.name}: level {level}, {w} x {h} px at ({lx}, {ly}) of the level does not decode"
-            raise OSError(f"{what}: {text or 'damaged JPEG data'}")
-        return data.reshape(h, w, 3)
+        if _NOTES.collect() == self._notes_before:
+            data = _fetch(self._region(level), lx, ly, w, h)
+            if data is not None and _NOTES.collect() == self._notes_before:
+                return data.reshape(h, w, 3)
+        return self._read_strictly(lx, ly, level, w, h)
 
-    def _tiles_sound(self, lx: int, ly: int, level: int, w: int, h: int) -> bool:
-        """Whether all JPEG tiles under a window decode without a warning (other codings fail by themselves)."""
+    def _read_strictly(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
+        """The window from its tiles, each decoded by itself; OSError if one of them is damaged."""
         page = self._pages[level]
-        if page.compression != 7:
-            return True
-        across = -(-page.width // page.tile[0])
-        for row in range(ly // page.tile[1], (ly + h - 1) // page.tile[1] + 1):
-            for column in range(lx // page.tile[0], (lx + w - 1) // page.tile[0] + 1):
-                key = (level, row * across + column)
-                if key not in self._sound:
-                    self._sound[key] = _NOTES.strict_jpeg(self._jpeg(page, key[1]))
-                if not self._sound[key]:
-                    return False
-        return True
+        tile_w, tile_h = page.tile
+        out = np.empty((h, w, 3), np.uint8)
+        for row in range(ly // tile_h, (ly + h - 1) // tile_h + 1):
+            for column in range(lx // tile_w, (lx + w - 1) // tile_w + 1):
+                tile = self._tile(level, row * -(-page.width // tile_w) + column)
+                if tile is None or tile.shape != (tile_h, tile_w, 3):
+                    what = f"{w} x {h} px at ({lx}, {ly}) of level {level}"
+                    raise OSError(f"{self.path.name}: {what}: the JPEG data of tile ({column}, {row}) are damaged")
+                x, y = column * tile_w - lx, row * tile_h - ly
+                left, top = max(x, 0), max(y, 0)
+                part = tile[top - y : h - y, left - x : w - x]
+                out[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return out
 
-    def _jpeg(self, page: TiffPage, tile: int) -> bytes:
-        """One tile as a JPEG file: the tables that all tiles share go before its own segments."""
+    def _tile(self, level: int, number: int) -> np.ndarray | None:
+        if (level, number) in self._damaged:
+            return None
+        page = self._pages[level]
         with open(self.path, "rb") as handle:
-            handle.seek(int(page.offsets[tile]))
-            data = handle.read(int(page.counts[tile]))
-        return page.jpeg_tables[:-2] + data[2:] if page.jpeg_tables else data
+            handle.seek(int(page.offsets[number]))
+            data = handle.read(int(page.counts[number]))
+        tile = _NOTES.decode(_whole_jpeg(page, data))
+        if tile is None:
+            self._damaged.add((level, number))
+        return tile
+
+
+def _whole_jpeg(page: TiffPage, data: bytes) -> bytes:
+    """A tile as a JPEG file: with an Adobe marker for its colour space, and the tables that all tiles share."""
+    adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + (b"\1" if page.photometric == 6 else b"\0")
+    return b"\xff\xd8" + adobe + page.jpeg_tables[2:-2] + data[2:]
 
 
 def _fetch(region: pyvips.Region, x: int, y: int, w: int, h: int) -> np.ndarray | None:

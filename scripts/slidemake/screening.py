@@ -7,21 +7,20 @@ compared with the size of the file.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from slidemake.cohort import SlideRow
 from slidemake.failures import SlideFailure
 from slidemake.provenance import committed, content_identity, fingerprint, read_json_if_whole, write_json
 from slidemake.racks import Record
 from slidemake.reader import SlideReader, choose_reader, open_slide, slide_file
 from slidemake.reader_tiff import check_rgb, check_whole, read_tiff_index
 
-log = logging.getLogger("slidemake")
+if TYPE_CHECKING:
+    from slidemake.cohort import SlideRow
 
 PLAUSIBLE_MPP = (0.05, 10.0)  # um per px at level 0; a resolution tag of 72 dpi says 353
 COARSER = 1.05  # a slide coarser than a grid by more than this is not enlarged
