@@ -36,7 +36,7 @@ def glass_white_point(rgb: np.ndarray, usable: np.ndarray) -> np.ndarray:
     the slide than glass does. Exact 255 is what readers paint outside the scan, so it counts only where there is no
     other glass. Without any bright pixel (a region full of tissue) 245 in each channel is assumed.
     """
-    step = max(1, int(np.sqrt(usable.size / 2_000_000)))
+    step = max(1, int(np.sqrt(usable.size / 500_000)))
     pixels = rgb[::step, ::step][usable[::step, ::step]]
     darkest, brightest = pixels.min(1), pixels.max(1)
     # Stained tissue keeps a colour; glass is at most tinted.

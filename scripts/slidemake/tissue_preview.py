@@ -11,12 +11,16 @@ LINE, HALO = (0, 235, 60), (0, 60, 20)  # green is the one colour that no stain 
 
 
 def draw_preview(rgb: np.ndarray, mask: np.ndarray, mpp: float, longest: int = 1024) -> Image.Image:
-    """Overview (h, w, 3) uint8 at `mpp` um/px with the outline of `mask` (h, w) bool, at most `longest` px a side."""
+    """Overview (h, w, 3) uint8 at `mpp` um/px with the outline of `mask` (h, w) bool, `longest` px a side or less.
+
+    A small overview is enlarged to half of that, so that line and scale bar do not hide it.
+    """
     height, width = mask.shape
-    shrink_by = max(1.0, max(height, width) / longest)
-    size = max(1, round(width / shrink_by)), max(1, round(height / shrink_by))
-    picture = np.array(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
-    small = np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)) > 127
+    scale = float(np.clip(1.0, longest / 2 / max(height, width), longest / max(height, width)))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    how = Image.Resampling.BOX if scale <= 1 else Image.Resampling.BILINEAR
+    picture = np.array(Image.fromarray(rgb).resize(size, how))
+    small = np.array(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, how)) > 127
     edge = grow(small, 1) & ~small
     picture[grow(edge, 1)] = HALO
     picture[edge] = LINE

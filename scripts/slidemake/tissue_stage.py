@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ DEFAULTS: dict[str, Any] = {
     "overview_mpp": 8.0,  # um per px of the overview and of tissue.png
     "focus_samples": 48,  # regions read at about 0.5 um/px to see what is out of focus; 0: none
 }
-MAX_OVERVIEW_PX = 16_000_000  # bounds the memory: larger slides get a coarser overview (about 100 bytes per px)
+MAX_OVERVIEW_PX = 8_000_000  # bounds the memory (100 bytes per px): larger slides get a coarser overview
 FOCUS_REGION_PX, FOCUS_MPP = 256, 0.5
-BLURRED = 0.25  # of the slide's own sharp reference (the upper quartile of its samples)
+BLURRED = 0.15  # of the slide's own sharp reference (the upper quartile of its samples)
 FILES = ("tissue.png", "tissue.geojson", "tissue.jpg", "tissue.json")
 
 
@@ -110,9 +111,6 @@ def _write(
     mask_mpp: float,
     figures: dict[str, Any],
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    import json
-
     with committed(folder / "tissue.png") as work:
         Image.fromarray(found.mask.astype(np.uint8) * 255).save(work, format="PNG")
     write_text(folder / "tissue.geojson", json.dumps(outline, separators=(",", ":")) + "\n")
@@ -143,8 +141,9 @@ def sample_focus(slide: Any, mask: np.ndarray, scale: tuple[float, float], mpp: 
     """Sharpness of up to `samples` regions of 256 px at about 0.5 um/px, spread over the tissue.
 
     The score is the variance of the Laplacian of green over the variance of green within the region, so that a region
-    with few nuclei is not taken for a blurred one. Blurred is what stays below a quarter of the slide's own upper
-    quartile: a slide that is half out of focus is caught, one that is so throughout is not. Regions that do not decode
+    with few nuclei is not taken for a blurred one. Blurred is what stays below 0.15 of the slide's own upper quartile:
+    on sharp H&E up to 5 % of regions do, after a Gaussian blur of sigma 0.5 um nearly all. A slide that is half out of
+    focus is caught, one that is so throughout is not. Regions that do not decode
     are counted; tiling refuses them later.
     """
     none = {"blur_fraction": 0.0, "focus_median": None, "focus_samples": 0, "unreadable_samples": 0}

@@ -271,7 +271,7 @@ def slide(tmp_path_factory) -> tuple[dict, Path, np.ndarray]:
     big = np.repeat(np.repeat(rgb, 4, 0), 4, 1)  # 2 um/px
     big = np.clip(big + np.random.default_rng(0).normal(0, 12, big.shape), 0, 255).astype(np.uint8)
     blurred = np.asarray(ndi.gaussian_filter(big, (3, 3, 0)))
-    big[:, : 4 * 180] = blurred[:, : 4 * 180]
+    big[:, : 4 * 225] = blurred[:, : 4 * 225]
     write_slide(folder / "a.tiff", big, 2.0)
     record = {"slide_id": "a", "path": str(folder / "a.tiff"), "reader": "auto", "mpp": 2.0, "fingerprint": "f" * 32}
     return record, folder, truth
