@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from slidemake.demo_sprites import TEXTURE, Bank, Stamp, lay, sprite_bank, walk
+from slidemake.demo_bank import Bank, sprite_bank
+from slidemake.demo_sprites import TEXTURE, Stamp, lay, walk
 
 CELL = 16  # px of the slide per cell of the plan, which is also the scale of the truth masks
 BLOCK = 512
@@ -139,7 +140,7 @@ def make_plan(
         layer=layer.astype(np.float32),
         tumour=tumour,
         follicle=np.where(follicles.any(), follicle, -1e4).astype(np.float32),
-        fat=np.where(layer > 260, _noise(rng, m, 200) - rng.uniform(0.7, 1.4), -5).astype(np.float32),
+        fat=np.minimum(_noise(rng, m, 200) - rng.uniform(0.7, 1.4), (layer - 260) / 60).astype(np.float32),
         tears=(_noise(rng, m, 60) * 0.6 + 0.8 * _noise(rng, m, 230) - 2.25).astype(np.float32),
         inflamed=np.clip(rng.uniform(0.25, 0.7) + 0.22 * _noise(rng, m, 300), 0.1, 1).astype(np.float32),
         solid=(_noise(rng, m, 130) - rng.uniform(-0.4, 0.9)).astype(np.float32),
@@ -303,6 +304,7 @@ def _scatter_cells(
     yi, xi = np.clip(y, 0, side - 1).astype(int), np.clip(x, 0, side - 1).astype(int)
     keep = tissue[yi // CELL, xi // CELL] & ~ground.taken[yi // 8 + 80, xi // 8 + 80]
     keep[keep] = planes[yi[keep], xi[keep], 1] > 9  # no cell floats in fat, a cleft or a tear
+    keep &= (plan.depth[yi // CELL, xi // CELL] > 36) | (plan.layer[yi // CELL, xi // CELL] > -60)  # surface epithelium
     y, x = yi[keep], xi[keep]
     cy, cx = y // CELL, x // CELL
     layer, tumour, follicle = plan.layer[cy, cx], plan.tumour[cy, cx], plan.follicle[cy, cx]
@@ -316,7 +318,7 @@ def _scatter_cells(
     density = np.select(
         [tumour > 0, follicle > 0, fat, layer < 0, layer < 46, layer < 196, layer < 620],
         [
-            np.where(plan.solid[cy, cx] > 0, 0.52, 0.20),
+            np.where(plan.solid[cy, cx] > 0, 0.44, 0.20),
             0.80,
             0.22,
             0.16 + 0.55 * inflamed,
@@ -338,7 +340,7 @@ def _scatter_cells(
         (("lymphocyte", "reactive", "plasma"), (0.90, 0.06, 0.04)),
         (
             ("lymphocyte", "plasma", "spindle", "reactive", "eosinophil", "red_cell"),
-            (0.40, 0.24, 0.19, 0.08, 0.05, 0.04),
+            (0.40, 0.26, 0.20, 0.08, 0.03, 0.03),
         ),
         (("spindle", "lymphocyte", "red_cell", "plump"), (0.76, 0.13, 0.03, 0.08)),
     ]

@@ -1,4 +1,4 @@
-"""Stamps and textures of the demo cohort: nuclei, cells, glands, vessels, fibres and fat as stain densities.
+"""Stamps of the demo cohort: nuclei, cells, glands and vessels as stain densities.
 
 Everything here is a pair of planes (haematoxylin, eosin) in units of 1/`DENSITY` of natural-log optical density, at
 0.5 um per pixel. A stamp is drawn once per process and laid onto the slide many times, mirrored and turned.
@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 from scipy import fft, ndimage
-from scipy.spatial import cKDTree
 from skimage.measure import find_contours
 
 DENSITY = 100  # plane value of one unit of optical density (natural log), so that uint8 spans 0 to 2.55
@@ -81,7 +80,7 @@ class Canvas:
         density = np.clip(np.stack([self.h, self.e], -1) * DENSITY, 0, 255).astype(np.uint16)
         cover = None
         if claims_ground:
-            solid = ndimage.binary_dilation(self.a > 0.5, iterations=3)
+            solid = ndimage.binary_dilation(self.a > 0.5, iterations=1)
             pad = [(0, -n % 8) for n in solid.shape]
             solid = np.pad(solid, pad)
             cover = solid.reshape(solid.shape[0] // 8, 8, solid.shape[1] // 8, 8).any((1, 3))
@@ -143,7 +142,7 @@ def nucleus(
     return chromatin.astype(np.float32), np.full_like(y, 0.32), (0.94 * opacity).astype(np.float32)
 
 
-def _cell(parts_list: list[tuple[tuple, float, float]], side: int) -> Stamp:
+def cell_stamp(parts_list: list[tuple[tuple, float, float]], side: int) -> Stamp:
     canvas = Canvas(side, side)
     for parts, dy, dx in parts_list:
         canvas.cell(parts, side / 2 + dy, side / 2 + dx)
@@ -156,39 +155,39 @@ def _blob(rng: np.random.Generator, radius: float, h: float, e: float, opacity: 
     return np.full_like(chromatin, h), (e * (0.7 + 0.3 * chromatin)).astype(np.float32), alpha * opacity
 
 
-def _lymphocyte(rng: np.random.Generator) -> Stamp:
+def lymphocyte(rng: np.random.Generator) -> Stamp:
     r = rng.uniform(4.9, 6.3)
     halo = _blob(rng, r + 1.6, 0.12, 0.22, 0.5)
-    return _cell(
+    return cell_stamp(
         [(halo, 0, 0), (nucleus(rng, r * 1.06, r, rng.uniform(0, 6.3), rng.uniform(1.25, 1.75), 0.07, 0.25), 0, 0)], 24
     )
 
 
-def _plasma_cell(rng: np.random.Generator) -> Stamp:
+def plasma_cell(rng: np.random.Generator) -> Stamp:
     r, a = rng.uniform(4.8, 5.8), rng.uniform(0, 6.3)
     body = _blob(rng, rng.uniform(8, 9.5), 0.42, 0.62, 0.8, 1.15)
-    return _cell(
+    return cell_stamp(
         [(body, 0, 0), (nucleus(rng, r, r * 0.95, a, rng.uniform(1.2, 1.6), 0.05, 0.5), 3 * np.sin(a), 3 * np.cos(a))],
         30,
     )
 
 
-def _eosinophil(rng: np.random.Generator) -> Stamp:
+def eosinophil(rng: np.random.Generator) -> Stamp:
     a = rng.uniform(0, 6.3)
     dy, dx = 2.6 * np.sin(a), 2.6 * np.cos(a)
     lobes = [nucleus(rng, 3.6, 2.8, a + 1.5, 1.5, 0.05) for _ in range(2)]
-    return _cell([(_blob(rng, 7.2, 0.05, 1.25, 0.95), 0, 0), (lobes[0], dy, dx), (lobes[1], -dy, -dx)], 24)
+    return cell_stamp([(_blob(rng, 7.2, 0.05, 1.1, 0.9), 0, 0), (lobes[0], dy, dx), (lobes[1], -dy, -dx)], 24)
 
 
-def _spindle(rng: np.random.Generator, angle: float, plump: float = 1.0) -> Stamp:
+def spindle(rng: np.random.Generator, angle: float, plump: float = 1.0) -> Stamp:
     long, short = rng.uniform(8, 12.5), rng.uniform(1.9, 3.0) * plump
-    return _cell([(nucleus(rng, long, short, angle, rng.uniform(0.95, 1.5), 0.09, 0.3 * (plump > 1)), 0, 0)], 36)
+    return cell_stamp([(nucleus(rng, long, short, angle, rng.uniform(0.95, 1.5), 0.09, 0.3 * (plump > 1)), 0, 0)], 36)
 
 
-def _reactive(rng: np.random.Generator) -> Stamp:
+def reactive_cell(rng: np.random.Generator) -> Stamp:
     """Germinal-centre and stromal cells: pale, rounder, small nucleoli. Benign but large."""
     r = rng.uniform(5.8, 7.6)
-    return _cell(
+    return cell_stamp(
         [(nucleus(rng, r * 1.15, r * 0.9, rng.uniform(0, 6.3), rng.uniform(0.85, 1.15), 0.07, 0.7, 1), 0, 0)], 28
     )
 
@@ -210,28 +209,28 @@ def malignant_nucleus(rng: np.random.Generator, angle: float) -> tuple[np.ndarra
     )
 
 
-def _malignant(rng: np.random.Generator) -> Stamp:
-    body = _blob(rng, rng.uniform(11, 14), 0.3, 0.52, 0.75, 1.1)
-    return _cell([(body, 0, 0), (malignant_nucleus(rng, rng.uniform(0, 6.3)), 0, 0)], 46)
+def malignant_cell(rng: np.random.Generator) -> Stamp:
+    body = _blob(rng, rng.uniform(11, 14), 0.3, 0.52, 0.2, 1.1)
+    return cell_stamp([(body, 0, 0), (malignant_nucleus(rng, rng.uniform(0, 6.3)), 0, 0)], 46)
 
 
-def _mitosis(rng: np.random.Generator) -> Stamp:
+def mitosis(rng: np.random.Generator) -> Stamp:
     a = rng.uniform(0, 6.3)
     plate = [
         (nucleus(rng, 7.5, 2.6, a, 2.2, 0.25), s * 4 * np.cos(a), -s * 4 * np.sin(a))
         for s in ((-1, 1) if rng.random() < 0.5 else (0,))
     ]
-    return _cell([(_blob(rng, 13, 0.16, 0.36, 0.9), 0, 0), *plate], 40)
+    return cell_stamp([(_blob(rng, 13, 0.16, 0.36, 0.9), 0, 0), *plate], 40)
 
 
-def _apoptosis(rng: np.random.Generator) -> Stamp:
+def apoptosis(rng: np.random.Generator) -> Stamp:
     bits = [(nucleus(rng, r, r, 0, 2.1, 0.1), *rng.normal(0, 3, 2)) for r in rng.uniform(1.2, 3.2, 4)]
-    return _cell([(_blob(rng, 7, 0.1, 1.0, 0.8), 0, 0), *bits], 28)
+    return cell_stamp([(_blob(rng, 7, 0.1, 1.0, 0.8), 0, 0), *bits], 28)
 
 
-def _red_cell(rng: np.random.Generator) -> Stamp:
+def red_cell(rng: np.random.Generator) -> Stamp:
     disc = _blob(rng, rng.uniform(5.0, 6.2), 0.03, rng.uniform(1.15, 1.5), 0.95, rng.uniform(1.0, 1.15))
-    return _cell([(disc, 0, 0), (_blob(rng, 2.6, 0.03, 1.0, 0.35), 0, 0)], 20)
+    return cell_stamp([(disc, 0, 0), (_blob(rng, 2.6, 0.03, 1.0, 0.35), 0, 0)], 20)
 
 
 def _depth(
@@ -383,117 +382,3 @@ def vessel(rng: np.random.Generator, radius: float) -> Stamp:
             if blood[int(y), int(x)]:
                 canvas.cell(discs[int(rng.integers(len(discs)))], y, x)
     return canvas.stamp(True)
-
-
-def _fat(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    count = 90
-    seeds = rng.uniform(0, TEXTURE, (4000, 2))
-    kept: list[np.ndarray] = []
-    for seed in seeds:
-        gap = [np.abs(seed - other) for other in kept]
-        if all(np.hypot(*np.minimum(g, TEXTURE - g)) > 78 for g in gap):
-            kept.append(seed)
-        if len(kept) == count:
-            break
-    far = np.concatenate([np.array(kept) + (dy, dx) for dy in (-TEXTURE, 0, TEXTURE) for dx in (-TEXTURE, 0, TEXTURE)])
-    y, x = np.mgrid[:TEXTURE, :TEXTURE]
-    bent = [axis + 5 * spectral_noise(rng, y.shape, 14, 14) for axis in (y, x)]
-    near = cKDTree(far).query(np.stack(bent, -1).reshape(-1, 2), k=2, workers=1)[0].reshape(TEXTURE, TEXTURE, 2)
-    wall = np.exp(-(((near[..., 1] - near[..., 0]) / 4.5) ** 2))
-    return 0.02 + 0.12 * wall, 0.02 + 0.5 * wall
-
-
-def _textures(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """name -> (TEXTURE * TEXTURE,) uint16: haematoxylin in the low byte, eosin in the high byte."""
-    size = (TEXTURE, TEXTURE)
-
-    def noise(across: float, down: float) -> np.ndarray:
-        return spectral_noise(rng, size, across, down)
-
-    def soft(field: np.ndarray, edge: float, width: float) -> np.ndarray:
-        return 1 / (1 + np.exp(-(field - edge) / width))
-
-    grain = noise(1.0, 1.0)
-    fibres = 0.6 * noise(48, 2.4) + 0.5 * noise(22, 1.5) + 0.5 * noise(70, 9)
-    cleft = soft(0.75 * noise(55, 4.5) + 0.6 * noise(26, 2.2), 0.95, 0.12)
-    strands = soft(
-        np.abs(0.8 * noise(16, 4) + 0.5 * noise(6, 3)), 0.55, 0.18
-    )  # a loose net: strands where it is near 0
-    holes = soft(noise(7, 4.5), 0.9, 0.2)
-    fine = noise(40, 1.7)
-    planes = {
-        "collagen": (0.07 + 0.02 * fibres + 0.01 * grain, (0.62 + 0.17 * fibres + 0.015 * grain) * (1 - 0.93 * cleft)),
-        "loose": (0.07 + 0.03 * (1 - strands), (0.15 + 0.36 * (1 - strands) + 0.06 * fibres) * (1 - 0.6 * holes)),
-        "lamina": (0.13 + 0.012 * grain + 0.02 * fine, (0.40 + 0.10 * fibres + 0.02 * grain) * (1 - 0.85 * holes)),
-        "muscle": (
-            0.13 + 0.02 * fine,
-            (0.80 + 0.11 * fine + 0.07 * noise(60, 6)) * (1 - 0.8 * soft(noise(70, 3), 1.6, 0.1)),
-        ),
-        "desmoplasia": (
-            0.16 + 0.03 * fibres,
-            (0.47 + 0.13 * fibres + 0.05 * fine) * (1 - 0.7 * soft(noise(30, 4), 1.35, 0.15)),
-        ),
-        "sheet": (0.30 + 0.05 * noise(5, 5) + 0.03 * grain, 0.50 + 0.07 * noise(6, 6) + 0.04 * grain),
-        "follicle": (0.26 + 0.04 * grain, 0.24 + 0.05 * grain),
-        "surface": (0.24 + 0.03 * grain, 0.44 + 0.05 * grain),
-        "fat": _fat(rng),
-    }
-    packed = {}
-    for name, (h, e) in planes.items():
-        both = np.clip(np.stack([h, e], -1) * DENSITY, 0, 255).astype(np.uint8)
-        packed[name] = both.reshape(-1, 2).view("<u2").ravel()
-    return packed
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Everything that is drawn once: cells by kind, spindles by direction, glands, vessels, textures."""
-
-    cells: dict[str, list[Stamp]]
-    spindles: list[list[Stamp]]  # [direction][shape]; direction i is i * pi / len
-    plump: list[list[Stamp]]
-    surface: list[list[Stamp]]  # columnar nuclei by direction
-    round_crypts: list[Stamp]
-    long_crypts: list[Stamp]
-    malignant_glands: list[Stamp]
-    vessels: list[Stamp]
-    textures: dict[str, np.ndarray]
-    ragged: np.ndarray  # (TEXTURE * TEXTURE,) float32, unit variance, a few px fine
-
-
-@lru_cache(maxsize=1)
-def sprite_bank(seed: int = 20) -> Bank:
-    """The bank of this process; the same for every slide, so that sites differ by stain and not by shapes."""
-    rng = np.random.default_rng(seed)
-    makers = {
-        "lymphocyte": (_lymphocyte, 40),
-        "plasma": (_plasma_cell, 24),
-        "eosinophil": (_eosinophil, 8),
-        "reactive": (_reactive, 24),
-        "malignant": (_malignant, 90),
-        "mitosis": (_mitosis, 8),
-        "apoptosis": (_apoptosis, 8),
-        "red_cell": (_red_cell, 16),
-    }
-    ways = np.arange(24) * np.pi / 24
-    columnar = [
-        [
-            _cell([(nucleus(rng, 6.8, 3.7, way + rng.normal(0, 0.12), rng.uniform(1.0, 1.4), 0.05, 0.4), 0, 0)], 22)
-            for _ in range(5)
-        ]
-        for way in ways
-    ]
-    return Bank(
-        cells={kind: [make(rng) for _ in range(count)] for kind, (make, count) in makers.items()},
-        spindles=[[_spindle(rng, way) for _ in range(5)] for way in ways],
-        plump=[[_spindle(rng, way, 1.6) for _ in range(5)] for way in ways],
-        surface=columnar,
-        round_crypts=[crypt(rng, rng.uniform(0, 50), rng.uniform(0, np.pi)) for _ in range(28)],
-        long_crypts=[crypt(rng, rng.uniform(170, 330), way) for way in np.arange(8) * np.pi / 8 for _ in range(3)],
-        malignant_glands=[malignant_gland(rng, radius) for radius in rng.uniform(48, 115, 26)],
-        vessels=[vessel(rng, radius) for radius in rng.uniform(22, 70, 10)],
-        textures=_textures(rng),
-        ragged=(
-            0.9 * spectral_noise(rng, (TEXTURE, TEXTURE), 9, 5) + 0.42 * spectral_noise(rng, (TEXTURE, TEXTURE), 4, 2.4)
-        ).ravel(),
-    )
