@@ -31,8 +31,11 @@ def build_trunk(record: EncoderRecord) -> nn.Module:
     """The record's network without weights (randomly initialised), in evaluation mode. RunError if timm cannot."""
     import timm
 
+    arguments = timm_arguments(record)
+    if torch.get_default_device().type == "meta" and str(record.architecture).startswith("vit_"):
+        arguments["weight_init"] = "skip"  # there is nothing to initialise, and going through it costs most of the time
     try:
-        trunk = timm.create_model(record.architecture, pretrained=False, **timm_arguments(record))
+        trunk = timm.create_model(record.architecture, pretrained=False, **arguments)
     except (RuntimeError, TypeError) as error:
         raise RunError(f"timm cannot build encoder {record.key} ({record.architecture}): {error}") from error
     found = getattr(trunk, "num_prefix_tokens", 0)

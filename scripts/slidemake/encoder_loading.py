@@ -112,16 +112,16 @@ def build_model(record: EncoderRecord, path: Path | None) -> nn.Module:
     if record.loader == "torchscript":
         model: nn.Module = Pooled(_torchscript(record, path), record)
         _check_dim(model, record)
-    elif path is None:
+        return model.eval().requires_grad_(False)
+    # Built without memory, then given the file's tensors: 1.1 billion parameters are in memory once, not twice.
+    with torch.device("meta"):
+        model = Pooled(build_trunk(record), record)
+        _check_dim(model, record)
+    if path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(record.source.seed)
             model = Pooled(build_trunk(record), record)
-        _check_dim(model, record)
     else:
-        # Built without memory, then given the file's tensors: 1.1 billion parameters are in memory once, not twice.
-        with torch.device("meta"):
-            model = Pooled(build_trunk(record), record)
-            _check_dim(model, record)
         load_into(model.trunk, record, path)
         left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         if left:

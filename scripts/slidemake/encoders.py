@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 
 from slidemake.failures import RunError
@@ -178,6 +177,8 @@ def _overlaid(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problems(raw: dict[str, Any]) -> list[str]:
+    import jsonschema  # here: importing it can cost a second, and an embedding job gets its record ready-made
+
     schema = json.loads(SCHEMA.read_text())
     known = set(schema["$defs"]["encoder"]["properties"]) | set(schema["$defs"]["source"]["properties"])
     found = []

@@ -59,8 +59,9 @@ def local(record: EncoderRecord, path: Path, sha256: str | None = None) -> Encod
 # ------------------------------------------------------------------------------------------------- records
 
 
-def test_importing_the_registry_imports_no_torch():
-    code = "import sys; import slidemake.encoders; assert not {'torch', 'timm', 'huggingface_hub'} & set(sys.modules)"
+def test_importing_the_registry_is_cheap():
+    heavy = "{'torch', 'timm', 'huggingface_hub', 'jsonschema'}"
+    code = f"import sys; import slidemake.encoders; assert not {heavy} & set(sys.modules)"
     scripts = Path(encoders.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(scripts)})
 
@@ -251,8 +252,8 @@ def test_the_named_encoders_run_from_their_own_records(key):
     assert features.dtype == torch.float32
     assert torch.isfinite(features).all()
     assert not torch.allclose(features[0], features[1])
-    alone = encoder.forward(batch[1:])
-    assert float((alone[0] - features[1]).abs().max() / features.abs().max()) < 1e-3
+    alone = encoder.forward(batch[:1])
+    assert float((alone[0] - features[0]).abs().max() / features.abs().max()) < 1e-3
     assert encoder.forward(batch[:0]).shape == (0, record.dim)
 
 
