@@ -1,0 +1,270 @@
+"""The cohort as its sample sheet describes it, checked before any slide is opened.
+
+`read_sheet` reports every problem at once, with row, column and what to write instead; `check_task` says whether the
+labels can be learned as a task asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slidemake.configuration import nearest
+from slidemake.failures import RunError
+from slidemake.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
+from slidemake.sheet_table import KNOWN, Problem, Table, check_columns, read_table
+
+log = logging.getLogger("slidemake")
+
+MAX_SHOWN = 50  # problems listed; the rest is counted
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """One slide of the sheet. Text that the sheet leaves out is ""; `labels` holds every column that is not ours, and
+    those that `read_sheet` was asked for ("" where a slide has no value).
+
+    path: as a program opens it (resolved against the sheet's folder), or a URI. mpp: um per px of level 0, or None.
+    tissue_geojson: resolved like path, or None. row: number in the file, the header being 1.
+    """
+
+    slide_id: str
+    path: str
+    patient_id: str = ""
+    site: str = ""
+    scanner: str = ""
+    scan_date: str = ""
+    split: str = ""
+    mpp: float | None = None
+    stain: str = ""
+    exclude: bool = False
+    tissue_geojson: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    row: int = field(default=0, compare=False)
+
+    @classmethod
+    def for_screening(
+        cls, slide_id: str, path: str, mpp: float | None = None, stain: str = "", exclude: bool = False
+    ) -> SlideRow:
+        """A row of what screening looks at, for a slide outside a cohort or from a job's params."""
+        return cls(slide_id, path, patient_id=slide_id, mpp=mpp, stain=stain, exclude=exclude)
+
+
+def read_sheet(
+    path: str | Path, columns: Iterable[str] = (), tasks: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[SlideRow]:
+    """Rows of a sample sheet in file order, excluded ones too; all as text but for mpp and exclude.
+
+    columns: label columns that must be there. tasks: the configuration's tasks; their labels are checked in the same
+    go (`check_task`). Ids that look as if a spreadsheet had taken their leading zeros are warned of in the log.
+    Raises RunError that lists every problem (the first 50, and how many more there are).
+    """
+    path, tasks = Path(path), tasks or {}
+    columns = list(dict.fromkeys([*columns, *(task["label"] for task in tasks.values())]))
+    table = read_table(path)
+    cells = [(number, converted(row)) for number, row in table.rows]
+    problems = [*table.problems, *check_columns(table.columns, columns), *check_cells(cells)]
+    for _, row in cells:
+        row["patient_id"] = row.get("patient_id") or str(row.get("slide_id") or "")
+    problems += check_rows(cells, path)
+    if "split" in table.columns:
+        problems += disagreements(cells, "split")
+    rows = [_slide_row(number, row, path, columns) for number, row in cells]
+    for name, task in tasks.items():
+        if task["label"] not in table.columns:
+            continue  # said already
+        seen = {(problem.row, problem.column) for problem in problems}
+        found = task_problems(rows, task, f"task {name}")
+        problems += [problem for problem in found if not problem.row or (problem.row, problem.column) not in seen]
+    if problems:
+        raise RunError(_message(table.name, problems))
+    for column in ("slide_id", "patient_id"):
+        warning = lost_zeros(str(row[column]) for _, row in cells)
+        if warning:
+            log.warning("%s, column %s: %s", table.name, column, warning)
+    return rows
+
+
+def _slide_row(number: int, row: dict[str, Any], sheet: Path, columns: list[str]) -> SlideRow:
+    """A row as SlideRow; with problems it is good enough to find the others."""
+    texts = {key: row.get(key) or "" for key in ("site", "scanner", "scan_date", "split", "stain")}
+    mpp, outline = row.get("mpp"), row.get("tissue_geojson")
+    labels = {key: value or "" for key, value in row.items() if key not in KNOWN}
+    labels |= {key: str(row[key] or "") for key in columns if key in row and key in KNOWN}
+    return SlideRow(
+        slide_id=row.get("slide_id") or "",
+        path=resolve(row.get("path") or "", sheet),
+        patient_id=row["patient_id"],
+        mpp=mpp if isinstance(mpp, float) else None,
+        exclude=row.get("exclude") is True,
+        tissue_geojson=resolve(outline, sheet) if outline else None,
+        labels=labels,
+        row=number,
+        **texts,
+    )
+
+
+def _message(name: str, problems: list[Problem]) -> str:
+    unique = sorted(set(problems), key=lambda problem: (problem.row == 0, problem.row))
+    count = "a problem" if len(unique) == 1 else f"{len(unique)} problems"
+    lines = [f"{name} {problem}" if problem.row else f"{name}: {problem}" for problem in unique[:MAX_SHOWN]]
+    if len(unique) > MAX_SHOWN:
+        lines.append(f"... and {len(unique) - MAX_SHOWN} more")
+    return "\n  ".join([f"The sample sheet has {count}:", *lines])
+
+
+def sheet_records(path: str | Path) -> list[dict[str, str]]:
+    """The sheet's cells as text, row by row, with patient_id filled in: what cohort/slides.csv starts from.
+
+    Every spelling of a missing value is "" here, as in `read_sheet`.
+    """
+    table: Table = read_table(path)
+    records = []
+    for _, cells in table.rows:
+        record = {"slide_id": cells["slide_id"], "path": cells["path"], "patient_id": cells.get("patient_id", "")}
+        record["patient_id"] = record["patient_id"] or record["slide_id"]
+        records.append({**record, **{key: value for key, value in cells.items() if key not in record}})
+    return records
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def check_task(rows: list[SlideRow], task: Mapping[str, Any], name: str = "task") -> dict[str, Any]:
+    """Can this task be learned from these rows? Excluded slides do not count, slides without a label are only counted.
+
+    Returns {"classes": {class: patients}, "patients", "slides", "unlabelled": slides without a label}. Raises RunError
+    that lists every problem: no such column, one class, fewer patients in a class than folds, a patient with two
+    labels or in two folds, folds or sites that are not given.
+    """
+    problems = task_problems(rows, task, name)
+    if problems:
+        listed = "\n  ".join(str(problem) for problem in problems[:MAX_SHOWN])
+        more = f"\n  ... and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+        raise RunError(f"The sample sheet does not fit {name} (label {task['label']}):\n  {listed}{more}")
+    label, included = task["label"], [row for row in rows if not row.exclude]
+    labelled = [row for row in included if row.labels[label]]
+    return {
+        "classes": dict(sorted(patients_per_class(rows, label).items())),
+        "patients": len({row.patient_id for row in labelled}),
+        "slides": len(labelled),
+        "unlabelled": len(included) - len(labelled),
+    }
+
+
+def patients_per_class(rows: Iterable[SlideRow], label: str) -> Counter[str]:
+    """Number of patients in each class, over slides that are labelled and not excluded."""
+    classes = {row.patient_id: row.labels[label] for row in rows if not row.exclude and row.labels.get(label)}
+    return Counter(classes.values())
+
+
+def task_classes(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> list[str]:
+    """Class names in alphabetical order, the positive class of a binary task last."""
+    classes = sorted(patients_per_class(rows, task["label"]))
+    if task.get("positive") in classes:
+        classes = [name for name in classes if name != task["positive"]] + [task["positive"]]
+    return classes
+
+
+def task_problems(rows: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:
+    """All that stands between these rows and this task."""
+    label, included = task["label"], [row for row in rows if not row.exclude]
+    if not included:
+        return [Problem(0, "", f"{name}: every slide is excluded")] if rows else []
+    if label not in included[0].labels:
+        return [Problem(0, "", f"{name}: {_no_column(label, included[0])}")]
+    labelled = [row for row in included if row.labels[label]]
+    if not labelled:
+        return [Problem(0, "", f"{name}: column {label} is empty; write each slide's class into it")]
+    if task.get("level", "patient") == "patient":
+        problems = list(disagreements(_pairs(labelled, {label: lambda row: row.labels[label]}), label))
+    else:
+        problems = []
+    texts = [*_class_problems(labelled, task), *_fold_problems(labelled, task)]
+    problems += [Problem(0, "", f"{name}: {text}") for text in texts]
+    return problems + _split_problems(labelled, task, name)
+
+
+def _no_column(column: str, row: SlideRow) -> str:
+    others = [name for name in row.labels if name not in KNOWN]
+    near = nearest(column, others)
+    known = (
+        f"did you mean {near}?" if near else f"the columns that are not slidemake's own: {', '.join(others) or 'none'}"
+    )
+    return f"there is no column {column}; {known}"
+
+
+def _pairs(rows: list[SlideRow], values: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Rows as `disagreements` wants them, with the given values."""
+    return [(row.row, {"patient_id": row.patient_id, **{k: get(row) for k, get in values.items()}}) for row in rows]
+
+
+def _class_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterator[str]:
+    label, counts = task["label"], patients_per_class(labelled, task["label"])
+    classes = sorted(counts)
+    shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+    by_case: dict[str, list[str]] = defaultdict(list)
+    for one in classes:
+        by_case[one.casefold()].append(one)
+    for same in by_case.values():
+        if len(same) > 1:
+            yield f"classes {' and '.join(same)} of column {label} differ in case only; write one of them everywhere"
+    if len(classes) == 1:
+        yield f"column {label} has one class only ({shown}); a model needs slides of at least two"
+    elif task.get("type", "binary") == "binary" and len(classes) > 2:
+        number = len(classes) > 20 and all(_is_number(one) for one in classes)
+        remedy = "it looks like a measurement, not a class" if number else "set type: multiclass"
+        yield f"column {label} has {len(classes)} classes ({shown}), and a binary task has two; {remedy}"
+    positive = task.get("positive")
+    if positive is not None and positive not in classes:
+        near = nearest(positive, classes)
+        meant = f"did you mean {near}?" if near else f"its classes: {shown}"
+        yield f"no slide has the positive class {positive} in column {label}; {meant}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _fold_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterator[str]:
+    splits = task.get("splits", {})
+    counts, folds = patients_per_class(labelled, task["label"]), splits.get("folds", 5)
+    if splits.get("method", "kfold") == "kfold" and len(counts) > 1:
+        few = {name: count for name, count in sorted(counts.items()) if count < folds}
+        listed = ", ".join(f"{name} {count}" for name, count in list(few.items())[:8])
+        if few:
+            least = min(few.values())
+            remedy = f"set folds: {least}" if least >= 2 else "add patients, or merge classes"
+            yield f"{folds} folds need {folds} patients of each class, and there are {listed}; {remedy}"
+
+
+def _split_problems(labelled: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:
+    """Given folds and sites: each labelled slide has one, there are at least two, and no patient is in two."""
+    method = task.get("splits", {}).get("method", "kfold")
+    if method == "kfold":
+        return []
+    column = task["splits"].get("column", "split") if method == "given" else "site"
+    rows = _pairs(labelled, {column: lambda row: row.labels.get(column) or getattr(row, column, "")})
+    first = labelled[0]
+    if column not in first.labels and column not in KNOWN:
+        return [Problem(0, "", f"{name}: {_no_column(column, first)} (splits of method {method} need it)")]
+    empty = [number for number, row in rows if not row[column]]
+    if len(empty) == len(rows):
+        return [Problem(0, "", f"{name}: splits of method {method} need column {column}, which is missing or empty")]
+    problems = [Problem(number, column, f"is empty, and {name} splits by it") for number in empty]
+    values = {row[column] for _, row in rows if row[column]}
+    if len(values) == 1:
+        problems.append(Problem(0, "", f"{name}: column {column} has one value only ({values.pop()}); two are needed"))
+    problems += [
+        Problem(problem.row, column, f"{problem.text}; a patient in two folds would be trained and tested on")
+        for problem in disagreements(rows, column)
+    ]
+    return problems
