@@ -35,7 +35,7 @@ def build_trunk(record: EncoderRecord) -> nn.Module:
     if torch.get_default_device().type == "meta" and str(record.architecture).startswith("vit_"):
         arguments["weight_init"] = "skip"  # there is nothing to initialise, and going through it costs most of the time
     try:
-        trunk = timm.create_model(record.architecture, pretrained=False, **arguments)
+        trunk = timm.create_model(str(record.architecture), pretrained=False, **arguments)
     except (RuntimeError, TypeError) as error:
         raise RunError(f"timm cannot build encoder {record.key} ({record.architecture}): {error}") from error
     found = getattr(trunk, "num_prefix_tokens", 0)
@@ -103,7 +103,7 @@ class Pooled(nn.Module):
             return self.trunk(x, projected=True)
         if self.pooling == "stage3":
             return self._stage3(x)
-        tokens = self.trunk(x) if isinstance(self.trunk, torch.jit.ScriptModule) else self.trunk.forward_features(x)
+        tokens = self.trunk(x) if isinstance(self.trunk, torch.jit.ScriptModule) else self.trunk.forward_features(x)  # type: ignore[operator]
         return pool_tokens(tokens, self.pooling, self.prefix)
 
     def _stage3(self, x: torch.Tensor) -> torch.Tensor:

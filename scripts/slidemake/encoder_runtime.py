@@ -77,7 +77,7 @@ def accelerate(
     """
     model = model.eval().to(device=device)
     if not isinstance(model, torch.jit.ScriptModule):
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if device.type == "cuda":
         return (torch.compile(model), "compiled") if compile_model else (model, "eager")
     folds = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())

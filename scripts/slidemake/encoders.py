@@ -64,8 +64,8 @@ class EncoderRecord:
     resize: int
     crop: int
     interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     prefix_tokens: int
     pooling: str
     dim: int
@@ -107,8 +107,11 @@ class EncoderRecord:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> EncoderRecord:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
-        return cls(**{**values, "source": Source(**plain["source"]), "arguments": dict(plain["arguments"])})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
+        }
+        values |= {"source": Source(**plain["source"]), "arguments": dict(plain["arguments"])}
+        return cls(**values)
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -321,8 +324,9 @@ def resolve_weights(record: EncoderRecord) -> Path | None:
         return _package_file(record)
     import huggingface_hub
 
+    hub, filename = str(source.hub), str(source.filename)  # the schema demands both
     try:
-        return Path(huggingface_hub.hf_hub_download(source.hub, source.filename, revision=source.revision))
+        return Path(huggingface_hub.hf_hub_download(hub, filename, revision=source.revision))
     except _hub_errors() as error:
         raise RunError(_no_access(record, _reason(error))) from error
 
@@ -346,14 +350,15 @@ def check_access(record: EncoderRecord) -> None:
     import huggingface_hub
     from huggingface_hub import constants
 
-    cached = huggingface_hub.try_to_load_from_cache(source.hub, source.filename, revision=source.revision)
+    hub, filename = str(source.hub), str(source.filename)
+    cached = huggingface_hub.try_to_load_from_cache(hub, filename, revision=source.revision)
     if isinstance(cached, (str, os.PathLike)):
         return
     if constants.HF_HUB_OFFLINE:
         raise RunError(_no_access(record, "it is not in the local hub cache, and HF_HUB_OFFLINE is set"))
     if record.gated and huggingface_hub.get_token() is None:
         raise RunError(_no_access(record, "it is gated, and there is no hub token"))
-    url = huggingface_hub.hf_hub_url(source.hub, source.filename, revision=source.revision)
+    url = huggingface_hub.hf_hub_url(hub, filename, revision=source.revision)
     try:
         huggingface_hub.get_hf_file_metadata(url, timeout=15)
     except _hub_errors() as error:
