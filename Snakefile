@@ -37,7 +37,8 @@ include: "rules/report.smk"
 rule all:
     default_target: True
     input:
-        collect("{output}/report/index.html", output=OUTPUT),
+        f"{OUTPUT}/report/index.html",
+        f"{OUTPUT}/predictions/patients.csv" if PLAN.bundle else [],
 
 
 rule tiles:

@@ -11,7 +11,7 @@ from typing import Any
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import read_json_if_whole, write_text
 
-FIGURES = ("vendor", "reader", "width", "height", "mpp", "mpp_source", "objective")
+FIGURES = ("identity", "vendor", "reader", "width", "height", "mpp", "mpp_source", "objective")
 FAILURE_COLUMNS = ("slide_id", "stage", "code", "message", "hint")
 
 

@@ -12,9 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slidemake.bundle_context import apply_bundle, read_bundle_context
-from slidemake.cohort import SlideRow, check_task, read_sheet
-from slidemake.configuration import load_configuration, stage_options
+from slidemake.cohort import SlideRow, read_sheet
+from slidemake.configuration import load_configuration, sheet_columns, stage_options
 from slidemake.encoders import EncoderRecord, check_access, load_record, registry
 from slidemake.failures import RunError
 from slidemake.provenance import FORMAT_VERSION, read_json_if_whole, write_json
@@ -41,7 +40,7 @@ class Plan:
 
     @property
     def tasks(self) -> dict[str, Any]:
-        return {} if self.bundle else self.config["tasks"]
+        return dict(self.config["tasks"])
 
     @cached_property
     def grids(self) -> list[str]:
@@ -71,7 +70,7 @@ class Plan:
     @property
     def stain_target_record(self) -> dict[str, Any] | None:
         """The reference that a bundle was trained with, when a bundle is applied."""
-        return self.bundle["stain"].get("target") if self.bundle else None
+        return self.bundle["context"]["stain_target"] if self.bundle else None
 
     def stain_method_of(self, encoder: str) -> str:
         """Stain method for one encoder: the configured one, or for `auto` what its record recommends."""
@@ -110,7 +109,10 @@ class Plan:
         return options
 
     def bundle_context(self, task: str, model: str) -> dict[str, Any]:
-        """What a bundle must carry so that a slide never seen is processed like the training slides."""
+        """What a bundle must carry so that a slide never seen is processed like the training slides.
+
+        The stain reference, an input of the training job, is added there.
+        """
         encoder = self.encoder_of(task, model)
         return {
             "encoder": self.encoders[encoder].name,
@@ -137,21 +139,19 @@ def plan_run(raw: dict[str, Any], base: Path) -> Plan:
     if raw.get("encoders_file"):
         registry_paths.append(Path(raw["encoders_file"]))
     known = registry(registry_paths)
-    config = load_configuration(raw, base)
-    bundle = read_bundle_context(config["bundle"]) if config["bundle"] else None
+    config = load_configuration(raw, base, encoders=known)
+    bundle = read_bundle(config["bundle"]) if config["bundle"] else None
     if bundle:
         config = apply_bundle(config, bundle)
-    check_results_folder(Path(config["output"]))
-    tasks = {} if bundle else config["tasks"]
-    labels = sorted({task["label"] for task in tasks.values()})
-    rows = read_sheet(config["sheet"], labels) if config["sheet"] else []
-    for task in tasks.values():
-        check_task(rows, task)
+    tasks = config["tasks"]
+    # write_sheet makes the sheet that is not there yet
+    rows = [] if config["slides_folder"] else read_sheet(config["sheet"], sheet_columns(config), tasks)
     encoders = {}
     for key in used_encoders(config, tasks, bundle):
         record = load_record(key, known)
         check_access(record)
         encoders[record.slug] = record
+    check_results_folder(Path(config["output"]))
     size = config["rack_size"]
     size = auto_rack_size(len(rows)) if size == "auto" else int(size)
     by_id = {row.slide_id: row for row in rows}
@@ -162,10 +162,30 @@ def plan_run(raw: dict[str, Any], base: Path) -> Plan:
 def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[str]:
     """Encoders that some model of some task reads (all models' without a task), in a stable order."""
     if bundle:
-        key, variant = bundle["encoder"]["key"], bundle["encoder"].get("variant")
-        return [f"{key}:{variant}" if variant and ":" not in key else key]
+        return [str(bundle["context"]["encoder"])]
     used = [name for task in tasks.values() for name in task["models"]] if tasks else list(config["models"])
     return sorted({str(config["models"][name]["encoder"]) for name in used})
+
+
+def read_bundle(folder: str) -> dict[str, Any]:
+    """bundle.json of a trained model. Raises RunError where there is none, or one of another format."""
+    info = read_json_if_whole(Path(folder) / "bundle.json")
+    if info is None:
+        raise RunError(f"bundle: {folder} is not a model bundle: it has no readable bundle.json.")
+    if "context" not in info:
+        raise RunError(f"bundle: {folder} does not say how its slides were processed; train it again.")
+    return info
+
+
+def apply_bundle(config: dict[str, Any], bundle: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with everything that shapes features taken from the bundle; nothing is trained."""
+    context = bundle["context"]
+    config = {**config, "tasks": {}, "demo": None}
+    config["tissue"] = context["tissue"]
+    config["tiling"] = {**context["tiling"], **{key: config["tiling"][key] for key in ("store", "codec", "min_tiles")}}
+    config["stain"] = {**config["stain"], **context["stain"]}
+    config["embedding"] = {**config["embedding"], "features": context["features"]}
+    return config
 
 
 def check_results_folder(output: Path) -> None:

@@ -1,0 +1,36 @@
+"""Prediction: a trained bundle on slides that it has never seen, from slide file to probability."""
+
+if PLAN.bundle:
+
+    rule predict_slides:
+        """Applies the bundle to the embeddings of every slide of the sheet."""
+        input:
+            slides=rules.cohort_table.output.slides,
+            passed=rules.check_cohort.output.passed,
+            bundle=f"{CONFIG['bundle']}/bundle.json",
+            embed=[manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+        output:
+            slides=f"{OUTPUT}/predictions/slides.csv",
+            patients=f"{OUTPUT}/predictions/patients.csv",
+        log:
+            log_file("predict_slides"),
+        benchmark:
+            benchmark_file("predict_slides")
+        resources:
+            mem_mb=2000,
+        params:
+            results=OUTPUT,
+            bundle=CONFIG["bundle"],
+            encoder=next(iter(ENCODERS)),
+            version=STAGE_VERSIONS["predict"],
+        message:
+            "Predicting the slides of {CONFIG[sheet]} with {params.bundle}"
+        script:
+            "../scripts/predict_slides.py"
+
+    rule predict:
+        """The target of `snakemake predict --config bundle=DIR sheet=new.csv output=DIR`."""
+        input:
+            rules.predict_slides.output.slides,
+            rules.predict_slides.output.patients,
+

@@ -1,0 +1,11 @@
+"""Rule split_cohort: cohort/slides.csv -> tasks/<task>/splits.csv, splits.json."""
+
+from slidemake.adapter import job
+from slidemake.cohort_table import read_table
+from slidemake.splits import make_splits, write_splits
+
+with job(snakemake) as sm:  # noqa: F821
+    rows, task = read_table(sm.input.slides), sm.params.task
+    identities = {row["slide_id"]: row["identity"] for row in rows if row.get("identity")}
+    splits = make_splits(rows, task["label"], task["splits"], identities)
+    write_splits(splits, sm.output.splits, sm.output.report)
