@@ -3,7 +3,8 @@
 
 rule write_sheet:
     """Lists the slides of a folder, with what their files tell. The sheet is no declared output, because Snakemake
-    deletes those before it makes them again: a sheet that somebody has filled in must never be lost."""
+    deletes those before it makes them again: a sheet that somebody has filled in must never be lost.
+    """
     log:
         log_file("write_sheet"),
     localrule: True

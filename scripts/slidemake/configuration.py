@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import jsonschema
+from typing import TYPE_CHECKING, Any
 
 from slidemake.failures import RunError
+
+if TYPE_CHECKING:
+    import jsonschema
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "config.schema.json"
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label", "prevalence")  # names that models may not take
@@ -57,6 +58,8 @@ def load_configuration(
 
     Raises RunError that lists every problem with its full key and what to write instead.
     """
+    import jsonschema  # here, because rules' scripts import this module for less
+
     root = schema()
     config = _filled(copy.deepcopy(dict(raw)), root)
     validator = jsonschema.Draft202012Validator(root)

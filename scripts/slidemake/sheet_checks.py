@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import jsonschema
-
 from slidemake.sheet_table import Problem
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "slides.schema.json"
@@ -30,7 +28,9 @@ _IDS = ("slide_id", "patient_id")
 
 @cache
 def _validator() -> Any:
-    return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    import jsonschema  # here, because rules' scripts import this module for less
+
+    return jsonschema.Draft202012Validator(schema())
 
 
 @cache
@@ -194,6 +194,9 @@ def _without_zeros(value: str) -> str:
 
 def _turned_into_decimals(rows: list[Row], column: str) -> Iterator[Problem]:
     """`12.0` in every cell: software that had empty cells beside whole numbers wrote them so."""
+    rows = [
+        (n, row) for n, row in rows if column == "slide_id" or row[column] != row["slide_id"]
+    ]  # filled in from there
     values = [(number, row[column]) for number, row in rows if row.get(column)]
     if values and all(re.fullmatch(r"\d+\.0", str(value)) for _, value in values):
         number, value = values[0]
