@@ -1,0 +1,192 @@
+"""Model bundles: one folder with weights.safetensors and bundle.json, all that predicting on a slide never seen needs.
+
+A bundle is an ensemble in two levels. A member is one trained aggregator with the mean and deviation that its features
+are standardised with. A group is the members of one fold of one repeat: their logits are averaged and divided by the
+group's temperature before the softmax. The bundle's probability is the mean over its groups (a fold's own bundle has
+one group, the deployable bundle one per fold and repeat), and is compared with one threshold. No pickle is written or
+read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from slidemake.aggregators import AGGREGATORS, build_aggregator, leave_one_out, predict_bag
+from slidemake.bags import same_encoder, stain_identity
+from slidemake.calibration import probabilities
+from slidemake.failures import RunError
+from slidemake.provenance import committed, read_json_if_whole, write_json
+
+FORMAT, FORMAT_VERSION = "slidemake-bundle", 1
+JSON, WEIGHTS = "bundle.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members whose logits are averaged, with the temperature fitted on their validation patients."""
+
+    name: str
+    temperature: float
+    members: tuple[torch.nn.Module, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; `info` is its bundle.json."""
+
+    info: dict[str, Any]
+    groups: tuple[Group, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.info["classes"])
+
+    @property
+    def threshold(self) -> float | None:
+        """Two classes: predict the second at this probability or above. None: the most probable class."""
+        return self.info["threshold"]
+
+    @property
+    def positive(self) -> int:
+        """Index of the class whose log-odds are explained: the positive one, which is the last."""
+        return len(self.classes) - 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one bag: raw logits (C,) averaged over all members, calibrated probabilities (C,), mean attention (N,)."""
+
+    logits: np.ndarray
+    prob: np.ndarray
+    attention: np.ndarray
+
+
+def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Group]) -> None:
+    """Write a bundle, whole or not at all.
+
+    `info` has encoder, stain_of_features, aggregator {name, parameters, features}, classes, threshold and whatever else
+    is to be kept; format, version and groups are added here.
+    """
+    tensors = {
+        f"{group.name}/{i}/{key}": value.detach().cpu().contiguous()
+        for group in groups
+        for i, member in enumerate(group.members)
+        for key, value in member.state_dict().items()
+    }
+    about = [{"name": g.name, "temperature": g.temperature, "members": len(g.members)} for g in groups]
+    with committed(folder) as work:
+        work.mkdir()
+        save_file(tensors, work / WEIGHTS)
+        write_json(work / JSON, {**info, "format": FORMAT, "format_version": FORMAT_VERSION, "groups": about})
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """bundle.json of a bundle, checked for format and version; RunError when it is not one that this version reads."""
+    path = Path(folder) / JSON
+    try:
+        info = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} is not a model bundle: it has no {JSON}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged ({error}); train the model again or copy the bundle again.") from error
+    if info.get("format") != FORMAT or info.get("format_version") != FORMAT_VERSION:
+        raise RunError(
+            f"{path} is {info.get('format')!r} version {info.get('format_version')!r}; this slidemake reads "
+            f"{FORMAT} version "
+            f"{FORMAT_VERSION}. Use the slidemake that wrote it (versions are in the file), or train again."
+        )
+    return info
+
+
+def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
+    """Load a bundle; every tensor must be there, in shape and finite. RunError otherwise."""
+    info = read_info(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        tensors = load_file(path, device=device)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read ({error}); train the model again or copy the bundle again.") from error
+    about = info["aggregator"]
+    if about["name"] not in AGGREGATORS:
+        raise RunError(f"{folder} needs aggregator {about['name']!r}; this slidemake has {', '.join(AGGREGATORS)}.")
+    groups = []
+    for group in info["groups"]:
+        members = []
+        for i in range(group["members"]):
+            prefix = f"{group['name']}/{i}/"
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            model = build_aggregator(about["name"], about["features"], len(info["classes"]), about["parameters"])
+            try:
+                model.load_state_dict(state, strict=True)
+            except RuntimeError as error:
+                raise RunError(f"{path} does not fit its {JSON}: {error}") from error
+            if not all(bool(v.isfinite().all()) for v in state.values()):
+                raise RunError(f"{path}: weights of {prefix} are not finite; train the model again.")
+            members.append(model.to(device).eval())
+        groups.append(Group(group["name"], float(group["temperature"]), tuple(members)))
+    return Bundle(info, tuple(groups))
+
+
+def is_complete(folder: str | Path, fingerprint: str) -> bool:
+    """Whether `folder` holds a bundle with this fingerprint. Bundles are renamed into place, so it is whole or
+    absent.
+    """
+    info = read_json_if_whole(Path(folder) / JSON)
+    whole = (Path(folder) / WEIGHTS).is_file()
+    return whole and isinstance(info, dict) and info.get("fingerprint") == fingerprint
+
+
+def check_features(
+    info: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+    stain: Mapping[str, Any] | None,
+    source: str = "these features",
+) -> None:
+    """RunError unless features of this encoder and stain are those that the bundle `info` was trained on."""
+    differs = same_encoder(info["encoder"], encoder)
+    trained, found = info.get("stain_of_features"), stain_identity(stain)
+    if trained is not None and trained != found:
+        differs.append(
+            f"stain: {trained['method']} and {found['method']}"
+            + (", with another target" if trained["method"] == found["method"] else "")
+        )
+    if differs:
+        raise RunError(
+            f"The model was trained on features of encoder {info['encoder'].get('key')!r} and refuses {source}: "
+            f"{'; '.join(differs)} (model's and given). Embed the slides with the model's own settings "
+            "(snakemake predict with this bundle does)."
+        )
+
+
+def predict(bundle: Bundle, features: np.ndarray) -> Prediction:
+    """Apply a bundle to the (N, D) features of one bag, N >= 1. The caller has checked them (`check_features`)."""
+    logits, prob, attention = [], [], []
+    for group in bundle.groups:
+        parts = [predict_bag(member, features) for member in group.members]
+        mean = np.mean([p[0] for p in parts], axis=0)
+        logits.append(mean)
+        prob.append(probabilities(mean, group.temperature))
+        attention.append(np.mean([p[1] for p in parts], axis=0))
+    return Prediction(np.mean(logits, axis=0), np.mean(prob, axis=0), np.mean(attention, axis=0))
+
+
+def bundle_leave_one_out(bundle: Bundle, features: np.ndarray, target: int | None = None) -> np.ndarray:
+    """(N,) what each tile adds to the log-odds of `target` (default: the positive class), mean over all members."""
+    target = bundle.positive if target is None else target
+    return np.mean([leave_one_out(m, features, target) for g in bundle.groups for m in g.members], axis=0)
+
+
+def decide(prob: np.ndarray, classes: Sequence[str], threshold: float | None) -> str:
+    """The class predicted from probabilities (C,): by threshold for two classes, else the most probable."""
+    if threshold is not None and len(classes) == 2:
+        return classes[int(prob[1] >= threshold)]
+    return classes[int(np.argmax(prob))]

@@ -1,0 +1,446 @@
+"""Training a model on every fold of every repeat: bundles, out-of-fold predictions, learning curves.
+
+In each fold the tested patients are set aside. The other patients are dealt to 1 / validation inner folds, and as many
+members are trained, each early-stopped on the inner fold that it did not see. The members together are the fold's model
+(mean of logits). Every training patient is thereby predicted once by a member that was not fitted to it, and
+temperature and threshold come from these pooled predictions: with 24 patients a single validation set would be four or
+five, on which a threshold is noise. Two biases remain, both small: the epoch was chosen on the same patients, and one
+member's logits are a little noisier than the ensemble's, so the temperature is, if anything, too cautious. The tested
+fold is used for nothing but its predictions. Where the split names val patients, members differ by seed only and use
+those.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slidemake.aggregators import AGGREGATORS, PARAMETERS, predict_bag
+from slidemake.bags import Bags
+from slidemake.baselines import as_aggregator, fit_mean_pool_lr, predict_site, site_prevalence, site_threshold
+from slidemake.bundle import Bundle, Group, is_complete, load_bundle, save_bundle
+from slidemake.calibration import auroc, fit_temperature, probabilities, youden_threshold
+from slidemake.failures import RunError
+from slidemake.fitting import DEFAULTS, fit_member
+from slidemake.prediction import number, predict_bags, prediction_columns, prediction_row, write_predictions
+from slidemake.provenance import fingerprint, remove_leftovers, versions, write_json
+from slidemake.splits import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
+
+log = logging.getLogger("slidemake")
+
+CURVE_COLUMNS = ("repeat", "fold", "epoch", "train_loss", "val_loss", "val_auroc")
+Plan = list[tuple[list[str], list[str]]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that training a fold depends on, resolved once."""
+
+    name: str
+    kind: str  # aggregator | mean_pool_lr | site_only
+    settings: dict[str, Any]
+    classes: tuple[str, ...]
+    bags: Bags
+    splits: Splits
+    context: dict[str, Any]
+    out: Path
+
+    @property
+    def labels(self) -> dict[str, int]:
+        return {p: self.classes.index(name) for p, name in self.splits.labels.items()}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Patients of one fold, those without tiles left out."""
+
+    repeat: int
+    fold: str
+    train: list[str]
+    val: list[str]
+    test: list[str]
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return f"repeat{self.repeat}_fold{self.fold}"
+
+
+def class_order(labels: Mapping[str, str], positive: str | None = None) -> tuple[str, ...]:
+    """Class names sorted; with two classes `positive` (default: the last) comes second."""
+    classes = sorted(set(labels.values()))
+    if positive is not None:
+        if str(positive) not in classes:
+            raise RunError(f"The positive class {positive!r} is not among the labels: {', '.join(classes)}.")
+        classes.sort(key=lambda name: name == str(positive))
+    return tuple(classes)
+
+
+def train_model(
+    task: Mapping[str, Any],
+    options: Mapping[str, Any],
+    bags: Bags,
+    splits: Splits,
+    out_dir: str | Path,
+    context: Mapping[str, Any] | None = None,
+    threads: int = 1,
+    name: str = "",
+) -> dict[str, Any]:
+    """Train a model on every fold and write predictions, curves, bundles and, last, train.json (returned).
+
+    task     {"label", "positive"?}; labels themselves are the splits'
+    options  `fitting.DEFAULTS` overridden; "control": mean_pool_lr, site_only or shuffled_label makes it that control
+    context  what a bundle must carry besides (grid, stain with its target, tissue, tiling options)
+    threads  folds trained at once; the result does not depend on it
+
+    A fold whose bundle carries the same fingerprint is not trained again. RunError for one class on a training side, a
+    patient in two folds, features that cannot be trained on.
+    """
+    started = time.monotonic()
+    work = _prepare(task, options, bags, splits, Path(out_dir), context, name)
+    folds = [_fold(work, r, f) for r in sorted(work.splits.folds) for f in work.splits.tested(r)]
+    log.info("training %s: %d folds, %d patients, %d tiles", work.name, len(folds), len(bags.where), len(bags.features))
+    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = list(pool.map(lambda item: _run_fold(work, item[1], item[0], len(folds)), enumerate(folds, 1)))
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(deterministic)
+    return _write_results(work, folds, results, dict(task), started)
+
+
+def _prepare(
+    task: Mapping[str, Any],
+    options: Mapping[str, Any],
+    bags: Bags,
+    splits: Splits,
+    out: Path,
+    context: Mapping[str, Any] | None,
+    name: str,
+) -> Work:
+    settings = {**DEFAULTS, **options}
+    control = settings.pop("control", None)
+    if control == "shuffled_label":
+        splits = permuted_control(splits, settings["seed"])
+    kind = control if control in ("mean_pool_lr", "site_only") else "aggregator"
+    if kind == "aggregator" and settings["aggregator"] == "mean_pool_lr":
+        kind = "mean_pool_lr"
+    elif kind == "aggregator" and settings["aggregator"] not in AGGREGATORS:
+        known = ", ".join([*AGGREGATORS, "mean_pool_lr"])
+        raise RunError(f"Unknown aggregator {settings['aggregator']!r}; one of {known}.")
+    check_leakage(split_rows(splits), dict(zip(bags.slides, bags.patients, strict=True)))
+    classes = class_order(splits.labels, task.get("positive"))
+    return Work(
+        name or control or settings["aggregator"], kind, settings, classes, bags, splits, dict(context or {}), out
+    )
+
+
+def _fold(work: Work, repeat: int, fold: str) -> Fold:
+    train, val, test = work.splits.parts(repeat, fold)
+    has_tiles = [[p for p in part if work.bags.tiles(p)] for part in (train, val)]
+    if len({work.splits.labels[p] for p in has_tiles[0]}) < 2:
+        raise RunError(
+            f"Fold {fold} of repeat {repeat} has {len(has_tiles[0])} training patients with tiles, all of one "
+            "class: no model "
+            "can be trained. Use fewer folds, or see cohort/failures.csv for what was lost."
+        )
+
+    def described(patients: Sequence[str]) -> dict[str, Any]:
+        return {
+            p: [work.splits.labels[p], work.splits.sites[p] if work.kind == "site_only" else "", _slides(work, p)]
+            for p in patients
+        }
+
+    mark = fingerprint(
+        "train",
+        model=work.kind,
+        settings={k: v for k, v in work.settings.items() if k != "device"},
+        classes=work.classes,
+        encoder=work.bags.encoder,
+        stain=work.bags.stain,
+        context=work.context,
+        train=described(has_tiles[0]),
+        val=described(has_tiles[1]),
+        repeat=repeat,
+        fold=fold,
+    )
+    return Fold(repeat, fold, *has_tiles, test, mark)
+
+
+def _slides(work: Work, patient: str) -> list[list[Any]]:
+    first, last = work.bags.where.get(patient, (0, 0))
+    sizes = np.diff(work.bags.offsets).tolist()
+    names = work.bags.slides
+    return [[names[i], work.bags.fingerprints.get(names[i], ""), sizes[i]] for i in range(first, last)]
+
+
+def member_plan(
+    train: Sequence[str], val: Sequence[str], labels: Mapping[str, int], validation: float, seed: int
+) -> Plan:
+    """(training, validation) patients of every member of a fold.
+
+    With given val patients every member trains on all of `train`. Otherwise `train` is dealt, stratified, to
+    1 / validation inner folds, and to fewer when the rarest class has fewer patients; when it has one only, nothing can
+    be held out and a single member without validation is planned.
+    """
+    members = max(2, round(1 / validation))
+    if val:
+        return [(list(train), list(val))] * members
+    rarest = min(Counter(labels[p] for p in train).values())
+    if rarest < 2:
+        return [(list(train), [])]
+    people = [Patient(p, str(labels[p]), "", "", ()) for p in train]
+    inner = deal_patients(people, min(members, rarest), seed)
+    return [
+        ([p for p in sorted(train) if inner[p] != f], [p for p in sorted(train) if inner[p] == f])
+        for f in sorted(set(inner.values()), key=int)
+    ]
+
+
+def fold_seed(seed: int, repeat: int, fold: str, member: int = 0) -> int:
+    """An independent 32-bit seed for every member of every fold."""
+    return int(np.random.SeedSequence([seed, repeat, zlib.crc32(fold.encode()), member]).generate_state(1)[0])
+
+
+def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
+    """Train a fold, or find it trained; returns its rows and figures."""
+    started = time.monotonic()
+    if work.kind == "site_only":
+        return _run_site_only(work, fold)
+    folder = work.out / "bundles" / fold.name
+    reused = is_complete(folder, fold.fingerprint)
+    if not reused:
+        remove_leftovers(folder.parent, folder.name)
+        _train_fold(work, fold, folder)
+    bundle = load_bundle(folder, work.settings["device"])
+    slides, patients, without = predict_bags(
+        bundle,
+        work.bags,
+        fold.test,
+        site=work.splits.sites,
+        label=work.splits.labels,
+        repeat=fold.repeat,
+        fold=fold.fold,
+    )
+    info = bundle.info
+    figures = {
+        "temperature": info["groups"][0]["temperature"],
+        "threshold": info["threshold"],
+        **info["training"]["figures"],
+    }
+    text = "" if figures["val_auroc"] is None else f", validation AUROC {figures['val_auroc']:.2f}"
+    how = "already trained" if reused else f"{time.monotonic() - started:.1f} s"
+    log.info("%s %d/%d repeat %d fold %s: %s%s", work.name, place, total, fold.repeat, fold.fold, how, text)
+    return {
+        "slides": slides,
+        "patients": patients,
+        "without": without,
+        "bundle": bundle,
+        "reused": reused,
+        "figures": figures,
+    }
+
+
+def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
+    seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold)
+    plan = member_plan(fold.train, fold.val, work.labels, work.settings["validation"], seed)
+    curves: list[list[dict[str, Any]]] = []
+    figures: dict[str, Any] = {}
+    if work.kind == "mean_pool_lr":
+        fitted = fit_mean_pool_lr(work.bags, work.labels, fold.train, plan, len(work.classes))
+        members, val_logits, figures["c"] = [as_aggregator(fitted, len(work.classes))], fitted.val_logits, fitted.c
+    else:
+        members, val_logits, curves, figures["epochs"] = _train_members(work, fold, plan)
+    patients = sorted(val_logits)
+    truth = np.array([work.labels[p] for p in patients], int)
+    logits = np.array([val_logits[p] for p in patients]).reshape(len(patients), len(work.classes))
+    temperature = fit_temperature(logits, truth)
+    prob = probabilities(logits, temperature)
+    binary = len(work.classes) == 2
+    threshold = youden_threshold(prob[:, 1], truth == 1) if binary else None
+    figures["val_auroc"] = auroc(prob[:, 1], truth == 1) if binary else None
+    training = {
+        "repeat": fold.repeat,
+        "fold": fold.fold,
+        "train": fold.train,
+        "val": fold.val,
+        "members": [{"train": a, "val": b} for a, b in plan],
+        "curves": curves,
+        "figures": figures,
+        "selected_by": "lowest validation loss" if curves else "lowest pooled validation log-loss",
+        "validation_probability": {p: [float(number(v)) for v in row] for p, row in zip(patients, prob, strict=True)},
+    }
+    info = {**_about(work), "fingerprint": fold.fingerprint, "threshold": threshold, "training": training}
+    save_bundle(folder, info, [Group(fold.name, temperature, tuple(members))])
+
+
+def _train_members(work: Work, fold: Fold, plan: Plan) -> tuple[list[Any], dict[str, np.ndarray], list[Any], list[int]]:
+    members, curves, epochs = [], [], []
+    logits: dict[str, list[np.ndarray]] = {}
+    for i, (train, val) in enumerate(plan):
+        seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold, i + 1)
+        fitted = fit_member(work.bags, work.labels, train, val, len(work.classes), work.settings, seed)
+        for patient in val:
+            logits.setdefault(patient, []).append(predict_bag(fitted.model, work.bags.bag(patient))[0])
+        members.append(fitted.model)
+        curves.append(fitted.curve)
+        epochs.append(fitted.epoch)
+    return members, {p: np.mean(rows, axis=0) for p, rows in logits.items()}, curves, epochs
+
+
+def _about(work: Work) -> dict[str, Any]:
+    """The part of bundle.json that all bundles of a model share."""
+    aggregator = "mean_pool" if work.kind == "mean_pool_lr" else work.settings["aggregator"]
+    parameters = {k: work.settings[k] for k in PARAMETERS[aggregator]}
+    return {
+        **work.context,
+        "model": work.name,
+        "classes": list(work.classes),
+        "positive": work.classes[-1] if len(work.classes) == 2 else None,
+        "encoder": work.bags.encoder,
+        "stain": {**work.context.get("stain", {}), "method": work.bags.stain["method"]},
+        "stain_of_features": work.bags.stain,
+        "grid": work.bags.grid or work.context.get("grid", ""),
+        "mpp": work.bags.mpp,
+        "aggregator": {"name": aggregator, "parameters": parameters, "features": work.bags.dim},
+        "settings": work.settings,
+        "cohort_fingerprint": cohort_fingerprint(work),
+        "versions": versions(),
+    }
+
+
+def cohort_fingerprint(work: Work) -> str:
+    """Identity of the training cohort: patients, labels, and every slide with its embeddings' fingerprint."""
+    people = {p: [work.splits.labels[p], _slides(work, p)] for p in sorted(work.splits.labels)}
+    return fingerprint("train", cohort=people)
+
+
+def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
+    table, overall = site_prevalence(work.labels, work.splits.sites, fold.train, len(work.classes))
+    threshold = site_threshold(overall)
+    slides, patients, without = [], [], []
+    for patient in fold.test:
+        if work.bags.tiles(patient) == 0:  # tested on the same patients as every other model
+            without.append(patient)
+            continue
+        site = work.splits.sites[patient]
+        prob = predict_site(table, overall, site)
+        about = {
+            "patient_id": patient,
+            "site": site,
+            "label": work.splits.labels[patient],
+            "repeat": fold.repeat,
+            "fold": fold.fold,
+        }
+        logits = np.log(np.maximum(prob, 1e-12))
+        patients.append(prediction_row(work.classes, logits, prob, threshold, work.bags.tiles(patient), **about))
+        slides += [
+            prediction_row(work.classes, logits, prob, threshold, n, slide_id=slide, **about)
+            for slide, _, n in _slides(work, patient)
+            if n
+        ]
+    figures = {"temperature": 1.0, "threshold": threshold, "val_auroc": None}
+    return {
+        "slides": slides,
+        "patients": patients,
+        "without": without,
+        "bundle": None,
+        "reused": False,
+        "figures": figures,
+    }
+
+
+def _write_results(
+    work: Work, folds: list[Fold], results: list[dict[str, Any]], task: dict[str, Any], started: float
+) -> dict[str, Any]:
+    for level in ("slide", "patient"):
+        rows = [row for result in results for row in result[f"{level}s"]]
+        rows.sort(key=lambda row: (row["repeat"], row["patient_id"], row.get("slide_id", "")))
+        write_predictions(work.out / f"predictions_{level}s.csv", rows, prediction_columns(work.classes, level))
+    bundles = [result["bundle"] for result in results]
+    write_predictions(work.out / "curves.csv", _curve_rows(folds, bundles), CURVE_COLUMNS)
+    kept = {fold.name for fold in folds} if work.kind != "site_only" else set()
+    for old in sorted((work.out / "bundles").glob("repeat*_fold*")):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)  # of splits that are no longer
+    mark = fingerprint("train", folds=[fold.fingerprint for fold in folds], tested=[fold.test for fold in folds])
+    if work.kind != "site_only":
+        _save_ensemble(work, bundles, mark)
+    without = sorted({p for result in results for p in result["without"]})
+    record = {
+        "format": "slidemake-training",
+        "fingerprint": mark,
+        "task": task,
+        "model": work.name,
+        "kind": work.kind,
+        "classes": list(work.classes),
+        "settings": work.settings,
+        "folds": [
+            {
+                "repeat": fold.repeat,
+                "fold": fold.fold,
+                "fold_name": work.splits.fold_names.get(fold.fold, fold.fold),
+                "patients": {"train": len(fold.train), "val": len(fold.val), "test": len(fold.test)},
+                "fingerprint": fold.fingerprint,
+                "reused": result["reused"],
+                **result["figures"],
+            }
+            for fold, result in zip(folds, results, strict=True)
+        ],
+        "without_prediction": [{"patient_id": p, "reason": "no tiles"} for p in without],
+        "cohort_fingerprint": cohort_fingerprint(work),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_json(work.out / "train.json", record)
+    log.info("%s: done in %.1f s", work.name, record["seconds"])
+    return record
+
+
+def _curve_rows(folds: list[Fold], bundles: Sequence[Bundle | None]) -> list[dict[str, Any]]:
+    """Mean over the members that reached an epoch; each member's own curve is in its bundle.json."""
+    rows = []
+    for fold, bundle in zip(folds, bundles, strict=True):
+        curves = bundle.info["training"]["curves"] if bundle else []
+        for epoch in range(max(map(len, curves), default=0)):
+            at = [curve[epoch] for curve in curves if epoch < len(curve)]
+            row: dict[str, Any] = {"repeat": fold.repeat, "fold": fold.fold, "epoch": epoch + 1}
+            for key in CURVE_COLUMNS[3:]:
+                known = [point[key] for point in at if point[key] is not None]
+                row[key] = number(float(np.mean(known)) if known else None)
+            rows.append(row)
+    return rows
+
+
+def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
+    """bundle/: all members of all folds. Its threshold is Youden's on the pooled inner-validation predictions of all
+    folds (never on tested patients); every group keeps the temperature of its fold."""
+    if is_complete(work.out / "bundle", mark):
+        return
+    pooled = [(p, row) for b in bundles for p, row in sorted(b.info["training"]["validation_probability"].items())]
+    threshold = None
+    if len(work.classes) == 2:
+        prob = np.array([row[1] for _, row in pooled])
+        threshold = youden_threshold(prob, np.array([work.labels[p] for p, _ in pooled], int) == 1)
+    training = {
+        "folds": [group.name for b in bundles for group in b.groups],
+        "patients": sorted({p for b in bundles for p in b.info["training"]["train"]}),
+        "threshold_from": "pooled inner-validation predictions of all folds",
+        "temperature_from": "inner validation of each fold, kept by group",
+    }
+    info = {**_about(work), "fingerprint": mark, "threshold": threshold, "training": training}
+    save_bundle(work.out / "bundle", info, [group for b in bundles for group in b.groups])
