@@ -186,7 +186,7 @@ def task_problems(rows: list[SlideRow], task: Mapping[str, Any], name: str) -> l
         problems = []
     texts = [*_class_problems(labelled, task), *_fold_problems(labelled, task)]
     problems += [Problem(0, "", f"{name}: {text}") for text in texts]
-    return problems + _split_problems(labelled, task, name)
+    return problems + _split_problems(included, task, name)
 
 
 def _no_column(column: str, row: SlideRow) -> str:
@@ -246,21 +246,23 @@ def _fold_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterato
             yield f"{folds} folds need {folds} patients of each class, and there are {listed}; {remedy}"
 
 
-def _split_problems(labelled: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:
-    """Given folds and sites: each labelled slide has one, there are at least two, and no patient is in two."""
+def _split_problems(included: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:
+    """Given folds and sites: each labelled patient has one, there are at least two, and no patient is in two."""
     method = task.get("splits", {}).get("method", "kfold")
     if method == "kfold":
         return []
-    column = task["splits"].get("column", "split") if method == "given" else "site"
-    rows = _pairs(labelled, {column: lambda row: row.labels.get(column) or getattr(row, column, "")})
-    first = labelled[0]
+    column, first = task["splits"].get("column", "split") if method == "given" else "site", included[0]
     if column not in first.labels and column not in KNOWN:
         return [Problem(0, "", f"{name}: {_no_column(column, first)} (splits of method {method} need it)")]
-    empty = [number for number, row in rows if not row[column]]
-    if len(empty) == len(rows):
-        return [Problem(0, "", f"{name}: splits of method {method} need column {column}, which is missing or empty")]
-    problems = [Problem(number, column, f"is empty, and {name} splits by it") for number in empty]
+    patients = {row.patient_id for row in included if row.labels[task["label"]]}
+    of_labelled = [row for row in included if row.patient_id in patients]
+    rows = _pairs(of_labelled, {column: lambda row: row.labels.get(column) or getattr(row, column, "")})
     values = {row[column] for _, row in rows if row[column]}
+    if not values:
+        return [Problem(0, "", f"{name}: splits of method {method} need column {column}, which is missing or empty")]
+    known = {row["patient_id"] for _, row in rows if row[column]}
+    empty = [number for number, row in rows if row["patient_id"] not in known]
+    problems = [Problem(number, column, f"is empty, and {name} splits by it") for number in empty]
     if len(values) == 1:
         problems.append(Problem(0, "", f"{name}: column {column} has one value only ({values.pop()}); two are needed"))
     problems += [

@@ -222,13 +222,9 @@ def _number(value: Any, text: str, types: set[str]) -> Any:
 
 def _locate(config: dict[str, Any], base: Path) -> None:
     """Paths that exist only below the workflow's folder point there."""
-    for section, key in (
-        (config, "sheet"),
-        (config, "bundle"),
-        (config, "encoders_file"),
-        (config.get("stain"), "target"),
-    ):
-        value = section.get(key) if isinstance(section, dict) else None
+    stain: dict[str, Any] = config["stain"] if isinstance(config.get("stain"), dict) else {}
+    for section, key in ((config, "sheet"), (config, "bundle"), (config, "encoders_file"), (stain, "target")):
+        value = section.get(key)
         if isinstance(value, str) and value and not Path(value).exists() and (base / value).exists():
             section[key] = str(base / value)
 

@@ -194,9 +194,8 @@ def _without_zeros(value: str) -> str:
 
 def _turned_into_decimals(rows: list[Row], column: str) -> Iterator[Problem]:
     """`12.0` in every cell: software that had empty cells beside whole numbers wrote them so."""
-    rows = [
-        (n, row) for n, row in rows if column == "slide_id" or row[column] != row["slide_id"]
-    ]  # filled in from there
+    if column == "patient_id":  # a cell that was empty holds the slide_id by now
+        rows = [(number, row) for number, row in rows if row[column] != row.get("slide_id")]
     values = [(number, row[column]) for number, row in rows if row.get(column)]
     if values and all(re.fullmatch(r"\d+\.0", str(value)) for _, value in values):
         number, value = values[0]

@@ -347,6 +347,8 @@ def test_given_splits():
     rows = cohort(labels, split={"a": "0", "b": "1", "c": "0", "d": "1"})
     rows.append(SlideRow("again", "x", "a", split="1", labels={"grade": "x"}, row=7))
     assert "a patient in two folds" in refused(rows, given)
+    second = SlideRow("again", "x", "a", labels={"grade": "x"}, row=7)
+    assert check_task([*rows[:4], second], given), "one slide of a patient may speak for the others"
     elsewhere = task(splits={"method": "given", "column": "fold"})
     assert "there is no column fold" in refused(rows, elsewhere)
     own = [

@@ -184,7 +184,7 @@ def test_class_names_that_yaml_reads_as_something_else():
 def test_empty_sections_and_keys_take_their_defaults():
     config = load_configuration(minimal(tiling=None, models={"m": None}, rack_size=None))
     assert config["tiling"]["codec"] == "jpeg"
-    assert config["models"]["m"]["hidden"] == 256
+    assert config["models"]["m"]["hidden"] == 128
     assert config["rack_size"] == "auto"
 
 
@@ -272,6 +272,13 @@ def test_stage_options_are_what_the_stages_know():
     assert stage_options(config, "evaluate") == evaluation.DEFAULTS
     found = stage_options(config, "stain")
     assert set(found) - {"target"} == set(stain_stage.DEFAULTS)
+
+
+def test_models_are_what_training_knows():
+    fitting = pytest.importorskip("slidemake.fitting")
+    model = load_configuration(minimal())["models"]["abmil"]
+    model.pop("encoder")
+    assert model == {key: value for key, value in fitting.DEFAULTS.items() if key != "device"}
 
 
 def test_columns_that_tasks_need():
