@@ -14,7 +14,6 @@ from slidemake.racks import read_manifest, run_rack
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates: large activations would be unmapped at every layer
     import torch
-
     from slidemake.encoder_loading import load_encoder
 
     torch.set_num_threads(sm.threads)

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,26 +151,33 @@ def read_batches(job: SlideJob, batch: int) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(store), batch):
             yield start, store.read(start, min(start + batch, len(store)))
         return
-    from slidemake.grid import parse_grid, plan_window
     from slidemake.reader import open_slide
-    from slidemake.tile_reading import read_tiles
 
-    downsamples = [level["downsample"] for level in job.slide["levels"]]
-    grid = parse_grid(store.attrs["grid"], store.attrs["stride_px"])
-    exact = store.attrs["resampling"] != "none"
-    window = plan_window(grid, job.slide["mpp"], downsamples, 0.0 if exact else 0.1)
     with open_slide(job.slide["path"], reader=job.slide["reader"]) as reader:
         ahead = batch * max(1, 64 // batch)  # a row of tiles is read together
         for first in range(0, len(store), ahead):
-            coords = store.coords[first : first + ahead]
-            tiles, good = read_tiles(reader, coords, window)
-            if not good.all():
-                bad = coords[~good][0].tolist()
-                raise SlideFailure(
-                    "unreadable", f"the tile at {bad} decoded when the slide was tiled, and no longer does"
-                )
+            tiles = read_selected(store, job.slide, reader, range(first, min(first + ahead, len(store))))
             for start in range(0, len(tiles), batch):
                 yield first + start, tiles[start : start + batch]
+
+
+def read_selected(store: TileStore, slide: dict[str, Any], reader: Any, indices: Iterable[int]) -> np.ndarray:
+    """Tiles (n, H, W, 3) uint8 of a store that has them, or, for `store: coords`, out of the open slide."""
+    if store.has_pixels:
+        return store.read_tiles(indices)
+    from slidemake.grid import parse_grid, plan_window
+    from slidemake.tile_reading import read_tiles
+
+    grid = parse_grid(store.attrs["grid"], store.attrs["stride_px"])
+    # a store whose tiles were taken within tolerance says so by not having resampled
+    tolerance = 0.0 if store.attrs["resampling"] != "none" else 0.25
+    window = plan_window(grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], tolerance)
+    coords = store.coords[np.asarray(list(indices), int)]
+    tiles, good = read_tiles(reader, coords, window)
+    if not good.all():
+        bad = coords[~good][0].tolist()
+        raise SlideFailure("unreadable", f"the tile at {bad} decoded while tiling, and no longer does")
+    return tiles
 
 
 def embed_slide(

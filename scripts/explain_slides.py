@@ -1,0 +1,28 @@
+"""Rule explain_slides: fold bundles and embeddings of a rack's slides -> scores, heatmaps, tile galleries, manifest."""
+
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.cohort_table import read_table
+from slidemake.explain_stage import Explainer
+from slidemake.racks import read_manifest, run_rack
+from slidemake.splits import read_splits
+
+with job(snakemake) as sm:  # noqa: F821
+    import torch
+
+    torch.set_num_threads(sm.threads)
+    rows = {row["slide_id"]: row for row in read_table(sm.input.slides) if row["status"] == "ok"}
+    results, trained = Path(sm.params.results), Path(sm.input.trained).parent
+    out = results / "explain" / sm.wildcards.task / sm.wildcards.model
+    explainer = Explainer(
+        results, sm.params.encoder, trained, read_splits(sm.input.splits), dict(sm.params.options), out
+    )
+    slides = [record for record in read_manifest(sm.input.embed, "embed") if record["slide_id"] in rows]
+    run_rack(
+        "explain",
+        sm.output.manifest,
+        [record for record in slides if explainer.wanted(rows[record["slide_id"]], sm.params.task.get("positive"))],
+        lambda record: explainer.process(record, rows[record["slide_id"]]),
+        rack=sm.wildcards.rack,
+    )

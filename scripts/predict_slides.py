@@ -1,0 +1,17 @@
+"""Rule predict_slides: a bundle and the embeddings of slides never seen -> predictions per slide and per patient."""
+
+import logging
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.cohort_table import read_table
+from slidemake.prediction import apply_bundle_to_stores, prediction_columns, write_predictions
+
+with job(snakemake) as sm:  # noqa: F821
+    rows = [row for row in read_table(sm.input.slides) if row["status"] == "ok"]
+    embeddings = Path(sm.params.results) / "embeddings" / sm.params.encoder
+    slides, patients, without, classes = apply_bundle_to_stores(sm.params.bundle, embeddings, rows)
+    if without:
+        logging.getLogger("slidemake").warning("no tiles, so no prediction, for patients %s", ", ".join(without))
+    write_predictions(sm.output.slides, slides, prediction_columns(classes, "slide"))
+    write_predictions(sm.output.patients, patients, prediction_columns(classes, "patient"))

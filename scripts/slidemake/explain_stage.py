@@ -1,0 +1,147 @@
+"""Explaining the slides of a rack with the models that never saw their patients.
+
+A slide's attention is the mean over repeats of the attention that the fold's model (the one whose training left the
+patient out) gives to the tiles of the slide; leave-one-tile-out likewise, as the change of the log-odds.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from slidemake.bags import open_embeddings
+from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
+from slidemake.explain import explain_slide, tile_truth
+from slidemake.provenance import fingerprint, read_json, read_json_if_whole
+from slidemake.splits import Splits
+from slidemake.tiles import TileStore
+
+OVERVIEW_PX = 1200
+
+
+class Explainer:
+    """Explains slides of one task and model; fold bundles are loaded once each."""
+
+    def __init__(self, results: Path, encoder: str, folder: Path, splits: Splits, options: dict[str, Any], out: Path):
+        self.results, self.encoder, self.folder, self.out = results, encoder, folder, out
+        self.splits, self.options = splits, options
+        self.bundle = lru_cache(maxsize=64)(self._load)
+
+    def _load(self, repeat: int, fold: str) -> Bundle:
+        return load_bundle(self.folder / "bundles" / f"repeat{repeat}_fold{fold}")
+
+    def wanted(self, row: dict[str, str], positive: str | None) -> bool:
+        """Whether the options ask for this slide: its patient was tested, and is positive if only those are."""
+        label = self.splits.labels.get(row["patient_id"])
+        return label is not None and (self.options["slides"] == "all" or positive is None or label == positive)
+
+    def process(self, record: dict[str, Any], row: dict[str, str]) -> dict[str, Any]:
+        """Explain one slide of the embedding stage's `record`; `row` is its row of cohort/slides.csv."""
+        slide_id, patient = row["slide_id"], row["patient_id"]
+        out = self.out / slide_id
+        bundles = self._bundles(patient)
+        truth_file = self._truth(row)
+        print_ = fingerprint(
+            "explain",
+            embeddings=record["fingerprint"],
+            bundles=[bundle.info["fingerprint"] for bundle in bundles],
+            options=self.options,
+            truth=truth_file is not None,
+        )
+        described = read_json_if_whole(out / "explain.json")
+        if described and described.get("fingerprint") == print_:
+            return {"fingerprint": print_, "reused": True, "tile_auroc": described.get("tile_auroc")}
+        features, attrs = open_embeddings(self.results / "embeddings" / self.encoder / f"{slide_id}.zarr")
+        features = np.asarray(features[:], np.float32)
+        attention, change, probability = self._scores(bundles, features, attrs, slide_id)
+        store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
+        truth = None
+        if truth_file is not None:
+            mask = np.asarray(Image.open(truth_file).convert("L")) > 127
+            slide = read_json(self.results / "slides" / slide_id / "slide.json")
+            truth = tile_truth(mask, store.coords, store.attrs["tile_level0_px"], slide["width"] / mask.shape[1])
+        described = self._write(
+            out,
+            row,
+            store,
+            features,
+            attention,
+            change,
+            truth,
+            {
+                "fingerprint": print_,
+                "label": self.splits.labels[patient],
+                "patient_id": patient,
+                "probability": probability,
+                "models": len(bundles),
+            },
+        )
+        return {"fingerprint": print_, "tile_auroc": described.get("tile_auroc"), "tiles": len(store)}
+
+    def _bundles(self, patient: str) -> list[Bundle]:
+        folds = ((repeat, of[patient]) for repeat, of in sorted(self.splits.folds.items()))
+        return [self.bundle(repeat, fold) for repeat, fold in folds if fold not in ("train", "val")]
+
+    def _scores(
+        self, bundles: list[Bundle], features: np.ndarray, attrs: dict[str, Any], slide_id: str
+    ) -> tuple[np.ndarray, np.ndarray, float | None]:
+        if not len(features) or not bundles:
+            empty = np.zeros(len(features))
+            return empty, empty, None
+        attention, change, probability = [], [], []
+        for bundle in bundles:
+            check_features(bundle.info, attrs["encoder"], attrs["stain"], slide_id)
+            prediction = predict(bundle, features)
+            attention.append(prediction.attention)
+            change.append(bundle_leave_one_out(bundle, features))
+            probability.append(float(prediction.prob[bundle.positive]))
+        return np.mean(attention, axis=0), np.mean(change, axis=0), float(np.mean(probability))
+
+    def _truth(self, row: dict[str, str]) -> Path | None:
+        """Mask of annotated tumour for a slide, where the options say how its file is called and it exists."""
+        pattern = self.options.get("truth")
+        if not pattern:
+            return None
+        slide = read_json(self.results / "slides" / row["slide_id"] / "slide.json")
+        folder, stem = Path(slide["path"]).parent, Path(slide["path"]).stem
+        path = Path(pattern.format(folder=folder, stem=stem, slide_id=row["slide_id"]))
+        return path if path.exists() else None
+
+    def _write(
+        self,
+        out: Path,
+        row: dict[str, str],
+        store: TileStore,
+        features: np.ndarray,
+        attention: np.ndarray,
+        change: np.ndarray,
+        truth: np.ndarray | None,
+        facts: dict[str, Any],
+    ) -> dict[str, Any]:
+        from slidemake.embedding import read_selected
+        from slidemake.reader import open_slide
+
+        slide = read_json(self.results / "slides" / row["slide_id"] / "slide.json")
+        with open_slide(slide["path"], reader=slide["reader"]) as reader:
+            overview, sx, sy = reader.overview_at(max(1.0, max(slide["width"], slide["height"]) / OVERVIEW_PX))
+            return explain_slide(
+                out,
+                slide_id=row["slide_id"],
+                coords=store.coords,
+                tile_level0_px=tuple(store.attrs["tile_level0_px"]),
+                features=features,
+                attention=attention,
+                leave_one_out=change,
+                read_tiles=lambda indices: read_selected(store, slide, reader, indices),
+                overview=overview,
+                sx=sx,
+                sy=sy,
+                mpp=slide["mpp"],
+                k=self.options["top_tiles"],
+                truth=truth,
+                facts=facts,
+            )
