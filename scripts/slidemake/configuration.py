@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "embed": ("embedding", None),
     "train": ("models", None),
     "evaluate": ("evaluation", None),
-    "explain": ("explain", ("slides", "top_tiles")),
+    "explain": ("explain", ("slides", "truth", "top_tiles")),
     "report": ("report", None),
 }
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -316,10 +316,21 @@ def _cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator
                 yield f"tasks.{name}.models: {_no_such(model, 'model', list(models))}"
         if task.get("type") == "multiclass" and task.get("positive") is not None:
             yield f"tasks.{name}.positive: a multiclass task has no positive class; remove the key"
-    explained = config["explain"].get("model") if isinstance(config.get("explain"), dict) else None
-    if isinstance(explained, str) and explained not in models:
-        yield f"explain.model: {_no_such(explained, 'model', list(models))}"
+    yield from _check_explain(config, models, tasks)
     yield from _check_files(config)
+
+
+def _check_explain(config: dict[str, Any], models: dict[str, Any], tasks: dict[str, Any]) -> Iterator[str]:
+    explain: dict[str, Any] = config["explain"] if isinstance(config.get("explain"), dict) else {}
+    if isinstance(explain.get("model"), str) and explain["model"] not in models:
+        yield f"explain.model: {_no_such(explain['model'], 'model', list(models))}"
+    for name, task in tasks.items():
+        if explain.get("slides") == "positive" and task.get("type") == "binary" and task.get("positive") is None:
+            yield f"tasks.{name}.positive: explain.slides is positive, so say which class that is"
+    try:
+        str(explain.get("truth")).format(folder="", stem="", slide_id="")
+    except (KeyError, IndexError, ValueError):
+        yield f"explain.truth: {explain['truth']!r} may hold {{folder}}, {{stem}} and {{slide_id}}, and no other braces"
 
 
 def _check_files(config: dict[str, Any]) -> Iterator[str]:

@@ -83,6 +83,8 @@ def test_demo_configuration_is_valid_and_names_every_key():
 def test_demo_configuration_shows_the_defaults():
     shown = load_configuration(yaml.safe_load(DEMO.read_text()), ROOT)
     default = load_configuration({"sheet": "x.csv"})
+    assert shown["explain"].pop("truth"), "only the demo has truth masks"
+    default["explain"].pop("truth")
     for section in ("screening", "tissue", "stain", "tiling", "embedding", "evaluation", "explain", "dask", "models"):
         assert shown[section] == default[section], section
 
@@ -244,6 +246,9 @@ def test_contradictions():
     text = problems(minimal(tasks={"t": {"label": "x", "type": "multiclass", "positive": "a"}}))
     assert "no positive class" in text
     assert "explain.model: there is no model 'x'" in problems(minimal(explain={"model": "x"}))
+    assert "tasks.outcome.positive: explain.slides is positive" in problems(minimal(explain={"slides": "positive"}))
+    assert "explain.truth: 'masks/{slide}.png' may hold" in problems(minimal(explain={"truth": "masks/{slide}.png"}))
+    assert load_configuration(minimal(explain={"truth": "{folder}/{stem}.png"}))
 
 
 @pytest.mark.parametrize("wrong", [[], 3, "text", True])
@@ -255,7 +260,7 @@ def test_sections_of_the_wrong_kind(wrong):
 def test_stage_options_hold_what_a_stage_depends_on_and_no_more():
     config = load_configuration(minimal())
     assert set(stage_options(config, "screen")) == {"default_mpp", "reader"}
-    assert set(stage_options(config, "explain")) == {"slides", "top_tiles"}
+    assert set(stage_options(config, "explain")) == {"slides", "truth", "top_tiles"}
     other = load_configuration(minimal(stain={"method": "reinhard"}, screening={"duplicates": "warn"}))
     changed = {stage for stage in STAGES if stage_options(config, stage) != stage_options(other, stage)}
     assert changed == {"stain"}
