@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -214,6 +215,8 @@ def _number(value: Any, text: str, types: set[str]) -> Any:
         number = float(text)
     except ValueError:
         return value
+    if not math.isfinite(number):
+        return text  # JSON has no such number, and a schema's range does not refuse NaN
     if "number" in types:
         return number
     whole = _INTEGER.fullmatch(text) or (number.is_integer() and abs(number) < 2**53)

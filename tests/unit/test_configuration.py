@@ -169,6 +169,11 @@ def test_values_are_converted_where_there_is_no_doubt(section, given, expected):
     assert type(found) is type(expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", "1e999"])
+def test_numbers_that_are_none(value):
+    assert "tissue.min_area_um2: " in problems(minimal(tissue={"min_area_um2": value}))
+
+
 def test_yaml_takes_2e_4_for_text_and_we_do_not():
     raw = yaml.safe_load("{sheet: a.csv, models: {m: {learning_rate: 2e-4}}}")
     assert isinstance(raw["models"]["m"]["learning_rate"], str)
