@@ -130,7 +130,8 @@ def describe(part: dict[str, Any]) -> str:
     elif "object" in types:
         text = "a section with keys of its own"
     else:
-        names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+        whole = f"a multiple of {part['multipleOf']}" if "multipleOf" in part else "a whole number"
+        names = {"integer": whole, "number": "a number", "boolean": "true or false", "string": "text"}
         text = _either([names[kind] for kind in types if kind in names]) + _range(part)
     return f"{text}, or empty" if "null" in types else text
 

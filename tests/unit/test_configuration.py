@@ -303,5 +303,6 @@ def test_words_for_values():
     assert describe({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}) == (
         "auto or a whole number of at least 1"
     )
+    assert describe({"type": "integer", "multipleOf": 256, "minimum": 256}) == "a multiple of 256 of at least 256"
     assert nearest("Macenko", ["macenko", "none"]) == "macenko"
     assert nearest("xyz", ["macenko"]) is None
