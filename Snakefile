@@ -1,8 +1,8 @@
 """slidemake: from slides and labels to predictions, explanations and a report.
 
-    snakemake --cores all                                  the built-in demo cohort
-    snakemake --cores all --configfile mine.yaml           your slides (config/config.yaml documents every key)
-    snakemake --cores all embeddings | predict | write_sheet ...
+snakemake --cores all                                  the built-in demo cohort
+snakemake --cores all --configfile mine.yaml           your slides (config/config.yaml documents every key)
+snakemake --cores all embeddings | predict | write_sheet ...
 """
 
 import sys
@@ -48,4 +48,8 @@ rule tiles:
 
 rule embeddings:
     input:
-        [manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+        [
+            manifest("embed", rack, encoder=encoder)
+            for encoder in ENCODERS
+            for rack in RACKS
+        ],

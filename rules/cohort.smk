@@ -9,7 +9,11 @@ rule cohort_table:
         tissue=manifests("tissue"),
         stain=manifests("stain"),
         tiles=[manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
-        embed=[manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+        embed=[
+            manifest("embed", rack, encoder=encoder)
+            for encoder in ENCODERS
+            for rack in RACKS
+        ],
     output:
         slides=f"{OUTPUT}/cohort/slides.csv",
         failures=f"{OUTPUT}/cohort/failures.csv",

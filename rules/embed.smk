@@ -1,13 +1,17 @@
 """Embedding: all tiles of a rack through one warm encoder, on a GPU or on the CPU."""
 
 DEVICE = CONFIG["embedding"]["device"]
-HAS_GPU = DEVICE != "cpu" and (shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0"))
+HAS_GPU = DEVICE != "cpu" and (
+    shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
+)
 
 
 rule embed_tiles:
     """One feature vector per tile; stain, resize and scaling happen on the device, in the same pass."""
     input:
-        manifest=lambda wildcards: manifest("tiles", wildcards.rack, grid=PLAN.grid_of(wildcards.encoder)),
+        manifest=lambda wildcards: manifest(
+            "tiles", wildcards.rack, grid=PLAN.grid_of(wildcards.encoder)
+        ),
         stain=rules.fit_stain.output.manifest,
         target=rules.make_stain_target.output.target,
     output:

@@ -8,7 +8,9 @@ rule explain_slides:
         predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
         splits=rules.split_cohort.output.splits,
         embed=lambda wildcards: manifest(
-            "embed", wildcards.rack, encoder=PLAN.encoder_of(wildcards.task, wildcards.model)
+            "embed",
+            wildcards.rack,
+            encoder=PLAN.encoder_of(wildcards.task, wildcards.model),
         ),
         slides=rules.cohort_table.output.slides,
     output:

@@ -29,7 +29,9 @@ rule train_aggregator:
     input:
         slides=rules.cohort_table.output.slides,
         splits=rules.split_cohort.output.splits,
-        embed=lambda wildcards: manifests("embed", encoder=PLAN.encoder_of(wildcards.task, wildcards.model)),
+        embed=lambda wildcards: manifests(
+            "embed", encoder=PLAN.encoder_of(wildcards.task, wildcards.model)
+        ),
         target=rules.make_stain_target.output.target,
     output:
         manifest=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",

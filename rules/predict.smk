@@ -8,7 +8,11 @@ if PLAN.bundle:
             slides=rules.cohort_table.output.slides,
             passed=rules.check_cohort.output.passed,
             bundle=f"{CONFIG['bundle']}/bundle.json",
-            embed=[manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+            embed=[
+                manifest("embed", rack, encoder=encoder)
+                for encoder in ENCODERS
+                for rack in RACKS
+            ],
         output:
             slides=f"{OUTPUT}/predictions/slides.csv",
             patients=f"{OUTPUT}/predictions/patients.csv",
@@ -33,4 +37,3 @@ if PLAN.bundle:
         input:
             rules.predict_slides.output.slides,
             rules.predict_slides.output.patients,
-

@@ -22,10 +22,18 @@ rule write_report:
             *manifests("tissue"),
             *manifests("stain"),
             *[manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
-            *[manifest("embed", rack, encoder=encoder) for encoder in ENCODERS for rack in RACKS],
+            *[
+                manifest("embed", rack, encoder=encoder)
+                for encoder in ENCODERS
+                for rack in RACKS
+            ],
         ],
     output:
-        html=report(f"{OUTPUT}/report/index.html", caption="../docs/report/report.rst", category="Report"),
+        html=report(
+            f"{OUTPUT}/report/index.html",
+            caption="../docs/report/report.rst",
+            category="Report",
+        ),
     log:
         log_file("write_report"),
     benchmark:
@@ -34,7 +42,10 @@ rule write_report:
         mem_mb=2000,
     params:
         results=OUTPUT,
-        tasks={task: {"models": PLAN.models_of(task), "explained": EXPLAINED[task]} for task in TASKS},
+        tasks={
+            task: {"models": PLAN.models_of(task), "explained": EXPLAINED[task]}
+            for task in TASKS
+        },
         encoders=sorted(ENCODERS),
         grids=sorted(GRIDS),
         config=CONFIG,

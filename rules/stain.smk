@@ -27,8 +27,16 @@ rule fit_stain:
 rule make_stain_target:
     """The reference: TIAToolbox's image, an image of your own, or the median of the cohort."""
     input:
-        manifests=[manifest("stain", rack) for rack in RACKS] if PLAN.stain_target == "cohort" else [],
-        image=PLAN.stain_target if PLAN.stain_target not in ("cohort", "tiatoolbox") else [],
+        manifests=(
+            [manifest("stain", rack) for rack in RACKS]
+            if PLAN.stain_target == "cohort"
+            else []
+        ),
+        image=(
+            PLAN.stain_target
+            if PLAN.stain_target not in ("cohort", "tiatoolbox")
+            else []
+        ),
     output:
         target=f"{OUTPUT}/cohort/stain_target.json",
     log:

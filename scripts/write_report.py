@@ -20,5 +20,6 @@ with job(snakemake) as sm:  # noqa: F821
         config=config,
         encoders=encoder_facts(results, sm.params.encoders),
         stain_pictures=stain_pictures(results, Path(sm.output.html).parent, sm.params.grids[0], sm.input.target),
+        max_slides=config["report"]["max_slides"],
         command=" ".join(["snakemake --cores all", *configured]),
     )

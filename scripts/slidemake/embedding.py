@@ -52,7 +52,7 @@ def make_slide_job(
     encoder: Any,
     identity: dict[str, Any],
     stain_method: str,
-    target: dict[str, Any] | None,
+    target: dict[str, Any],
     dtype: str,
     record: dict[str, Any],
 ) -> SlideJob:
@@ -275,8 +275,8 @@ def process_rack(
     for job in todo:
         remove_leftovers(job.out.parent, job.out.name)
     batch = BATCH["cpu" if device == "cpu" else "cuda"] if batch_size == "auto" else int(batch_size)
-    model = encoder() if todo else None
-    ahead = TileAhead(todo, batch) if todo else None
+    model: Any = encoder() if todo else None
+    ahead = TileAhead(todo, batch)
     total = sum(r.get("tiles", 0) for r in records if r["slide_id"] in pending)
     progress = Progress(total)
 
@@ -297,8 +297,7 @@ def process_rack(
     try:
         return run(records, work)
     finally:
-        if ahead:
-            ahead.close()
+        ahead.close()
 
 
 class Progress:

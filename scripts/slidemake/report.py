@@ -54,8 +54,8 @@ def small_picture(path: str | Path, width: int, quality: int = 82) -> str | None
 
     if not Path(path).exists():
         return None
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    with Image.open(path) as source:
+        image: Image.Image = source.convert("RGB")
         if image.width > width:
             size = (width, max(1, round(image.height * width / image.width)))
             image = image.resize(size, Image.Resampling.LANCZOS)
@@ -141,7 +141,7 @@ def explanations(results: Path, task: str, model: str, limit: int = 60) -> dict[
     import statistics
 
     folder = results / "explain" / task / model
-    slides = []
+    slides: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*/explain.json")):
         described = read_json_if_whole(path)
         if described is None:

@@ -11,7 +11,7 @@ import numpy as np
 # Colour-blind safe (Okabe and Ito 2008); models first, controls in greys.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREYS = ("#6b7280", "#9ca3af", "#b8bec8", "#4b5563")
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,

@@ -119,7 +119,7 @@ def process_slide(
     """
     slide_id = record["slide_id"]
     path = results / "tiles" / grid.name / f"{slide_id}.zarr"
-    print_ = tiles_fingerprint(record["fingerprint"], grid, options, stain and stain["fingerprint"])
+    print_ = tiles_fingerprint(record["fingerprint"], grid, options, stain["fingerprint"] if stain else None)
     if store_fingerprint(path) == print_:
         return {"fingerprint": print_, "reused": True, **_figures(TileStore(path))}
     remove_leftovers(path.parent, path.name)

@@ -35,6 +35,7 @@ def test_a_stage_version_changes_its_fingerprints(monkeypatch):
 
 def test_a_commit_is_whole_or_absent(tmp_path):
     path = tmp_path / "x.json"
+
     def killed():
         with committed(path) as work:
             work.write_text("half")

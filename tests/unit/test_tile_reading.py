@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from PIL import Image
-
 from slidemake.grid import parse_grid, plan_window, tile_positions
 from slidemake.tile_reading import RUN_TILES, read_tiles
 
