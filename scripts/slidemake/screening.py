@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from slidemake.cohort import SlideRow
 
 PLAUSIBLE_MPP = (0.05, 10.0)  # um per px at level 0; a resolution tag of 72 dpi says 353
-COARSER = 1.05  # a slide coarser than a grid by more than this is not enlarged
 THUMBNAIL = 512  # px, longer side
 PROBE = 256  # px, side of the regions read
 
@@ -32,9 +31,7 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path) -> Recor
     """Screen one slide: writes `slides/{id}/thumbnail.jpg` and, last, `slide.json` under `results`.
 
     `options`: `reader` ("auto", or one name for all slides), `default_mpp` (um per px for slides that have none, or
-    None), `grid_mpps` (the grids that will be asked for: those finer than the slide are only noted here, in
-    `coarser_than`). Returns the figures of slide.json, with `reused: True` when they were found finished. Raises
-    SlideFailure with the reason; slide.json then holds it, with status "failed".
+    None). Returns the figures of slide.json, with `reused: True` when they were found finished. Raises SlideFailure with the reason; slide.json then holds it, with status "failed".
     """
     path = Path(row.path)
     target = results / "slides" / row.slide_id / "slide.json"
@@ -49,7 +46,7 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path) -> Recor
         if known["path"] != str(path):  # the file moved
             known["path"] = str(path)
             write_json(target, known)
-        return {**known, **_coarser(known["mpp"], options), "reused": True}
+        return {**known, "reused": True}
     try:
         found = _examine(row, path, options, target.with_name("thumbnail.jpg"))
     except SlideFailure as failure:
@@ -59,7 +56,7 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path) -> Recor
     record = {"slide_id": row.slide_id, "status": "ok", "path": str(path), "identity": identity, **found}
     record["fingerprint"] = mark
     write_json(target, record)
-    return {**record, **_coarser(record["mpp"], options)}
+    return record
 
 
 def slide_identity(path: Path) -> str:
@@ -85,10 +82,6 @@ def find_duplicates(records: list[Record]) -> dict[str, str]:
         if original != record["slide_id"]:
             duplicates[record["slide_id"]] = original
     return duplicates
-
-
-def _coarser(mpp: float, options: dict[str, Any]) -> dict[str, list[float]]:
-    return {"coarser_than": sorted(grid for grid in options.get("grid_mpps") or () if mpp > COARSER * grid)}
 
 
 def _examine(row: SlideRow, path: Path, options: dict[str, Any], thumbnail: Path) -> Record:

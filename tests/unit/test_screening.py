@@ -20,7 +20,7 @@ from slidemake.screening import find_duplicates, screen_slide
 
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="SLIDEMAKE_TEST_DATA is not set: no real slides to screen")
-OPTIONS = {"reader": "auto", "default_mpp": None, "grid_mpps": [0.5, 1.0, 2.0]}
+OPTIONS = {"reader": "auto", "default_mpp": None}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def slide(tmp_path: Path) -> Path:
 def test_a_good_slide(slide: Path, tmp_path: Path) -> None:
     record = screen_slide(Row("a", str(slide)), OPTIONS, tmp_path / "results")
     folder = tmp_path / "results" / "slides" / "a"
-    assert {**read_json(folder / "slide.json"), "coarser_than": []} == record
+    assert read_json(folder / "slide.json") == record
     wanted = {"status": "ok", "vendor": "generic-tiff", "reader": "pyvips", "width": 700, "height": 500, "flags": []}
     assert {key: record[key] for key in wanted} == wanted
     assert (record["mpp"], record["mpp_source"], record["bounds"]) == (pytest.approx(0.5), "file", None)
@@ -100,13 +100,6 @@ def test_mpp_from_sheet_file_and_default(tmp_path: Path) -> None:
     assert code_of(Row("f", str(good), 12.0), tmp_path) == "implausible_mpp"
     with pytest.raises(SlideFailure, match=r"352\.8"):
         screen_slide(Row("g", str(absurd)), OPTIONS, tmp_path)
-
-
-def test_coarse_slides_are_noted(tmp_path: Path) -> None:
-    path = save(tmp_path / "coarse.tiff", mpp=1.1)
-    assert screen_slide(Row("a", str(path)), OPTIONS, tmp_path)["coarser_than"] == [0.5, 1.0]
-    finer = {**OPTIONS, "grid_mpps": [0.5]}
-    assert screen_slide(Row("a", str(path)), finer, tmp_path)["coarser_than"] == [0.5]  # a new grid: nothing re-read
 
 
 def test_what_is_not_brightfield(tmp_path: Path) -> None:
