@@ -31,7 +31,8 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path) -> Recor
     """Screen one slide: writes `slides/{id}/thumbnail.jpg` and, last, `slide.json` under `results`.
 
     `options`: `reader` ("auto", or one name for all slides), `default_mpp` (um per px for slides that have none, or
-    None). Returns the figures of slide.json, with `reused: True` when they were found finished. Raises SlideFailure with the reason; slide.json then holds it, with status "failed".
+    None). Returns the figures of slide.json, with `reused: True` when they were found finished. Raises SlideFailure
+    with the reason; slide.json then holds it, with status "failed".
     """
     path = Path(row.path)
     target = results / "slides" / row.slide_id / "slide.json"
