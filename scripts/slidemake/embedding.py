@@ -181,9 +181,9 @@ def read_selected(store: TileStore, slide: dict[str, Any], reader: Any, indices:
 
 
 def embed_slide(
-    encoder: Any, job: SlideJob, ahead: TileAhead, device: str, dtype: str, progress: Callable[[int], None]
+    forward: Forward, job: SlideJob, ahead: TileAhead, device: str, dtype: str, progress: Callable[[int], None]
 ) -> np.ndarray:
-    """Features (N, D) of one slide. Batches are halved when memory runs out, down to a single tile."""
+    """Features (N, D) of one slide."""
     import torch
 
     from slidemake.stain import StainTransform
@@ -201,31 +201,48 @@ def embed_slide(
         batch = torch.from_numpy(tiles)
         if device != "cpu":
             batch = batch.pin_memory().to(device, non_blocking=True)
-        features = forward_halving(encoder, batch.permute(0, 3, 1, 2), stain)
-        parts.append(features.to(torch.float32).cpu().numpy())
+        parts.append(forward(batch.permute(0, 3, 1, 2), stain).cpu().numpy())
         progress(len(tiles))
-    features = np.concatenate(parts) if parts else np.zeros((0, encoder.record.dim), np.float32)
+    features = np.concatenate(parts) if parts else np.zeros((0, forward.encoder.record.dim), np.float32)
     if not np.isfinite(features).all():
-        raise SlideFailure("crashed", f"{encoder.record.key} gave features that are not finite")
+        raise SlideFailure("crashed", f"{forward.encoder.record.key} gave features that are not finite")
     return features.astype(dtype)
 
 
-def forward_halving(encoder: Any, batch: Any, stain: Any) -> Any:
-    """Run a batch; when memory runs out, run its halves. Raises SlideFailure out_of_memory at one tile."""
-    import torch
+class Forward:
+    """Runs batches through an encoder; when memory runs out, in halves from then on. Counts nothing twice."""
 
-    try:
-        return encoder.forward(batch, stain=stain)
-    except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) and "memory" not in str(error).lower():
-            raise
-        if len(batch) == 1:
-            raise SlideFailure("out_of_memory", f"{encoder.record.key} does not fit in memory with one tile") from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = (len(batch) + 1) // 2
-    log.warning("out of memory with %d tiles: going on with %d", len(batch), half)
-    return torch.cat([forward_halving(encoder, part, stain) for part in (batch[:half], batch[half:])])
+    def __init__(self, encoder: Any):
+        self.encoder, self.limit = encoder, 10**9
+
+    def __call__(self, batch: Any, stain: Any) -> Any:
+        """Features (B, D) float32. Raises SlideFailure out_of_memory when a single tile does not fit."""
+        import torch
+
+        parts = []
+        while len(batch):
+            part = batch[: self.limit]
+            try:
+                parts.append(self.encoder.forward(part, stain=stain).to(torch.float32))
+            except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                self._lower(len(part), error)
+                continue
+            batch = batch[len(part) :]
+        return torch.cat(parts)
+
+    def _lower(self, size: int, error: Exception) -> None:
+        import torch
+
+        out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "memory" in str(error).lower()
+        if not out_of_memory:
+            raise error
+        key = self.encoder.record.key
+        if size == 1:
+            raise SlideFailure("out_of_memory", f"{key} does not fit in memory with one tile") from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.limit = (size + 1) // 2
+        log.warning("%s: out of memory with %d tiles at a time: going on with %d", key, size, self.limit)
 
 
 def write_embeddings(job: SlideJob, features: np.ndarray, encoder: Any, attributes: dict[str, Any]) -> None:
@@ -276,7 +293,7 @@ def process_rack(
         remove_leftovers(job.out.parent, job.out.name)
     batch = BATCH["cpu" if device == "cpu" else "cuda"] if batch_size == "auto" else int(batch_size)
     model: Any = encoder() if todo else None
-    ahead = TileAhead(todo, batch)
+    forward, ahead = Forward(model), TileAhead(todo, batch)
     total = sum(r.get("tiles", 0) for r in records if r["slide_id"] in pending)
     progress = Progress(total)
 
@@ -285,7 +302,7 @@ def process_rack(
         if job.slide_id not in pending:
             return {"fingerprint": job.fingerprint, "reused": True, "tiles": record["tiles"]}
         started = time.perf_counter()
-        features = embed_slide(model, job, ahead, device, dtype, progress.add)
+        features = embed_slide(forward, job, ahead, device, dtype, progress.add)
         seconds = time.perf_counter() - started
         write_embeddings(job, features, model, {"engine": {"path": model.path_name, "device": device, "batch": batch}})
         return {

@@ -1,0 +1,231 @@
+"""The embedding engine with a small model: order, resume, memory that runs out, slides that fail."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from slidemake.embedding import SlideJob, TileAhead, embedding_fingerprint, process_rack, stain_description
+from slidemake.racks import run_rack
+from slidemake.stain import StainTransform
+from slidemake.tiles import TileCodec, add_array, create_store, shard_path, store_fingerprint, write_shard
+
+SIDE, SHARD, DIM = 16, 8, 6
+
+
+@dataclass(frozen=True)
+class Record:
+    key: str = "toy"
+    dim: int = DIM
+
+
+class ToyEncoder:
+    """Mean colour and spread of a tile: what it gives can be computed by hand. `limit` is its memory, in tiles."""
+
+    record, path_name = Record(), "eager"
+    identity = {"key": "toy"}  # noqa: RUF012
+
+    def __init__(self, limit=10**9):
+        self.limit, self.batches, self.loads = limit, [], 0
+
+    def forward(self, batch, stain=None):
+        if len(batch) > self.limit:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        self.batches.append(len(batch))
+        values = (stain(batch) if stain else batch).float()
+        return torch.cat([values.mean((2, 3)), values.std((2, 3))], 1)
+
+
+def make_tiles(path: Path, count: int, seed: int) -> np.ndarray:
+    tiles = np.random.default_rng(seed).integers(40, 220, (count, SIDE, SIDE, 3)).astype(np.uint8)
+    codec = TileCodec("zstd")
+    group = create_store(path, count, SIDE, codec, SHARD)
+    for start in range(0, count, SHARD):
+        write_shard(shard_path(path, start // SHARD), [codec.encode(t) for t in tiles[start : start + SHARD]], SHARD)
+    add_array(group, "coords", np.arange(2 * count, dtype=np.int32).reshape(-1, 2))
+    add_array(group, "tissue", np.ones(count, np.float32))
+    add_array(group, "quality", np.zeros((count, 1), np.float32))
+    attributes = {"format": "slidemake-tiles", "format_version": 1, "tile_px": SIDE, "shard_tiles": SHARD}
+    attributes |= {"store": "pixels", "pixels": "scanned", "codec": codec.as_dict(), "identity": "i", "grid": "g"}
+    group.attrs.update({**attributes, "mpp": {}, "tile_level0_px": [SIDE, SIDE], "fingerprint": f"tiles{seed}"})
+    return tiles
+
+
+def expected(tiles: np.ndarray) -> np.ndarray:
+    flat = tiles.reshape(len(tiles), SIDE * SIDE, 3).astype(np.float64)
+    return np.concatenate([flat.mean(1), flat.std(1, ddof=1)], 1)
+
+
+@pytest.fixture
+def rack(tmp_path):
+    counts = {"a": 20, "b": 0, "c": 1, "d": 33}
+    tiles = {name: make_tiles(tmp_path / "tiles" / f"{name}.zarr", n, i) for i, (name, n) in enumerate(counts.items())}
+    records = [{"slide_id": n, "status": "ok", "failure": None, "tiles": c} for n, c in counts.items()]
+    return tmp_path, records, tiles
+
+
+def job(folder, record, **changes):
+    name = record["slide_id"]
+    plain = SlideJob(
+        slide_id=name,
+        tiles=folder / "tiles" / f"{name}.zarr",
+        out=folder / "embeddings" / f"{name}.zarr",
+        stain=None,
+        stain_info=stain_description(None),
+        fingerprint=embedding_fingerprint(f"tiles {name}", {"key": "toy"}, stain_description(None), "float32"),
+        slide={},
+    )
+    return replace(plain, **changes)
+
+
+def run(rack, encoder, make=None, batch=8):
+    folder, records, _ = rack
+
+    def load():
+        encoder.loads += 1
+        return encoder
+
+    return process_rack(
+        records,
+        load,
+        make or partial(job, folder),
+        partial(run_rack, "embed", folder / "manifest.json", rack="r0"),
+        device="cpu",
+        dtype="float32",
+        batch_size=batch,
+    )
+
+
+def features(rack, name):
+    return zarr.open_group(rack[0] / "embeddings" / f"{name}.zarr", mode="r")["features"][...]
+
+
+def test_features_are_in_the_order_of_the_tiles_for_any_number_of_them(rack):
+    encoder = ToyEncoder()
+    records = run(rack, encoder)
+    assert [r["status"] for r in records] == ["ok"] * 4
+    for name, tiles in rack[2].items():
+        np.testing.assert_allclose(features(rack, name), expected(tiles), rtol=1e-5)
+    assert encoder.batches == [8, 8, 4, 1, 8, 8, 8, 8, 1]  # never tiles of two slides in a batch
+    group = zarr.open_group(rack[0] / "embeddings" / "d.zarr", mode="r")
+    np.testing.assert_array_equal(group["coords"][...], np.arange(66).reshape(-1, 2))
+    assert group.attrs["engine"] == {"path": "eager", "device": "cpu", "batch": 8}
+    assert features(rack, "b").shape == (0, DIM)
+
+
+def test_a_finished_slide_is_not_computed_again_and_the_model_not_loaded(rack):
+    encoder = ToyEncoder()
+    run(rack, encoder)
+    again = run(rack, encoder)
+    assert [r["reused"] for r in again] == [True] * 4
+    assert encoder.loads == 1
+    inodes = {name: (rack[0] / "embeddings" / f"{name}.zarr").stat().st_ino for name in "abcd"}
+    changed = lambda r: job(rack[0], r, fingerprint="new" if r["slide_id"] == "c" else job(rack[0], r).fingerprint)  # noqa: E731
+    records = run(rack, encoder, changed)
+    assert [r.get("reused", False) for r in records] == [True, True, False, True]
+    now = {name: (rack[0] / "embeddings" / f"{name}.zarr").stat().st_ino for name in "abcd"}
+    assert {name for name in "abcd" if now[name] != inodes[name]} == {"c"}
+
+
+def test_what_is_left_of_a_killed_job_does_not_matter(rack):
+    """Slides that were finished stay, and the features of the others are those of an undisturbed run."""
+    run(rack, ToyEncoder())
+    whole = {name: features(rack, name) for name in "abcd"}
+    for name in "cd":
+        path = rack[0] / "embeddings" / f"{name}.zarr"
+        path.rename(path.with_name(f".{name}.zarr.tmp-elsewhere-1-ab"))
+    encoder = ToyEncoder()
+    records = run(rack, encoder)
+    assert [r.get("reused", False) for r in records] == [True, True, False, False]
+    for name in "abcd":
+        np.testing.assert_array_equal(features(rack, name), whole[name])
+
+
+@pytest.mark.parametrize("limit", [1, 3, 5])
+def test_batches_are_halved_when_memory_runs_out(rack, limit):
+    encoder = ToyEncoder(limit)
+    run(rack, encoder)
+    for name, tiles in rack[2].items():
+        np.testing.assert_allclose(features(rack, name), expected(tiles), rtol=1e-5)
+    assert max(encoder.batches) <= limit
+
+
+def test_no_memory_for_one_tile_is_the_slides_failure_and_other_errors_are_not_hidden(rack):
+    records = run(rack, ToyEncoder(0))
+    assert [r["failure"] and r["failure"]["code"] for r in records] == ["out_of_memory", None, *["out_of_memory"] * 2]
+
+    class Wrong(ToyEncoder):
+        def forward(self, batch, stain=None):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    records = run(rack, Wrong())
+    assert records[0]["failure"]["code"] == "crashed"
+    assert "mat1" in records[0]["failure"]["message"]
+
+
+def test_a_damaged_store_costs_its_slide(rack):
+    path = shard_path(rack[0] / "tiles" / "a.zarr", 1)
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    records = run(rack, ToyEncoder())
+    assert [r["status"] for r in records] == ["failed", "ok", "ok", "ok"]
+    assert "checksum" in records[0]["failure"]["message"]
+    np.testing.assert_allclose(features(rack, "d"), expected(rack[2]["d"]), rtol=1e-5)
+
+
+def test_features_that_are_not_finite_are_refused(rack):
+    class Diverged(ToyEncoder):
+        def forward(self, batch, stain=None):
+            return super().forward(batch, stain) * float("nan")
+
+    records = run(rack, Diverged())
+    assert records[0]["failure"]["message"] == "toy gave features that are not finite"
+    assert store_fingerprint(rack[0] / "embeddings" / "a.zarr") is None
+
+
+def test_the_stain_is_applied_on_the_way_in(rack):
+    from slidemake.stain import apply_stain_numpy
+
+    matrix = ((0.8, 0.1, 0.0), (0.0, 0.9, 0.1), (0.1, 0.0, 0.7))
+    transform = StainTransform("macenko", "ok", "t", None, (250.0,) * 3, (255.0,) * 3, matrix)
+    run(rack, ToyEncoder(), lambda r: job(rack[0], r, stain=transform.as_dict()))
+    stained = apply_stain_numpy(rack[2]["a"], transform)
+    np.testing.assert_allclose(features(rack, "a"), expected(stained), atol=0.5)
+    assert np.abs(features(rack, "a") - expected(rack[2]["a"])).max() > 2
+
+
+def test_reading_ahead_is_bounded_and_stops(rack):
+    folder, records, _ = rack
+    jobs = [job(folder, r) for r in records]
+    ahead = TileAhead(jobs, 2, depth=3)
+    first = next(iter(ahead.batches(jobs[0])))
+    assert first[1].shape == (2, SIDE, SIDE, 3)
+    assert ahead._queue.qsize() <= 3
+    ahead.close()
+    assert not ahead._thread.is_alive()
+
+
+def test_an_error_while_reading_is_raised_at_its_slide(rack):
+    folder, records, _ = rack
+    jobs = [job(folder, r) for r in records]
+    jobs[0] = replace(jobs[0], tiles=folder / "nothing.zarr")
+    ahead = TileAhead(jobs, 8)
+    with pytest.raises(Exception, match="no tile store"):
+        list(ahead.batches(jobs[0]))
+    assert sum(len(tiles) for _, tiles in ahead.batches(jobs[3])) == 33  # b and c were passed over
+    ahead.close()
+
+
+def test_an_identity_has_all_that_shapes_features():
+    base = ("tiles", {"key": "e", "weights_sha256": "1"}, stain_description(None), "float16")
+    marks = {embedding_fingerprint(*base)}
+    marks.add(embedding_fingerprint("other", *base[1:]))
+    marks.add(embedding_fingerprint(base[0], {"key": "e", "weights_sha256": "2"}, *base[2:]))
+    stain = stain_description({"method": "macenko", "target": "t", "fingerprint": "f"})
+    marks.add(embedding_fingerprint(*base[:2], stain, "float16"))
+    marks.add(embedding_fingerprint(*base[:3], "float32"))
+    assert len(marks) == 5
