@@ -31,8 +31,8 @@ class SeededDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.p
-        return x * keep / (1 - self.p)
+        keep = torch.empty(x.shape, device=x.device).bernoulli_(1 - self.p, generator=self.generator)
+        return x * keep.div_(1 - self.p)
 
 
 class _Aggregator(nn.Module):

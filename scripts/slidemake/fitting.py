@@ -25,9 +25,9 @@ DEFAULTS: dict[str, Any] = {
     "hidden": 128,
     "attention": 64,
     "dropout": 0.25,
-    "epochs": 40,  # at most
+    "epochs": 30,  # at most
     "min_epochs": 10,
-    "patience": 10,  # epochs without a better validation loss
+    "patience": 8,  # epochs without a better validation loss
     "learning_rate": 1e-3,
     "weight_decay": 1e-2,
     "bags_per_step": 4,
@@ -124,8 +124,8 @@ def fit_member(
     if settings["class_weights"]:
         weights = torch.tensor(class_weights([labels[p] for p in train], classes), dtype=torch.float32, device=device)
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"]
-    )
+        model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True
+    )  # fused: one call instead of a dozen per parameter, half of a step's time in models this small
     epochs = settings["epochs"] if val else (settings["epochs"] + settings["min_epochs"]) // 2
     best, kept, state = float("inf"), 0, None
     curve: list[dict[str, float | int | None]] = []

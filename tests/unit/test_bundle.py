@@ -1,0 +1,196 @@
+"""Bundles: written and read back, ensembles, refusals; bags and predictions from stores."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+from mil_cohort import ENCODER, QUICK, STAIN, planted
+from scipy.special import softmax
+from slidemake.aggregators import build_aggregator, leave_one_out, predict_bag
+from slidemake.bags import load_bags, make_bags
+from slidemake.bundle import (
+    Group,
+    bundle_leave_one_out,
+    check_features,
+    decide,
+    is_complete,
+    load_bundle,
+    predict,
+    save_bundle,
+)
+from slidemake.failures import RunError
+from slidemake.prediction import apply_bundle_to_stores
+from slidemake.training import train_model
+
+INFO = {
+    "fingerprint": "f",
+    "encoder": ENCODER,
+    "stain_of_features": STAIN,
+    "aggregator": {"name": "abmil_gated", "parameters": {"hidden": 16, "attention": 8}, "features": 8},
+    "classes": ["N", "Y"],
+    "threshold": 0.4,
+}
+
+
+def members(*seeds):
+    return tuple(build_aggregator("abmil_gated", 8, 2, {"hidden": 16, "attention": 8}, s).eval() for s in seeds)
+
+
+def write_store(folder, slide, features, encoder=ENCODER, stain=STAIN, **attrs):
+    group = zarr.create_group(folder / f"{slide}.zarr", zarr_format=3)
+    group.create_array("features", shape=features.shape, dtype=features.dtype, chunks=(max(1, len(features)), 8))
+    group["features"][:] = features
+    group.attrs.update(
+        {
+            "format": "slidemake-embeddings",
+            "slide_id": slide,
+            "encoder": encoder,
+            "stain": {**stain, "slide": slide},
+            "grid": "8px",
+            "fingerprint": f"fp-{slide}",
+            "mpp": {"requested": 0.5},
+            **attrs,
+        }
+    )
+
+
+def test_two_levels_of_averaging(tmp_path):
+    groups = [Group("a", 2.0, members(1, 2)), Group("b", 0.5, members(3))]
+    save_bundle(tmp_path / "b", INFO, groups)
+    bundle = load_bundle(tmp_path / "b")
+    x = np.random.default_rng(0).normal(size=(7, 8)).astype(np.float32)
+    logits = [predict_bag(m, x)[0] for m in members(1, 2, 3)]
+    first = softmax(np.mean(logits[:2], axis=0) / 2.0)
+    second = softmax(logits[2] / 0.5)
+    got = predict(bundle, x)
+    np.testing.assert_allclose(got.prob, (first + second) / 2, atol=1e-6)
+    np.testing.assert_allclose(got.logits, (np.mean(logits[:2], axis=0) + logits[2]) / 2, atol=1e-6)
+    assert got.attention.sum() == pytest.approx(1, abs=1e-6)
+    expected = np.mean([leave_one_out(m, x) for m in members(1, 2, 3)], axis=0)
+    np.testing.assert_allclose(bundle_leave_one_out(bundle, x), expected, atol=1e-9)
+    assert is_complete(tmp_path / "b", "f")
+    assert not is_complete(tmp_path / "b", "g")
+    assert not is_complete(tmp_path / "absent", "f")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["bundle.json", "weights.safetensors"]
+
+
+def test_decisions():
+    assert decide(np.array([0.6, 0.4]), ("N", "Y"), 0.4) == "Y"
+    assert decide(np.array([0.61, 0.39]), ("N", "Y"), 0.4) == "N"
+    assert decide(np.array([0.2, 0.3, 0.5]), ("a", "b", "c"), None) == "c"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights_sha256": "c" * 64}, "weights_sha256"),
+        ({"key": "uni"}, "key: 'toy' and 'uni'"),
+        ({"transform_sha256": "0"}, "transform_sha256"),
+        ({"dim": 9}, "dim: 8 and 9"),
+    ],
+)
+def test_features_of_another_encoder_are_refused(change, says):
+    check_features(INFO, {**ENCODER, "timm": "another version"}, STAIN)
+    with pytest.raises(RunError, match=f"refuses slide S.*{says}"):
+        check_features(INFO, {**ENCODER, **change}, STAIN, "slide S")
+
+
+def test_another_stain_is_refused():
+    with pytest.raises(RunError, match="stain: macenko and none"):
+        check_features(INFO, ENCODER, None)
+    with pytest.raises(RunError, match="another target"):
+        check_features(INFO, ENCODER, {"method": "macenko", "target": "u"})
+
+
+def test_damaged_bundles(tmp_path):
+    with pytest.raises(RunError, match="not a model bundle"):
+        load_bundle(tmp_path)
+    save_bundle(tmp_path / "b", INFO, [Group("a", 1.0, members(1))])
+    path = tmp_path / "b" / "bundle.json"
+    info = json.loads(path.read_text())
+    for change, says in [
+        ({"format_version": 99}, "version 99"),
+        ({"aggregator": {**INFO["aggregator"], "features": 9}}, "does not fit"),
+        ({"aggregator": {**INFO["aggregator"], "name": "clam"}}, "needs aggregator 'clam'"),
+    ]:
+        path.write_text(json.dumps({**info, **change}))
+        with pytest.raises(RunError, match=says):
+            load_bundle(tmp_path / "b")
+    path.write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        load_bundle(tmp_path / "b")
+    path.write_text(json.dumps(info))
+    weights = tmp_path / "b" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    with pytest.raises(RunError, match="cannot be read"):
+        load_bundle(tmp_path / "b")
+
+
+def test_bundle_applied_to_stores_gives_the_predictions_of_training(tmp_path):
+    bags, splits = planted()
+    train_model(
+        {"label": "label"}, {**QUICK, "epochs": 8}, bags, splits, tmp_path / "m", {"grid": "8px", "tissue": {"x": 1}}
+    )
+    folder = tmp_path / "stores"
+    for i, slide in enumerate(bags.slides):
+        write_store(folder, slide, bags.slide(i))
+    test = splits.parts(0, "1")[2]
+    wanted = [{"slide_id": s, "patient_id": p} for s, p in zip(bags.slides, bags.patients, strict=True) if p in test]
+    slides, patients, without, classes = apply_bundle_to_stores(tmp_path / "m/bundles/repeat0_fold1", folder, wanted)
+    assert (without, classes) == ([], ("N", "Y"))
+    assert [r["patient_id"] for r in patients] == test
+    saved = (tmp_path / "m/predictions_patients.csv").read_text()
+    for row in patients:
+        assert f"{row['prob_N']},{row['prob_Y']},{row['logit_N']},{row['logit_Y']},{row['threshold']}" in saved
+    assert len(slides) == len(wanted)
+    ensemble = load_bundle(tmp_path / "m/bundle")
+    assert len(ensemble.groups) == 6
+    assert 0 < ensemble.threshold < 1
+    assert ensemble.info["tissue"] == {"x": 1}
+    write_store(folder, "other", bags.slide(0), {**ENCODER, "key": "uni"})
+    with pytest.raises(RunError, match="refuses slide other"):
+        apply_bundle_to_stores(tmp_path / "m/bundle", folder, [{"slide_id": "other"}])
+
+
+def test_bags_from_stores(tmp_path):
+    rng = np.random.default_rng(0)
+    data = {s: rng.normal(size=(n, 8)).astype(np.float16) for s, n in (("b1", 3), ("a2", 0), ("a1", 1), ("c", 4))}
+    for slide, x in data.items():
+        write_store(tmp_path, slide, x)
+    pairs = [("b1", "B"), ("a2", "A"), ("c", "A"), ("a1", "A")]
+    for limit in (1 << 30, 10):
+        bags = load_bags(tmp_path, pairs, tmp_path / "scratch", in_memory_bytes=limit)
+        assert bags.slides == ("a1", "a2", "c", "b1")
+        np.testing.assert_array_equal(bags.bag("A"), np.concatenate([data["a1"], data["c"]]))
+        np.testing.assert_array_equal(bags.slide(3), data["b1"])
+        assert bags.tiles("nobody") == 0
+        assert bags.mpp == 0.5
+        assert bags.fingerprints["c"] == "fp-c"
+    assert isinstance(bags.features, np.memmap)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_mixed_stores_are_refused(tmp_path):
+    x = np.ones((2, 8), np.float32)
+    write_store(tmp_path, "a", x)
+    write_store(tmp_path, "b", x, {**ENCODER, "weights_sha256": "0"})
+    write_store(tmp_path, "c", x, stain={"method": "none", "target": None})
+    write_store(tmp_path, "d", x, grid="9px")
+    write_store(tmp_path, "e", x * np.nan)
+    for other, says in (
+        ("b", "weights_sha256"),
+        ("c", "stain: macenko and none"),
+        ("d", "grid"),
+        ("e", "not all finite"),
+    ):
+        with pytest.raises(RunError, match=says):
+            load_bags(tmp_path, [("a", "A"), (other, "B")])
+    with pytest.raises(RunError, match="not an embedding store"):
+        load_bags(tmp_path, [("missing", "A")])
+    with pytest.raises(RunError, match="No slide"):
+        load_bags(tmp_path, [])
+    with pytest.raises(ValueError, match="ordered"):
+        make_bags(x, ["b", "a"], ["A", "A"], [1, 1], ENCODER)
