@@ -35,7 +35,7 @@ class SeededDropout(nn.Module):
         return x * keep.div_(1 - self.p)
 
 
-class _Aggregator(nn.Module):
+class Aggregator(nn.Module):
     """Standardisation and the two steps that chunked inference and leave-one-out use: `encode` and `pool`."""
 
     def __init__(self, features: int, classes: int):
@@ -75,7 +75,7 @@ class _Aggregator(nn.Module):
                 module.generator = generator
 
 
-class GatedABMIL(_Aggregator):
+class GatedABMIL(Aggregator):
     """Attention pooling: e = ReLU(W h), a = softmax(w . (tanh(V e) * sigmoid(U e))), logits = C sum(a e).
 
     hidden is L, attention the width of the gate; gated=False leaves out U (plain ABMIL).
@@ -109,7 +109,7 @@ class GatedABMIL(_Aggregator):
         return self.classifier(pooled)
 
 
-class MeanPool(_Aggregator):
+class MeanPool(Aggregator):
     """Linear classifier on the mean standardised tile; attention is uniform. Also the form in which mean_pool_lr is
     kept.
     """
@@ -126,7 +126,7 @@ class MeanPool(_Aggregator):
 
 
 # name -> (class, fixed arguments); the names that configuration and bundles use
-AGGREGATORS: dict[str, tuple[type[_Aggregator], dict[str, Any]]] = {
+AGGREGATORS: dict[str, tuple[type[Aggregator], dict[str, Any]]] = {
     "abmil_gated": (GatedABMIL, {"gated": True}),
     "abmil": (GatedABMIL, {"gated": False}),
     "mean_pool": (MeanPool, {}),
@@ -140,7 +140,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 
 def build_aggregator(
     name: str, features: int, classes: int, parameters: Mapping[str, Any], seed: int = 0
-) -> _Aggregator:
+) -> Aggregator:
     """A freshly initialised aggregator; the same seed gives the same weights and leaves torch's global state alone."""
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}; one of {', '.join(AGGREGATORS)}")
@@ -164,7 +164,7 @@ def _initialise(model: nn.Module, seed: int) -> None:
 
 
 @torch.inference_mode()
-def encode_bag(model: _Aggregator, features: np.ndarray, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def encode_bag(model: Aggregator, features: np.ndarray, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """(N, D) features of one bag -> (N, L) embeddings and (N,) scores, chunk by chunk; model in eval mode."""
     device = model.feature_mean.device
     parts = [
@@ -175,7 +175,7 @@ def encode_bag(model: _Aggregator, features: np.ndarray, chunk: int = CHUNK) -> 
 
 
 @torch.inference_mode()
-def predict_bag(model: _Aggregator, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def predict_bag(model: Aggregator, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N, D) features, N >= 1 -> logits (C,) and attention (N,), float64."""
     if len(features) == 0:
         raise ValueError("a bag without tiles has no prediction")
@@ -195,7 +195,7 @@ def log_odds(logits: Tensor, target: int) -> Tensor:
 
 
 @torch.inference_mode()
-def leave_one_out(model: _Aggregator, features: np.ndarray, target: int = 1) -> np.ndarray:
+def leave_one_out(model: Aggregator, features: np.ndarray, target: int = 1) -> np.ndarray:
     """How much each tile adds to the log-odds of class `target`: with all tiles minus without that tile, (N,) float64.
 
     Positive = the tile speaks for the class. Exact and in one pass, because the rest renormalises:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from slidemake.aggregators import AGGREGATORS, build_aggregator, leave_one_out, predict_bag
+from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import same_encoder, stain_identity
 from slidemake.calibration import probabilities
 from slidemake.failures import RunError
@@ -36,7 +35,7 @@ class Group:
 
     name: str
     temperature: float
-    members: tuple[torch.nn.Module, ...]
+    members: tuple[Aggregator, ...]
 
 
 @dataclass(frozen=True)

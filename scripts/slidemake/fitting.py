@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slidemake.aggregators import build_aggregator
+from slidemake.aggregators import Aggregator, build_aggregator
 from slidemake.bags import Bags
 from slidemake.calibration import auroc
 
@@ -47,7 +47,7 @@ class Fitted:
     1).
     """
 
-    model: nn.Module
+    model: Aggregator
     curve: list[dict[str, float | int | None]]
     epoch: int
 

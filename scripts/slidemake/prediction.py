@@ -59,7 +59,7 @@ def predict_bags(
     """
     slides, people, without = [], [], []
     for patient in sorted(patients):
-        facts = {k: v.get(patient, "") if isinstance(v, Mapping) else v for k, v in about.items()}
+        facts: dict[str, Any] = {k: v.get(patient, "") if isinstance(v, Mapping) else v for k, v in about.items()}
         bag = bags.bag(patient)
         if len(bag) == 0:
             without.append(patient)

@@ -178,7 +178,7 @@ def _fold(work: Work, repeat: int, fold: str) -> Fold:
         repeat=repeat,
         fold=fold,
     )
-    return Fold(repeat, fold, *has_tiles, test, mark)
+    return Fold(repeat, fold, has_tiles[0], has_tiles[1], test, mark)
 
 
 def _slides(work: Work, patient: str) -> list[list[Any]]:
