@@ -38,6 +38,10 @@ class SeededDropout(nn.Module):
 class Aggregator(nn.Module):
     """Standardisation and the two steps that chunked inference and leave-one-out use: `encode` and `pool`."""
 
+    feature_mean: Tensor  # (D,)
+    feature_std: Tensor  # (D,)
+    classifier: nn.Linear
+
     def __init__(self, features: int, classes: int):
         super().__init__()
         self.register_buffer("feature_mean", torch.zeros(features))

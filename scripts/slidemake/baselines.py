@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from slidemake.bags import Bags
 
 if TYPE_CHECKING:
-    from slidemake.aggregators import MeanPool
+    from slidemake.aggregators import Aggregator
 
 C_GRID = tuple(10.0**k for k in range(-5, 2))
 
@@ -88,7 +88,7 @@ def fit_mean_pool_lr(
     return MeanPoolLR(scaler, regression, chosen, kept)
 
 
-def as_aggregator(fitted: MeanPoolLR, classes: int) -> MeanPool:
+def as_aggregator(fitted: MeanPoolLR, classes: int) -> Aggregator:
     """The same regression as a MeanPool aggregator: equal logits, and bundles, predict and explain work on it."""
     import torch
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import same_encoder, stain_identity
@@ -84,7 +84,7 @@ def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Gr
     about = [{"name": g.name, "temperature": g.temperature, "members": len(g.members)} for g in groups]
     with committed(folder) as work:
         work.mkdir()
-        save_file(tensors, work / WEIGHTS)
+        (work / WEIGHTS).write_bytes(save(tensors))  # save_file would make it readable to its owner alone
         write_json(work / JSON, {**info, "format": FORMAT, "format_version": FORMAT_VERSION, "groups": about})
 
 
