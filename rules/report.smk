@@ -49,7 +49,7 @@ rule write_report:
         encoders=sorted(ENCODERS),
         grids=sorted(GRIDS),
         config=CONFIG,
-        configfiles=[str(path) for path in workflow.config_settings.configfiles],
+        configfiles=[os.path.relpath(path) for path in workflow.config_settings.configfiles],
         version=STAGE_VERSIONS["report"],
     message:
         "Writing the report"

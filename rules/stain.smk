@@ -25,16 +25,16 @@ rule fit_stain:
 
 
 rule make_stain_target:
-    """The reference: TIAToolbox's image, an image of your own, or the median of the cohort."""
+    """The reference: TIAToolbox's image, an image of your own, the median of the cohort, or a bundle's own."""
     input:
         manifests=(
             [manifest("stain", rack) for rack in RACKS]
-            if PLAN.stain_target == "cohort"
+            if PLAN.stain_target == "cohort" and not PLAN.bundle
             else []
         ),
         image=(
             PLAN.stain_target
-            if PLAN.stain_target not in ("cohort", "tiatoolbox")
+            if PLAN.stain_target not in ("cohort", "tiatoolbox") and not PLAN.bundle
             else []
         ),
     output:

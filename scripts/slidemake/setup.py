@@ -70,7 +70,7 @@ class Plan:
     @property
     def stain_target_record(self) -> dict[str, Any] | None:
         """The reference that a bundle was trained with, when a bundle is applied."""
-        return self.bundle["context"]["stain_target"] if self.bundle else None
+        return self.bundle["stain_target"] if self.bundle else None
 
     def stain_method_of(self, encoder: str) -> str:
         """Stain method for one encoder: the configured one, or for `auto` what its record recommends."""
@@ -115,7 +115,6 @@ class Plan:
         """
         encoder = self.encoder_of(task, model)
         return {
-            "encoder": self.encoders[encoder].name,
             "grid": self.grid_of(encoder),
             "stain": {**stage_options(self.config, "stain"), "method": self.stain_method_of(encoder)},
             "tissue": stage_options(self.config, "tissue"),
@@ -162,7 +161,7 @@ def plan_run(raw: dict[str, Any], base: Path) -> Plan:
 def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[str]:
     """Encoders that some model of some task reads (all models' without a task), in a stable order."""
     if bundle:
-        return [str(bundle["context"]["encoder"])]
+        return [f"{bundle['encoder']['key']}:{bundle['encoder']['variant']}"]
     used = [name for task in tasks.values() for name in task["models"]] if tasks else list(config["models"])
     return sorted({str(config["models"][name]["encoder"]) for name in used})
 
@@ -172,19 +171,19 @@ def read_bundle(folder: str) -> dict[str, Any]:
     info = read_json_if_whole(Path(folder) / "bundle.json")
     if info is None:
         raise RunError(f"bundle: {folder} is not a model bundle: it has no readable bundle.json.")
-    if "context" not in info:
-        raise RunError(f"bundle: {folder} does not say how its slides were processed; train it again.")
+    missing = sorted({"encoder", "stain", "stain_target", "tissue", "tiling", "features"} - set(info))
+    if missing:
+        raise RunError(f"bundle: {folder} does not say how its slides were processed ({', '.join(missing)}); train again.")
     return info
 
 
 def apply_bundle(config: dict[str, Any], bundle: dict[str, Any]) -> dict[str, Any]:
     """The configuration with everything that shapes features taken from the bundle; nothing is trained."""
-    context = bundle["context"]
     config = {**config, "tasks": {}, "demo": None}
-    config["tissue"] = context["tissue"]
-    config["tiling"] = {**context["tiling"], **{key: config["tiling"][key] for key in ("store", "codec", "min_tiles")}}
-    config["stain"] = {**config["stain"], **context["stain"]}
-    config["embedding"] = {**config["embedding"], "features": context["features"]}
+    config["tissue"] = bundle["tissue"]
+    config["tiling"] = {**bundle["tiling"], **{key: config["tiling"][key] for key in ("store", "codec", "min_tiles")}}
+    config["stain"] = {**config["stain"], **bundle["stain"]}
+    config["embedding"] = {**config["embedding"], "features": bundle["features"]}
     return config
 
 
