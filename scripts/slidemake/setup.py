@@ -173,7 +173,9 @@ def read_bundle(folder: str) -> dict[str, Any]:
         raise RunError(f"bundle: {folder} is not a model bundle: it has no readable bundle.json.")
     missing = sorted({"encoder", "stain", "stain_target", "tissue", "tiling", "features"} - set(info))
     if missing:
-        raise RunError(f"bundle: {folder} does not say how its slides were processed ({', '.join(missing)}); train again.")
+        raise RunError(
+            f"bundle: {folder} does not say how its slides were processed ({', '.join(missing)}); train again."
+        )
     return info
 
 
