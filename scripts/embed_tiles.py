@@ -30,4 +30,5 @@ with job(snakemake) as sm:  # noqa: F821
             device=device,
             dtype=options["features"],
             batch_size=options["batch_size"],
+            threads=sm.threads,
         )

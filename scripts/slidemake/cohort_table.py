@@ -39,7 +39,7 @@ def cohort_rows(
             message = f"has the same content as slide {duplicates_of[slide_id]}"
             failure = SlideFailure("duplicate", message).record(slide_id, "cohort").as_dict()
         status = "failed" if failure else ("ok" if stages else "excluded")
-        row: dict[str, Any] = {**given, "status": status}
+        row: dict[str, Any] = {**given, "site": given.get("site", ""), "status": status}
         row |= {f"failure_{key}": (failure or {}).get(key, "") for key in ("stage", "code", "message", "hint")}
         slide = read_json_if_whole(results / "slides" / slide_id / "slide.json") or {}
         row |= {key: slide.get(key, "") for key in FIGURES if key not in row}

@@ -11,8 +11,11 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,44 +184,66 @@ def read_selected(store: TileStore, slide: dict[str, Any], reader: Any, indices:
 
 
 def embed_slide(
-    forward: Forward, job: SlideJob, ahead: TileAhead, device: str, dtype: str, progress: Callable[[int], None]
+    forward: Forward, job: SlideJob, ahead: TileAhead, pool: Executor, dtype: str, progress: Callable[[int], None]
 ) -> np.ndarray:
-    """Features (N, D) of one slide."""
-    import torch
-
-    from slidemake.stain import StainTransform
-    from slidemake.stain_torch import apply_stain
-
-    stain = None
-    if job.stain is not None:
-        transform = StainTransform.from_dict(job.stain)
-
-        def stain(tensor: Any) -> Any:
-            return apply_stain(tensor, transform)
-
+    """Features (N, D) of one slide; its batches run on `pool`, a few at a time, and are put together in order."""
+    stain = stain_hook(job.stain)
     parts: list[np.ndarray] = []
+    running: deque[Future[np.ndarray]] = deque()
+
+    def collect() -> None:
+        parts.append(running.popleft().result())
+        progress(len(parts[-1]))
+
     for _, tiles in ahead.batches(job):
-        batch = torch.from_numpy(tiles)
-        if device != "cpu":
-            batch = batch.pin_memory().to(device, non_blocking=True)
-        parts.append(forward(batch.permute(0, 3, 1, 2), stain).cpu().numpy())
-        progress(len(tiles))
+        running.append(pool.submit(forward, tiles, stain))
+        while len(running) > forward.workers:
+            collect()
+    while running:
+        collect()
     features = np.concatenate(parts) if parts else np.zeros((0, forward.encoder.record.dim), np.float32)
     if not np.isfinite(features).all():
         raise SlideFailure("crashed", f"{forward.encoder.record.key} gave features that are not finite")
     return features.astype(dtype)
 
 
+def stain_hook(transform: dict[str, Any] | None) -> Callable[[Any], Any] | None:
+    """The transform as a function of tensors (B, 3, H, W); None where there is none."""
+    if transform is None:
+        return None
+    from slidemake.stain import StainTransform
+    from slidemake.stain_torch import apply_stain
+
+    values = StainTransform.from_dict(transform)
+    return lambda tensor: apply_stain(tensor, values)
+
+
 class Forward:
-    """Runs batches through an encoder; when memory runs out, in halves from then on. Counts nothing twice."""
+    """Runs batches of tiles through an encoder; when memory runs out, in halves from then on.
 
-    def __init__(self, encoder: Any):
-        self.encoder, self.limit = encoder, 10**9
+    On the CPU several batches run side by side with one thread each, instead of one batch with several threads: layers
+    of a small model are too short to be worth splitting, and features then do not depend on the number of threads.
+    """
 
-    def __call__(self, batch: Any, stain: Any) -> Any:
-        """Features (B, D) float32. Raises SlideFailure out_of_memory when a single tile does not fit."""
+    def __init__(self, encoder: Any, device: str, threads: int):
+        self.encoder, self.device, self.limit = encoder, device, 10**9
+        self.workers = max(1, threads) if device == "cpu" else 1
+
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads that call this object."""
         import torch
 
+        alone = partial(torch.set_num_threads, 1) if self.device == "cpu" else None
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="model", initializer=alone)
+
+    def __call__(self, tiles: np.ndarray, stain: Callable[[Any], Any] | None) -> np.ndarray:
+        """Features (n, D) float32 of tiles (n, H, W, 3) uint8. SlideFailure out_of_memory when one does not fit."""
+        import torch
+
+        batch = torch.from_numpy(tiles)
+        if self.device != "cpu":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        batch = batch.permute(0, 3, 1, 2)
         parts = []
         while len(batch):
             part = batch[: self.limit]
@@ -228,7 +253,7 @@ class Forward:
                 self._lower(len(part), error)
                 continue
             batch = batch[len(part) :]
-        return torch.cat(parts)
+        return torch.cat(parts).cpu().numpy()
 
     def _lower(self, size: int, error: Exception) -> None:
         import torch
@@ -241,7 +266,7 @@ class Forward:
             raise SlideFailure("out_of_memory", f"{key} does not fit in memory with one tile") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.limit = (size + 1) // 2
+        self.limit = min(self.limit, (size + 1) // 2)
         log.warning("%s: out of memory with %d tiles at a time: going on with %d", key, size, self.limit)
 
 
@@ -281,6 +306,7 @@ def process_rack(
     device: str,
     dtype: str,
     batch_size: int | str,
+    threads: int = 1,
 ) -> list[dict[str, Any]]:
     """Embed the slides of a rack that are not finished yet; `run` is `racks.run_rack` with its manifest bound.
 
@@ -293,7 +319,7 @@ def process_rack(
         remove_leftovers(job.out.parent, job.out.name)
     batch = BATCH["cpu" if device == "cpu" else "cuda"] if batch_size == "auto" else int(batch_size)
     model: Any = encoder() if todo else None
-    forward, ahead = Forward(model), TileAhead(todo, batch)
+    forward, ahead = Forward(model, device, threads), TileAhead(todo, batch)
     total = sum(r.get("tiles", 0) for r in records if r["slide_id"] in pending)
     progress = Progress(total)
 
@@ -302,7 +328,7 @@ def process_rack(
         if job.slide_id not in pending:
             return {"fingerprint": job.fingerprint, "reused": True, "tiles": record["tiles"]}
         started = time.perf_counter()
-        features = embed_slide(forward, job, ahead, device, dtype, progress.add)
+        features = embed_slide(forward, job, ahead, pool, dtype, progress.add)
         seconds = time.perf_counter() - started
         write_embeddings(job, features, model, {"engine": {"path": model.path_name, "device": device, "batch": batch}})
         return {
@@ -311,10 +337,11 @@ def process_rack(
             "tiles_per_second": round(len(features) / max(seconds, 1e-9), 1),
         }
 
-    try:
-        return run(records, work)
-    finally:
-        ahead.close()
+    with forward.pool() as pool:
+        try:
+            return run(records, work)
+        finally:
+            ahead.close()
 
 
 class Progress:

@@ -81,7 +81,7 @@ def job(folder, record, **changes):
     return replace(plain, **changes)
 
 
-def run(rack, encoder, make=None, batch=8):
+def run(rack, encoder, make=None, batch=8, threads=1):
     folder, records, _ = rack
 
     def load():
@@ -96,6 +96,7 @@ def run(rack, encoder, make=None, batch=8):
         device="cpu",
         dtype="float32",
         batch_size=batch,
+        threads=threads,
     )
 
 
@@ -114,6 +115,15 @@ def test_features_are_in_the_order_of_the_tiles_for_any_number_of_them(rack):
     np.testing.assert_array_equal(group["coords"][...], np.arange(66).reshape(-1, 2))
     assert group.attrs["engine"] == {"path": "eager", "device": "cpu", "batch": 8}
     assert features(rack, "b").shape == (0, DIM)
+
+
+def test_features_do_not_depend_on_the_number_of_threads(rack):
+    run(rack, ToyEncoder())
+    one = {name: features(rack, name) for name in "abcd"}
+    (rack[0] / "embeddings").rename(rack[0] / "old")
+    run(rack, ToyEncoder(), threads=3)
+    for name in "abcd":
+        np.testing.assert_array_equal(features(rack, name), one[name])
 
 
 def test_a_finished_slide_is_not_computed_again_and_the_model_not_loaded(rack):
