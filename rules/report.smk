@@ -49,7 +49,9 @@ rule write_report:
         encoders=sorted(ENCODERS),
         grids=sorted(GRIDS),
         config=CONFIG,
-        configfiles=[os.path.relpath(path) for path in workflow.config_settings.configfiles],
+        configfiles=[
+            os.path.relpath(path) for path in workflow.config_settings.configfiles
+        ],
         version=STAGE_VERSIONS["report"],
     message:
         "Writing the report"

@@ -190,7 +190,7 @@ def apply_bundle(config: dict[str, Any], bundle: dict[str, Any]) -> dict[str, An
 
 
 def check_results_folder(output: Path) -> None:
-    """Refuse a results folder that another version of the format wrote; mark a new one.
+    """Refuse a results folder that another version of the format wrote, or that cannot be written.
 
     Raises RunError naming both versions and the ways out.
     """
@@ -199,7 +199,6 @@ def check_results_folder(output: Path) -> None:
     if found is None:
         if not os.access(_existing_parent(output), os.W_OK):
             raise RunError(f"{output} cannot be written: no permission in {_existing_parent(output)}. Set `output`.")
-        write_json(marker, {"format": "slidemake-results", "format_version": FORMAT_VERSION})
         return
     if found.get("format_version") != FORMAT_VERSION:
         raise RunError(
@@ -207,6 +206,13 @@ def check_results_folder(output: Path) -> None:
             f"one reads and writes {FORMAT_VERSION}). Nothing was changed. Choose another `output`, move that "
             "folder away, or use the slidemake that wrote it."
         )
+
+
+def mark_results_folder(output: Path) -> None:
+    """Say in the results folder which version of the format it has (when a run starts; not in a dry run)."""
+    marker = output / "slidemake.json"
+    if not marker.exists():
+        write_json(marker, {"format": "slidemake-results", "format_version": FORMAT_VERSION})
 
 
 def _existing_parent(path: Path) -> Path:
