@@ -1,0 +1,42 @@
+"""More bad slides than `max_failed_fraction` allows end the run, and what was computed stays."""
+
+from __future__ import annotations
+
+import pytest
+from snakemake_run import Project, stamps
+
+pytestmark = pytest.mark.workflow
+
+
+def test_too_many_failures_end_the_run(project: Project):
+    project.configure(max_failed_fraction=0.1)
+    before = stamps(project.results / "embeddings")
+    outcome = project.run()
+    assert outcome.code != 0
+    assert "3 of 12 slides failed (1 no_mpp, 1 no_tissue, 1 truncated)" in outcome.text
+    assert "results/cohort/failures.csv" in outcome.text
+    assert "raise max_failed_fraction" in outcome.text
+    assert "Traceback" not in outcome.text
+    assert len(project.table("cohort/failures.csv")) == 3
+    assert stamps(project.results / "embeddings") == before
+    project.configure(max_failed_fraction=0.5)  # the remedy
+    assert "embed_tiles" not in project.planned()
+    project.succeed("cohort")
+
+
+def test_missing_file_is_a_failure_of_that_slide(project: Project):
+    rows = project.rows()
+    rows[0]["path"] = str(project.folder / "gone.tiff")
+    project.write_sheet(rows)
+    project.succeed("cohort")
+    failures = {row["slide_id"]: row["code"] for row in project.table("cohort/failures.csv")}
+    assert failures == {"P01-A": "missing_file", "P03-B": "no_mpp", "P06-B": "no_tissue", "P07-B": "truncated"}
+
+
+def test_same_scan_twice_is_a_duplicate(project: Project):
+    rows = project.rows()
+    project.write_sheet([*rows, rows[0] | {"slide_id": "P01-Z"}])
+    project.succeed("cohort")
+    row = next(row for row in project.table("cohort/failures.csv") if row["slide_id"] == "P01-Z")
+    assert row["code"] == "duplicate"
+    assert "P01-A" in row["message"]
