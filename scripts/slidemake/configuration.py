@@ -79,13 +79,21 @@ def load_configuration(
     return config
 
 
+def in_order(value: Any) -> Any:
+    """A copy with the keys of all dicts sorted. Snakemake compares params as text: without this, the order in which
+    settings are written, or a default that is written out, would run jobs again."""
+    if isinstance(value, dict):
+        return {key: in_order(value[key]) for key in sorted(value)}
+    return [in_order(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
+
+
 def stage_options(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The settings that the results of `stage` (a key of STAGES) depend on, as a new dict.
+    """The settings that the results of `stage` (a key of STAGES) depend on, as a new dict with sorted keys.
 
     `stain` holds the target, which only the rules that apply the stain need; `train` is all models by name.
     """
     section, keys = STAGES[stage]
-    return copy.deepcopy({key: value for key, value in config[section].items() if keys is None or key in keys})
+    return in_order({key: value for key, value in config[section].items() if keys is None or key in keys})
 
 
 def sheet_columns(config: dict[str, Any]) -> list[str]:
@@ -273,7 +281,7 @@ def _phrase(error: jsonschema.ValidationError) -> Iterator[tuple[str, str]]:
 
 
 def _extra(key: str) -> str:
-    made = "snakemake write_sheet --config slides_folder=DIR sheet=slides.csv"
+    made = "snakemake write_sheet --cores 1 --config slides_folder=DIR sheet=slides.csv"
     return f" (`{made}` makes a first one)" if key == "sheet" else ""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.cohort import SlideRow, read_sheet
-from slidemake.configuration import load_configuration, sheet_columns, stage_options
+from slidemake.configuration import in_order, load_configuration, sheet_columns, stage_options
 from slidemake.encoders import EncoderRecord, check_access, load_record, registry
 from slidemake.failures import RunError
 from slidemake.provenance import FORMAT_VERSION, read_json_if_whole, write_json
@@ -99,14 +99,14 @@ class Plan:
 
     def task_options(self, task: str) -> dict[str, Any]:
         """A task's settings but for its list of models, which changes nothing for any one of them."""
-        return {key: value for key, value in self.tasks[task].items() if key != "models"}
+        return in_order({key: value for key, value in self.tasks[task].items() if key != "models"})
 
     def model_options(self, task: str, model: str) -> dict[str, Any]:
         """Settings of a model; a control is the first model's with `control` set."""
         options = self._model(task, model)
         if model in CONTROLS:
             options["control"] = model
-        return options
+        return in_order(options)
 
     def bundle_context(self, task: str, model: str) -> dict[str, Any]:
         """What a bundle must carry so that a slide never seen is processed like the training slides.
@@ -118,7 +118,7 @@ class Plan:
             "grid": self.grid_of(encoder),
             "stain": {**stage_options(self.config, "stain"), "method": self.stain_method_of(encoder)},
             "tissue": stage_options(self.config, "tissue"),
-            "tiling": self.config["tiling"],
+            "tiling": in_order(self.config["tiling"]),
             "features": self.config["embedding"]["features"],
         }
 
