@@ -34,6 +34,25 @@ include: "rules/predict.smk"
 include: "rules/report.smk"
 
 
+onstart:
+    mark_results_folder(Path(OUTPUT))
+
+
+onsuccess:
+    if os.path.exists(f"{OUTPUT}/report/index.html"):
+        print(
+            f"slidemake: the report is {OUTPUT}/report/index.html", file=sys.stderr
+        )
+
+
+onerror:
+    print(
+        "slidemake: not everything could be done; the lines that begin with `rule` or name a log file above say why. "
+        "What is finished is kept: mend it and run the same command again.",
+        file=sys.stderr,
+    )
+
+
 rule all:
     default_target: True
     input:

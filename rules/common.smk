@@ -6,7 +6,7 @@ import shutil
 from slidemake.configuration import stage_options
 from slidemake.failures import RunError
 from slidemake.provenance import STAGE_VERSIONS
-from slidemake.setup import CONTROLS, plan_run
+from slidemake.setup import mark_results_folder, plan_run
 
 try:
     PLAN = plan_run(config, Path(workflow.basedir))

@@ -1,4 +1,4 @@
-"""A first sample sheet from a folder of slides: snakemake write_sheet --config slides_folder=DIR sheet=NEW.csv"""
+"""A first sample sheet from a folder of slides: snakemake write_sheet --cores 1 --config slides_folder=DIR sheet=NEW.csv"""
 
 
 rule write_sheet:

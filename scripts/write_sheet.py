@@ -6,5 +6,7 @@ from slidemake.sheets import write_sheet
 
 with job(snakemake) as sm:  # noqa: F821
     if not sm.params.folder:
-        raise RunError("Say where the slides are: snakemake write_sheet --config slides_folder=DIR sheet=NEW.csv")
+        raise RunError(
+            "Say where the slides are: snakemake write_sheet --cores 1 --config slides_folder=DIR sheet=NEW.csv"
+        )
     write_sheet(sm.params.folder, sm.params.sheet)

@@ -21,10 +21,10 @@ NAME = "slidemake.jpeg"
 
 def encode_jpeg(tile: np.ndarray, quality: int, subsampling: str) -> bytes:
     """JPEG bytes of one (H, W, 3) uint8 tile; `subsampling` is "444" or "420"."""
-    return imagecodecs.jpeg8_encode(np.ascontiguousarray(tile), level=quality, subsampling=subsampling)
+    return bytes(imagecodecs.jpeg8_encode(np.ascontiguousarray(tile), level=quality, subsampling=subsampling))
 
 
-def decode_jpeg(data: bytes | memoryview) -> np.ndarray:
+def decode_jpeg(data: bytes) -> np.ndarray:
     """(H, W, 3) uint8 of JPEG bytes."""
     return imagecodecs.jpeg8_decode(data)
 

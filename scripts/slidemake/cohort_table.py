@@ -92,7 +92,7 @@ def check_failed_fraction(rows: list[dict[str, str]], allowed: float, failures: 
     counts = ", ".join(f"{number} {code}" for code, number in sorted(codes.items()))
     if fraction > allowed:
         raise RunError(
-            f"{len(failed)} of {len(processed)} slides failed ({counts}): more than max_failed_fraction ({allowed:g}).\n"
+            f"{len(failed)} of {len(processed)} slides failed: {counts}. More than max_failed_fraction ({allowed:g}).\n"
             f"Reasons and remedies are in {failures}. Mend or exclude those slides, or raise max_failed_fraction, and "
             "run again: finished slides are kept."
         )

@@ -237,6 +237,7 @@ class _Ground:
 
     def claim(self, stamp: Stamp, y: int, x: int, allowance: int) -> bool:
         """Take the stamp's ground unless more than `allowance` cells of it are taken."""
+        assert stamp.cover is not None, "only stamps that claim ground have a cover"
         height, width = stamp.cover.shape
         top, left = y // 8 - height // 2 + 80, x // 8 - width // 2 + 80
         here = self.taken[top : top + height, left : left + width]

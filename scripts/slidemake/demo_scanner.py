@@ -125,7 +125,7 @@ def mark_with_pen(rgb: np.ndarray, tissue16: np.ndarray, rng: np.random.Generato
     density = np.array({"blue": (1.5, 1.0, 0.28), "green": (1.55, 0.45, 1.15)}[colour])
     for y in range(0, height, 512):
         part = np.kron(ink[y // 8 : (y + 512) // 8], np.ones((8, 8), np.float32))[..., None]
-        touched = part.any((0, 2))
+        touched = np.asarray(part.any((0, 2)))
         if touched.any():
             columns = np.s_[int(touched.argmax()) : len(touched) - int(touched[::-1].argmax())]
             rows = rgb[y : y + part.shape[0], columns]

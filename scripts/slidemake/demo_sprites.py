@@ -83,7 +83,7 @@ class Canvas:
             solid = ndimage.binary_dilation(self.a > 0.5, iterations=1)
             pad = [(0, -n % 8) for n in solid.shape]
             solid = np.pad(solid, pad)
-            cover = solid.reshape(solid.shape[0] // 8, 8, solid.shape[1] // 8, 8).any((1, 3))
+            cover = np.asarray(solid.reshape(solid.shape[0] // 8, 8, solid.shape[1] // 8, 8).any((1, 3)))
         return Stamp(density * opacity, np.repeat(256 - opacity, 2, -1), cover, angle)
 
 

@@ -10,7 +10,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class TiffIndex:
 class _Walk:
     handle: BinaryIO
     size: int
-    order: str
+    order: Literal["<", ">"]
     big: bool
     seen: set[int] = field(default_factory=set)
     ndpi: bool = False
@@ -109,7 +109,8 @@ def read_tiff_index(path: Path) -> TiffIndex | None:
         head = handle.read(16)
         if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return None
-        order, big = ("<" if head[:2] == b"II" else ">"), 43 in (head[2], head[3])
+        order: Literal["<", ">"] = "<" if head[:2] == b"II" else ">"
+        big = 43 in (head[2], head[3])
         walk = _Walk(handle, path.stat().st_size, order, big)
         pages: list[TiffPage] = []
         try:

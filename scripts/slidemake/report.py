@@ -86,9 +86,10 @@ def stage_times(results: Path, manifests: list[str]) -> list[dict[str, Any]]:
 
 
 def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[dict[str, Any]]:
-    """What the cohort table shows of each slide, pictures included."""
+    """What the cohort table shows of each slide, pictures included; failed slides first where not all are shown."""
     cards = []
-    for row in rows[:limit]:
+    shown = rows if len(rows) <= limit else sorted(rows, key=lambda row: row["status"] != "failed")[:limit]
+    for row in shown:
         folder = results / "slides" / row["slide_id"]
         tissue = read_json_if_whole(folder / "tissue.json") or {}
         tiles = {key.removeprefix("tiles_"): value for key, value in row.items() if key.startswith("tiles_") and value}

@@ -97,12 +97,12 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         raise RunError(
             f"There is no sample sheet {path}. Set `sheet` in the configuration to yours, or make a first one:\n"
-            f"  snakemake write_sheet --config slides_folder=FOLDER_OF_SLIDES sheet={path}"
+            f"  snakemake write_sheet --cores 1 --config slides_folder=FOLDER_OF_SLIDES sheet={path}"
         ) from None
     except IsADirectoryError:
         raise RunError(
             f"{path} is a folder, not a sample sheet. Make a sheet of it:\n"
-            f"  snakemake write_sheet --config slides_folder={path} sheet=slides.csv"
+            f"  snakemake write_sheet --cores 1 --config slides_folder={path} sheet=slides.csv"
         ) from None
     if raw.startswith(b"PK\x03\x04"):
         raise RunError(f"{path} is an Excel workbook. Save it as `CSV UTF-8` and give that file.")

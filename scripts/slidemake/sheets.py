@@ -101,7 +101,9 @@ def sheet_rows(folder: str | Path, sheet: str | Path) -> list[dict[str, str]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"There is no folder {folder}. Give one: snakemake write_sheet --config slides_folder=DIR ...")
+        raise RunError(
+            f"There is no folder {folder}. Give one: snakemake write_sheet --cores 1 --config slides_folder=DIR ..."
+        )
     paths = find_slides(folder)
     if not paths:
         raise RunError(f"No slides in {folder} or below: no file ends with {' '.join(sorted(SUFFIXES))} or .zarr.")
