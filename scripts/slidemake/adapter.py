@@ -50,7 +50,8 @@ def _configure_logging(log_file: Path | None) -> None:
     log.addHandler(terminal)
     if log_file:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(log_file, mode="w")
+        log_file.write_text("")
+        to_file = logging.FileHandler(log_file, mode="a")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
     logging.captureWarnings(True)
