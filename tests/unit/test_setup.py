@@ -1,0 +1,105 @@
+"""The plan of a run: racks, encoders, grids, stain, controls; what is refused before the first job."""
+
+from pathlib import Path
+
+import pytest
+from slidemake.failures import RunError
+from slidemake.provenance import read_json, write_json
+from slidemake.setup import CONTROLS, check_results_folder, mark_results_folder, plan_run
+
+BASE = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    lines = ["slide_id,path,patient_id,site,label,mpp"]
+    lines += [f"s{i:02d},{i}.svs,p{i // 2:02d},x,{'ab'[i // 2 % 2]},0.5" for i in range(24)]
+    (tmp_path / "slides.csv").write_text("\n".join(lines) + "\n")
+    return {"sheet": str(tmp_path / "slides.csv"), "output": str(tmp_path / "out"), "tasks": {"t": {"label": "label"}}}
+
+
+def test_a_minimal_configuration_is_a_whole_plan(raw):
+    plan = plan_run(raw, BASE)
+    assert list(plan.racks) == ["r00000", "r00001", "r00002"]  # 24 slides, 8 a rack
+    assert list(plan.encoders) == ["efficientnet_lite0"]
+    assert plan.grids == ["224px_0.5mpp"]
+    assert plan.models_of("t") == ["abmil", *CONTROLS]
+    assert {plan.encoder_of("t", model) for model in plan.models_of("t")} == {"efficientnet_lite0"}
+    assert plan.stain_options["method"] == "macenko"  # auto: what an ImageNet encoder needs
+    assert "target" not in plan.stain_options
+    assert not Path(raw["output"]).exists()  # a plan writes nothing
+
+
+def test_the_racks_params_do_not_know_labels(raw):
+    before = plan_run(raw, BASE).screening_rows("r00000")
+    sheet = Path(raw["sheet"])
+    lines = sheet.read_text().splitlines()
+    swapped = [lines[0], *[line.replace(",a,", ",b,") if ",p00," in line else line for line in lines[1:]]]
+    sheet.write_text("\n".join(swapped) + "\n")
+    assert plan_run(raw, BASE).screening_rows("r00000") == before
+
+
+def test_options_of_a_model_do_not_know_the_other_models(raw):
+    one = plan_run(raw, BASE)
+    raw["models"] = {"abmil": {}, "wide": {"hidden": 256}}
+    two = plan_run(raw, BASE)
+    assert two.models_of("t") == ["abmil", "wide", *CONTROLS]
+    assert two.model_options("t", "abmil") == one.model_options("t", "abmil")
+    assert two.task_options("t") == one.task_options("t")
+    assert two.model_options("t", "shuffled_label") == {**one.model_options("t", "abmil"), "control": "shuffled_label"}
+
+
+def test_stain_auto_is_by_encoder(raw):
+    raw["models"] = {"a": {"encoder": "random_resnet18"}, "b": {"encoder": "efficientnet_lite0"}}
+    plan = plan_run(raw, BASE)
+    methods = {key: plan.stain_method_of(key) for key in plan.encoders}
+    assert methods["efficientnet_lite0"] == "macenko"
+    raw["stain"] = {"method": "none"}
+    plan = plan_run(raw, BASE)
+    assert {plan.stain_method_of(key) for key in plan.encoders} == {"none"}
+    assert plan.stain_options["method"] == "none"
+
+
+def test_a_gated_encoder_is_refused_before_any_slide_is_read(raw, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    raw["models"] = {"abmil": {"encoder": "uni"}}
+    with pytest.raises(RunError, match="HF_TOKEN"):
+        plan_run(raw, BASE)
+
+
+def test_a_results_folder_of_another_format_is_left_alone(raw, tmp_path):
+    out = Path(raw["output"])
+    mark_results_folder(out)
+    plan_run(raw, BASE)
+    assert read_json(out / "slidemake.json")["format_version"] == 1
+    write_json(out / "slidemake.json", {"format": "slidemake-results", "format_version": 99})
+    with pytest.raises(RunError, match=r"results format 99.*Nothing was changed"):
+        plan_run(raw, BASE)
+    mark_results_folder(out)
+    assert read_json(out / "slidemake.json")["format_version"] == 99
+    check_results_folder(tmp_path / "new" / "deep")
+
+
+def test_a_bundle_brings_its_own_processing(raw, tmp_path):
+    tiling = {**plan_run(raw, BASE).config["tiling"], "min_tissue": 0.9, "stride_px": 112}
+    bundle = tmp_path / "bundle"
+    info = {
+        "encoder": {"key": "efficientnet_lite0", "variant": "avgpool"},
+        "tissue": plan_run(raw, BASE).config["tissue"],
+        "tiling": tiling,
+        "stain": {"method": "reinhard", "target": "tiatoolbox", "white_point": "estimate", "max_pixels": 1000},
+        "stain_target": {"status": "ok", "method": "reinhard"},
+        "features": "float32",
+    }
+    write_json(bundle / "bundle.json", info)
+    plan = plan_run({**raw, "bundle": str(bundle)}, BASE)
+    assert plan.tasks == {}
+    assert list(plan.encoders) == ["efficientnet_lite0"]
+    assert plan.config["tiling"]["min_tissue"] == 0.9
+    assert plan.stain_options["method"] == "reinhard"
+    assert plan.stain_target_record == info["stain_target"]
+    write_json(bundle / "bundle.json", {"encoder": info["encoder"]})
+    with pytest.raises(RunError, match="train"):
+        plan_run({**raw, "bundle": str(bundle)}, BASE)
