@@ -132,7 +132,7 @@ def run_rack(
 def _as_failure(error: Exception, slide_id: str, stage: str) -> Failure:
     if isinstance(error, SlideFailure):
         return error.record(slide_id, stage)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise RunError(
             f"No space left on the disk while {stage} wrote slide {slide_id} ({error}). Free some space and run the "
             "same command again: finished slides are kept."

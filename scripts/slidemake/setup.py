@@ -197,8 +197,11 @@ def check_results_folder(output: Path) -> None:
     marker = output / "slidemake.json"
     found = read_json_if_whole(marker)
     if found is None:
-        if not os.access(_existing_parent(output), os.W_OK):
-            raise RunError(f"{output} cannot be written: no permission in {_existing_parent(output)}. Set `output`.")
+        parent = _existing_parent(output)
+        if not parent.is_dir():
+            raise RunError(f"{output} cannot be written: {parent} is a file. Set `output` to a folder.")
+        if not os.access(parent, os.W_OK):
+            raise RunError(f"{output} cannot be written: no permission in {parent}. Set `output`.")
         return
     if found.get("format_version") != FORMAT_VERSION:
         raise RunError(
