@@ -10,6 +10,7 @@ from snakemake_run import ENCODER, GRID, PER_SLIDE, Project, contents, stamps
 
 pytestmark = pytest.mark.workflow
 
+SPOILT = ("P03-B", "P06-B", "P07-B")
 LEARNING = {"train_aggregator", "evaluate", "explain_slides", "write_report"}
 
 
@@ -22,7 +23,9 @@ def test_aggregator_reruns_only_what_follows_the_embeddings(project: Project):
 
 def test_epochs_of_one_model_leave_another_model_alone(project: Project):
     """A second model is trained by itself: the first, its controls and the splits stay."""
-    project.configure(models={"plain": {"aggregator": "mean_pool_lr"}}, tasks={"tumour": {"models": ["abmil", "plain"]}})
+    project.configure(
+        models={"plain": {"aggregator": "mean_pool_lr"}}, tasks={"tumour": {"models": ["abmil", "plain"]}}
+    )
     jobs = project.planned()
     assert set(jobs) == {"train_aggregator", "evaluate", "write_report"}
     assert jobs["train_aggregator"] == 1
@@ -34,12 +37,13 @@ def test_stain_method_reruns_stain_and_embedding_but_no_tiles(project: Project):
     assert set(jobs) >= {"fit_stain", "make_stain_target", "embed_tiles"} | LEARNING
     assert not set(jobs) & {"screen_slides", "detect_tissue", "tile_slides"}
     tiles = stamps(project.results / "tiles")
-    before = {record["slide_id"]: record["fingerprint"] for record in project.manifest("embed", ENCODER) if record["status"] == "ok"}
+    before = {record["slide_id"]: record.get("fingerprint") for record in project.manifest("embed", ENCODER)}
     project.succeed("embeddings")
     assert stamps(project.results / "tiles") == tiles  # not one file written again
-    after = project.manifest("embed", ENCODER)
-    assert all(record["fingerprint"] != before[record["slide_id"]] for record in after if record["status"] == "ok")
-    assert not any(record.get("reused") for record in after)
+    for record in project.manifest("embed", ENCODER):
+        assert not record.get("reused")
+        if record["status"] == "ok":
+            assert record["fingerprint"] != before[record["slide_id"]]
 
 
 def test_min_tissue_reruns_tiles_and_what_follows(project: Project):
@@ -56,6 +60,14 @@ def test_min_tissue_reruns_tiles_and_what_follows(project: Project):
 def test_report_title_rewrites_the_report_only(project: Project):
     project.configure(report={"title": "Another title"})
     assert set(project.planned()) == {"write_report"}
+
+
+def test_order_of_keys_and_written_defaults_rerun_nothing(project: Project):
+    defaults = {"min_tissue": 0.5, "codec": "jpeg", "store": "pixels"}
+    project.configure(tiling=defaults, stain={"method": "auto"}, tissue=None, screening={"reader": "auto"})
+    project.configure(tissue={"method": "density", "focus_samples": 8}, explain=None)
+    project.configure(explain={"top_tiles": 3, "truth": "{folder}/truth/{stem}_tumour16.png"})
+    assert set(project.planned()) <= {"write_report"}
 
 
 def test_labels_rerun_no_work_on_slides(project: Project):
@@ -98,7 +110,8 @@ def test_appended_slide_is_the_only_one_computed(project: Project):
     project.succeed("embeddings")
     for store, known in zip(stores, before, strict=True):
         now = stamps(project.results / store)
-        assert {name: now.get(name) for name in known} == known
+        kept = {name for name in known if name.split("/")[0] not in SPOILT}  # bad slides are looked at again
+        assert {name: now.get(name) for name in kept} == {name: known[name] for name in kept}
         assert {name.split("/")[0].removesuffix(".zarr") for name in set(now) - set(known)} == {"P09-A"}
     for stage in (("screen",), ("tissue",), ("stain",), ("tiles", GRID), ("embed", ENCODER)):
         for record in project.manifest(*stage):

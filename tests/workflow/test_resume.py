@@ -19,7 +19,7 @@ from snakemake_run import CONFIG, ENCODER, GRID, PATIENCE, Project, contents, ki
 
 pytestmark = pytest.mark.workflow
 
-SLOW_COMMITS = '''
+SLOW_COMMITS = """
 import os, re, time
 pattern = re.compile(os.environ["TEST_SLOW_COMMITS"])
 def slowed(rename):
@@ -29,7 +29,7 @@ def slowed(rename):
         return rename(source, target, **options)
     return patient
 os.replace, os.rename = slowed(os.replace), slowed(os.rename)
-'''
+"""
 # stage -> (folder below results, what a slide's result is called there, manifest below manifests/)
 STAGES = {
     "screen": ("slides", "*/slide.json", "screen"),
