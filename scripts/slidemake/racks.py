@@ -30,7 +30,7 @@ Record = dict[str, Any]  # slide_id, status ("ok" | "failed"), failure (dict | N
 
 def auto_rack_size(slides: int) -> int:
     """Slides per rack for `rack_size: auto`. Grows in steps, so that appending a slide hardly ever moves the others."""
-    for limit, size in ((16, 4), (64, 8), (512, 16), (4096, 32)):
+    for limit, size in ((16, 4), (512, 16), (4096, 32)):
         if slides <= limit:
             return size
     return 64

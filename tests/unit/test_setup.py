@@ -20,7 +20,7 @@ def raw(tmp_path):
 
 def test_a_minimal_configuration_is_a_whole_plan(raw):
     plan = plan_run(raw, BASE)
-    assert list(plan.racks) == ["r00000", "r00001", "r00002"]  # 24 slides, 8 a rack
+    assert list(plan.racks) == ["r00000", "r00001"]  # 24 slides, 16 a rack
     assert list(plan.encoders) == ["efficientnet_lite0"]
     assert plan.grids == ["224px_0.5mpp"]
     assert plan.models_of("t") == ["abmil", *CONTROLS]
