@@ -159,7 +159,7 @@ def test_key_in_the_wrong_place_is_shown_its_place():
         ("stain", {"white_point": "255"}, 255),
         ("embedding", {"batch_size": "64"}, 64),
         ("screening", {"default_mpp": "0.5"}, 0.5),
-        ("explain", {"top_tiles": None}, 12),
+        ("explain", {"top_tiles": None}, 10),
     ],
 )
 def test_values_are_converted_where_there_is_no_doubt(section, given, expected):
