@@ -79,7 +79,8 @@ class Project:
             writer.writerows(rows)
 
     def rows(self) -> list[dict[str, str]]:
-        return self.table("../slides.csv")
+        with open(self.folder / "slides.csv", newline="", encoding="utf-8") as handle:
+            return list(csv.DictReader(handle))
 
     def command(self, *arguments: str, cores: int = 2) -> list[str]:
         """The command line; targets come before --configfile, which takes every word behind it."""
