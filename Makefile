@@ -31,7 +31,7 @@ demo: setup
 
 test: setup
 	@echo "slidemake: running the tests (about 10 minutes on 2 cores; real slides are used where SLIDEMAKE_TEST_DATA points)"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	@$(BIN)/ruff check .
