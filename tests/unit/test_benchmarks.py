@@ -1,0 +1,55 @@
+"""The benchmark runs and measures everything beside something; how fast anything is, is not asked."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """The small benchmark's results, what it printed, and its folder."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--small", "--out", str(folder / "small.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "small.json").read_text()), done.stdout, folder
+
+
+@pytest.mark.slow
+def test_every_figure_stands_beside_a_limit(outcome):
+    results, printed, folder = outcome
+    assert {row["section"] for row in results["rows"]} == {"reading", "store", "embedding", "stain", "mil"}
+    assert set(results["sections"]) == {"reading", "store", "embedding", "mil"}
+    for row in results["rows"]:
+        assert row["beside"]
+        assert all(math.isfinite(row[key]) for key in ("figure", "limit", "ratio", "cpu_ratio")), row
+        assert row["limit"] > 0, row
+        assert len(row["figures"]) == len(row["limits"]) == results["size"]["repeats"]
+        assert row["name"] in printed
+    assert (folder / "small.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_machine_is_described(outcome):
+    machine = outcome[0]["machine"]
+    assert machine["cores"] >= 1
+    assert {"numpy", "torch", "zarr", "imagecodecs"} <= set(machine["packages"])
+
+
+def test_a_bar_is_met_or_missed():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from measure import Timed, compare
+
+    fast, slow = Timed([80.0, 100.0, 90.0], [40.0, 50.0, 45.0]), Timed([100.0, 100.0, 100.0], [50.0, 50.0, 50.0])
+    row = compare("reading", "a", "tiles/s", fast, "b", slow, bar=">=0.95")
+    assert (row.figure, row.limit, row.ratio, row.cpu_ratio, row.met) == (90.0, 100.0, 0.9, 0.9, False)
+    assert compare("reading", "a", "tiles/s", fast, "b", slow, bar=">=85", absolute=True).met
+    assert compare("stain", "a", "ms", fast, "b", slow, bar="<=0.95").met
+    assert compare("stain", "a", "ms", fast, "b", slow).met is None
+    assert compare("store", "a", "tiles/s", fast, "b", slow, clock="cpu").figure == 45.0
