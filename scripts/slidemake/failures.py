@@ -55,6 +55,10 @@ class SlideFailure(Exception):
         super().__init__(message)
         self.code, self.message, self.hint = code, message, hint or HINTS[code]
 
+    def __reduce__(self) -> tuple[type[SlideFailure], tuple[str, str, str]]:
+        """Travels between processes with all three, not as an exception of one argument."""
+        return type(self), (self.code, self.message, self.hint)
+
     def record(self, slide_id: str, stage: str) -> Failure:
         return Failure(slide_id, stage, self.code, self.message, self.hint)
 

@@ -7,13 +7,14 @@ slide is then done once more without it, so that shards stay whole); it is never
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slidemake.failures import SlideFailure
+from slidemake.failures import RunError, SlideFailure
 from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
 from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
 from slidemake.tile_reading import read_tiles
@@ -90,10 +91,43 @@ def run_shards(
     if scheduler in ("threads", "synchronous"):
         delayed = [dask.delayed(make_shard, pure=False)(task, reader) for task in tasks]
         return list(dask.compute(*delayed, scheduler=scheduler, num_workers=max(1, threads), optimize_graph=False))
-    from dask.distributed import Client
+    return _on_cluster(tasks, scheduler)
 
-    with Client(scheduler, set_as_default=False) as client:
-        return client.gather([client.submit(make_shard, task, pure=False) for task in tasks])
+
+def _on_cluster(tasks: list[ShardTask], scheduler: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shards made by the workers of a `dask.distributed` cluster, which open the slide and write the shards themselves.
+
+    A worker that dies is not missed: its shards are made again, whole, by another. Raises RunError when there is no
+    such cluster, or when its workers do not see the same files.
+    """
+    try:
+        from dask.distributed import Client, wait
+    except ImportError as error:
+        raise RunError(
+            f"dask.scheduler is {scheduler!r}, but dask.distributed is not installed here ({error}). Install it "
+            "(the package distributed), or set dask.scheduler to 'threads'."
+        ) from error
+    try:
+        client = Client(scheduler, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"No Dask scheduler answers at {scheduler!r} ({error}). Start one (dask scheduler), correct dask.scheduler "
+            "(tcp://host:8786), or set it to 'threads'."
+        ) from error
+    here = [  # a worker need not run in this folder
+        replace(task, slide=os.path.abspath(task.slide), out=task.out and os.path.abspath(task.out)) for task in tasks
+    ]
+    with client, client.as_current():
+        futures = [client.submit(make_shard, task, pure=False) for task in here]
+        wait(futures)  # also after an error: no worker may still be writing when the caller cleans up
+        results = client.gather(futures)
+    for task, (_, good) in zip(here, results, strict=True):
+        if task.out and good.all() and not Path(task.out).is_file():
+            raise RunError(
+                f"A Dask worker of {scheduler!r} has written {task.out}, and it is not there: the workers do not share "
+                "this file system. Let them, with the same paths, or set dask.scheduler to 'threads'."
+            )
+    return results
 
 
 def tiles_fingerprint(tissue_fingerprint: str, grid: Grid, options: dict[str, Any], stain: str | None) -> str:
