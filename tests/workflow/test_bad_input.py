@@ -174,14 +174,14 @@ def test_full_disk_ends_the_run_and_the_next_one_goes_on(new_project: Callable[.
     """On a file system of 1 MB the tiles do not fit; with more space the same command finishes, on what was there."""
     project = new_project()
     project.results.mkdir()
-    command = project.command("embeddings")
+    command = project.command("tiles")
     script = """
         mount -t tmpfs -o size=1100k tmpfs results || exit 90
         "$@" > first.txt 2>&1; echo $? > first.code
-        ls -i -d slides results/slides/*/stain.json results/tiles/*/*.zarr > first.found 2> /dev/null
+        ls -i -d results/slides/*/tissue.json results/tiles/*/*.zarr > first.found 2> /dev/null
         mount -o remount,size=200m results || exit 90
         "$@" > second.txt 2>&1; code=$?
-        ls -i -d slides results/slides/*/stain.json results/tiles/*/*.zarr > second.found 2> /dev/null
+        ls -i -d results/slides/*/tissue.json results/tiles/*/*.zarr > second.found 2> /dev/null
         cp -a results kept
         exit $code"""
     ended = subprocess.run(

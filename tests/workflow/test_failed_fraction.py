@@ -27,20 +27,15 @@ def test_too_many_failures_end_the_run(project: Project):
     project.succeed("cohort")
 
 
-def test_missing_file_is_a_failure_of_that_slide(project: Project):
-    rows = project.rows()
-    rows[0]["path"] = str(project.folder / "gone.tiff")
-    project.write_sheet(rows)
-    project.succeed("cohort")
-    failures = {row["slide_id"]: row["code"] for row in project.table("cohort/failures.csv")}
-    assert failures == {"P01-A": "missing_file", "P03-B": "no_mpp", "P06-B": "no_tissue", "P07-B": "truncated"}
-
-
-def test_same_scan_twice_is_a_duplicate(project: Project):
+def test_missing_files_and_scans_given_twice_are_failures_of_their_slides(project: Project):
     rows = project.rows()
     again = shutil.copy(rows[0]["path"], project.folder / "again.tiff")
-    project.write_sheet([*rows, rows[0] | {"slide_id": "P01-Z", "path": str(again)}])
+    rows[1]["path"] = str(project.folder / "gone.tiff")
+    rows[3]["path"] = str(again)
+    project.write_sheet(rows)
     project.succeed("cohort")
-    row = next(row for row in project.table("cohort/failures.csv") if row["slide_id"] == "P01-Z")
-    assert row["code"] == "duplicate"
-    assert "P01-A" in row["message"]
+    failures = {row["slide_id"]: row for row in project.table("cohort/failures.csv")}
+    codes = {"P02-A": "missing_file", "P03-A": "duplicate", "P03-B": "no_mpp", "P06-B": "no_tissue"}
+    assert {slide: row["code"] for slide, row in failures.items()} == {**codes, "P07-B": "truncated"}
+    assert "gone.tiff" in failures["P02-A"]["message"]
+    assert "P01-A" in failures["P03-A"]["message"]
