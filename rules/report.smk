@@ -46,7 +46,7 @@ rule write_report:
             task: {"models": PLAN.models_of(task), "explained": EXPLAINED[task]}
             for task in TASKS
         },
-        encoders=sorted(ENCODERS),
+        encoders={slug: ENCODERS[slug].licence for slug in sorted(ENCODERS)},
         grids=sorted(GRIDS),
         config=CONFIG,
         configfiles=[

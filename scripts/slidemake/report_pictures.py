@@ -55,13 +55,13 @@ def stain_pictures(results: Path, folder: Path, grid: str, target: str | Path) -
     return sorted(pictures, key=lambda entry: (entry["site"], entry["slide_id"]))
 
 
-def encoder_facts(results: Path, encoders: list[str]) -> dict[str, dict[str, Any]]:
-    """Identity of each encoder as the first embedding store of the cohort has it."""
+def encoder_facts(results: Path, encoders: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Identity of each encoder as the first embedding store of the cohort has it, and its licence ({name: licence})."""
     facts = {}
-    for encoder in encoders:
+    for encoder, licence in encoders.items():
         for store in sorted((results / "embeddings" / encoder).glob("*.zarr")):
             stored = read_json_if_whole(store / "zarr.json") or {}
             if "encoder" in stored.get("attributes", {}):
-                facts[encoder] = stored["attributes"]["encoder"]
+                facts[encoder] = {**stored["attributes"]["encoder"], "licence": licence}
                 break
     return facts
