@@ -33,15 +33,17 @@ class Row:
     limits: list[float] = field(default_factory=list)
 
     @property
-    def met(self) -> bool | None:
-        """Whether the bar is met; None where there is none."""
+    def verdict(self) -> str:
+        """Whether the bar is met or missed: only where all turns agree, otherwise "unclear"; empty without a bar."""
         if not self.bar:
-            return None
-        value = self.figure if self.absolute else self.ratio
-        return value <= float(self.bar[2:]) if self.bar.startswith("<=") else value >= float(self.bar[2:])
+            return ""
+        values = self.figures if self.absolute else [a / b for a, b in zip(self.figures, self.limits, strict=True)]
+        below, bar = self.bar.startswith("<="), float(self.bar[2:])
+        reached = {value <= bar if below else value >= bar for value in values}
+        return "unclear" if len(reached) > 1 else "met" if reached == {True} else "missed"
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "met": self.met}
+        return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass
@@ -64,9 +66,9 @@ def in_turns(tasks: Mapping[str, Callable[[], float]], repeats: int, warm: bool 
     With `warm` there is a first turn that does not count.
     """
     results = {name: Timed() for name in tasks}
+    gc.collect()
     for turn in range(repeats + warm):
         for name, task in tasks.items():
-            gc.collect()
             cpu, started = cpu_seconds(), time.perf_counter()
             units = task()
             seconds, busy = time.perf_counter() - started, cpu_seconds() - cpu

@@ -42,14 +42,17 @@ def test_the_machine_is_described(outcome):
     assert {"numpy", "torch", "zarr", "imagecodecs"} <= set(machine["packages"])
 
 
-def test_a_bar_is_met_or_missed():
+def test_a_verdict_needs_all_turns_to_agree():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from measure import Timed, compare
 
-    fast, slow = Timed([80.0, 100.0, 90.0], [40.0, 50.0, 45.0]), Timed([100.0, 100.0, 100.0], [50.0, 50.0, 50.0])
-    row = compare("reading", "a", "tiles/s", fast, "b", slow, bar=">=0.95")
-    assert (row.figure, row.limit, row.ratio, row.cpu_ratio, row.met) == (90.0, 100.0, 0.9, 0.9, False)
-    assert compare("reading", "a", "tiles/s", fast, "b", slow, bar=">=85", absolute=True).met
-    assert compare("stain", "a", "ms", fast, "b", slow, bar="<=0.95").met
-    assert compare("stain", "a", "ms", fast, "b", slow).met is None
-    assert compare("store", "a", "tiles/s", fast, "b", slow, clock="cpu").figure == 45.0
+    ours, limit = Timed([80.0, 100.0, 90.0], [40.0, 50.0, 45.0]), Timed([100.0, 100.0, 100.0], [50.0, 50.0, 50.0])
+    row = compare("reading", "a", "tiles/s", ours, "b", limit, bar=">=0.95")
+    assert (row.figure, row.limit, row.ratio, row.cpu_ratio) == (90.0, 100.0, 0.9, 0.9)
+    assert row.verdict == "unclear"
+    assert compare("reading", "a", "tiles/s", ours, "b", limit, bar=">=0.8").verdict == "met"
+    assert compare("reading", "a", "tiles/s", ours, "b", limit, bar=">=1.1").verdict == "missed"
+    assert compare("store", "a", "tiles/s", ours, "b", limit, bar=">=75", absolute=True).verdict == "met"
+    assert compare("stain", "a", "ms", ours, "b", limit, bar="<=0.7").verdict == "missed"
+    assert compare("stain", "a", "ms", ours, "b", limit).verdict == ""
+    assert compare("store", "a", "tiles/s", ours, "b", limit, clock="cpu").figure == 45.0
