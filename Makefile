@@ -16,7 +16,7 @@ help:
 setup: .venv/ready
 
 .venv/ready: envs/requirements.txt
-	@echo "slidemake: setting up .venv with the locked packages (about 3 GB to download, 7 GB on disk, 3 to 10 minutes)"
+	@echo "slidemake: setting up .venv with the locked packages (about 2 GB to download, 7 GB on disk, 3 minutes or more)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "slidemake needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r envs/requirements.txt
