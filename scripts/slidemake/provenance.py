@@ -27,7 +27,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "screen": 1,
     "tissue": 1,
     "stain": 1,
-    "tiles": 1,
+    "tiles": 2,
     "embed": 1,
     "splits": 1,
     "train": 1,

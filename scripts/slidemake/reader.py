@@ -16,11 +16,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from slidemake.failures import RunError, SlideFailure
+
+if TYPE_CHECKING:
+    from slidemake.jpeg_tiles import JpegTiles
 
 READERS = ("pyvips", "openslide", "tiatoolbox")
 BLOCK = 1024  # px of the level read at once for an overview: bounds its memory
@@ -107,6 +111,14 @@ class SlideReader:
             inside = self._read_inside(left, top, level, right - left, bottom - top)
             out[top - ly : bottom - ly, left - lx : right - lx] = inside
         return out
+
+    def jpeg_tiles(self, level: int, reduce: int = 1) -> JpegTiles | None:
+        """The JPEG tiles that the file stores for `level`, for reading many regions with each tile decoded once.
+
+        `reduce` 2, 4 or 8 decodes them that much smaller. None where the file has no such tiles, or where they were
+        not found to be pixel-equal to the reference reader.
+        """
+        return None
 
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole slide, area-averaged so that its longer side has at most `max_px` px: (h, w, 3) uint8."""

@@ -6,8 +6,9 @@ Only for files on which `reader.choose_reader` found it pixel-equal to the refer
 libvips also goes on after a damaged JPEG tile: it returns what was decoded of it, or black for that tile and for sound
 ones after it, and leaves no more than a note in its error buffer, which all threads and slides of the process share.
 So a note seen by anyone makes every reader that is open take its tiles, from then on, one by one from the file and
-through a strict decoder (the same libjpeg, hence the same pixels): what a read gives does not depend on who saw the
-note first, and a damaged tile is always an error.
+through the strict decoder of `jpeg_tiles` (a libjpeg-turbo, too, hence the same pixels): what a read gives does not
+depend on who saw the note first, and a damaged tile is always an error. Tiling reads through `jpeg_tiles` from the
+start; libvips serves overviews and single regions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import pyvips
 
 from slidemake.failures import SlideFailure
+from slidemake.jpeg_tiles import JpegTiles
 from slidemake.reader import Level, SlideReader, make_levels
 from slidemake.reader_openslide import OpenSlideReader
 from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, ome_mpp, read_tiff_index
@@ -58,15 +60,6 @@ class _Notes:
                 pyvips.vips_lib.vips_error_clear()
                 self._seen += 1
             return self._seen
-
-    def decode(self, data: bytes) -> np.ndarray | None:
-        """(h, w, 3) uint8 of a JPEG; None if it does not decode without so much as a warning."""
-        with self.lock:
-            try:
-                return pyvips.Image.jpegload_buffer(data, fail_on="warning").numpy()
-            except pyvips.Error:
-                self._seen += 1  # pyvips.Error emptied the buffer, perhaps with somebody else's note in it
-                return None
 
 
 _NOTES = _Notes()
@@ -110,12 +103,15 @@ class VipsReader(SlideReader):
         self._images: dict[int, pyvips.Image] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
-        self._damaged: set[tuple[int, int]] = set()  # (level, tile)
+        self._stored: dict[tuple[int, int], JpegTiles] = {}
         self._notes_before = _NOTES.collect()
 
     def close(self) -> None:
         self._local = threading.local()
         self._images = {}
+        for tiles in self._stored.values():
+            tiles.close()
+        self._stored = {}
 
     def associated(self) -> list[str]:
         return list(self._associated)
@@ -145,42 +141,15 @@ class VipsReader(SlideReader):
             data = _fetch(self._region(level), lx, ly, w, h)
             if data is not None and _NOTES.collect() == self._notes_before:
                 return data.reshape(h, w, 3)
-        return self._read_strictly(lx, ly, level, w, h)
+        return self.jpeg_tiles(level).read(lx, ly, w, h)
 
-    def _read_strictly(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
-        """The window from its tiles, each decoded by itself; OSError if one of them is damaged."""
-        page = self._pages[level]
-        tile_w, tile_h = page.tile
-        out = np.empty((h, w, 3), np.uint8)
-        for row in range(ly // tile_h, (ly + h - 1) // tile_h + 1):
-            for column in range(lx // tile_w, (lx + w - 1) // tile_w + 1):
-                tile = self._tile(level, row * -(-page.width // tile_w) + column)
-                if tile is None or tile.shape != (tile_h, tile_w, 3):
-                    what = f"{w} x {h} px at ({lx}, {ly}) of level {level}"
-                    raise OSError(f"{self.path.name}: {what}: the JPEG data of tile ({column}, {row}) are damaged")
-                x, y = column * tile_w - lx, row * tile_h - ly
-                left, top = max(x, 0), max(y, 0)
-                part = tile[top - y : h - y, left - x : w - x]
-                out[top : top + part.shape[0], left : left + part.shape[1]] = part
-        return out
-
-    def _tile(self, level: int, number: int) -> np.ndarray | None:
-        if (level, number) in self._damaged:
-            return None
-        page = self._pages[level]
-        with open(self.path, "rb") as handle:
-            handle.seek(int(page.offsets[number]))
-            data = handle.read(int(page.counts[number]))
-        tile = _NOTES.decode(_whole_jpeg(page, data))
-        if tile is None:
-            self._damaged.add((level, number))
-        return tile
-
-
-def _whole_jpeg(page: TiffPage, data: bytes) -> bytes:
-    """A tile as a JPEG file: with an Adobe marker for its colour space, and the tables that all tiles share."""
-    adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + (b"\1" if page.photometric == 6 else b"\0")
-    return b"\xff\xd8" + adobe + page.jpeg_tables[2:-2] + data[2:]
+    def jpeg_tiles(self, level: int, reduce: int = 1) -> JpegTiles:
+        """The stored tiles of a level, shared by all threads (see `SlideReader.jpeg_tiles`)."""
+        with self._lock:
+            found = self._stored.get((level, reduce))
+            if found is None:
+                found = self._stored[level, reduce] = JpegTiles(self.path, self._pages[level], reduce)
+        return found
 
 
 def _fetch(region: pyvips.Region, x: int, y: int, w: int, h: int) -> np.ndarray | None:

@@ -56,6 +56,11 @@ class TileCodec:
             data = bytes(Zstd(level=self.level).encode(np.ascontiguousarray(tile)))
         else:
             data = np.ascontiguousarray(tile).tobytes()
+        return self.sealed(data)
+
+    @staticmethod
+    def sealed(data: bytes) -> bytes:
+        """Encoded bytes with their CRC32C."""
         return data + struct.pack("<I", google_crc32c.value(data))
 
     def decode(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:

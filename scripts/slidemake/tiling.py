@@ -1,8 +1,12 @@
 """The tiling stage: a slide, its tissue mask and a grid become a tile store.
 
-The tiles of a slide are cut into groups of one Zarr shard each; every group is a Dask task that reads its tiles,
-scores them, encodes them and writes its own shard file. A tile whose data are corrupt is left out and counted (the
-slide is then done once more without it, so that shards stay whole); it is never painted white.
+The tiles of a slide are cut into groups of one Zarr shard each, and those into parts that are read, scored and encoded
+by Dask tasks of their own; the last task of a shard writes its file. So a slide of a single shard keeps several
+threads busy, too. A tile whose data are corrupt is left out and counted (the slide is then done once more without it,
+so that shards stay whole); it is never painted white.
+
+Where the grid coincides with the JPEG tiles of the scan, a store with codec jpeg keeps the scanner's own bytes: nothing
+is encoded again, and nothing is lost. (Each tile is decoded all the same, for its quality scores.)
 """
 
 from __future__ import annotations
@@ -10,14 +14,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slidemake.failures import RunError, SlideFailure
 from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
 from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
-from slidemake.tile_reading import read_tiles
+from slidemake.tile_reading import read_tiles, reduction
 from slidemake.tiles import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,6 +33,9 @@ from slidemake.tiles import (
     store_fingerprint,
     write_shard,
 )
+
+if TYPE_CHECKING:
+    from slidemake.jpeg_tiles import JpegTiles
 
 READ_TILES = 64  # tiles in memory at a time per task; more does not read faster
 
@@ -45,33 +52,60 @@ class ShardTask:
     codec: TileCodec
     shard_tiles: int
     stain: dict[str, Any] | None  # transform applied before storing (pixels: normalised)
+    original: bool = False  # keep the scanner's JPEG bytes
 
 
-def make_shard(task: ShardTask, reader: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Read, score and write the tiles of one shard. Returns quality (n, q) float32 and an (n,) bool of good tiles.
+Part = tuple[np.ndarray, np.ndarray, list[bytes]]  # quality (n, q) float32, good (n,) bool, encoded tiles
 
-    The shard file is written only when every tile is good. `reader` is an open slide to share between threads;
-    without it the slide is opened here.
+
+def make_part(task: ShardTask, start: int, reader: Any) -> Part:
+    """Read, score and encode the `READ_TILES` tiles of a shard from number `start` on. Encodes nothing when one of them
+    is corrupt: the shard will not be written.
     """
-    from slidemake.reader import open_slide
-    from slidemake.tile_quality import NAMES, tile_quality
+    from slidemake.tile_quality import tile_quality
 
-    if reader is None:
-        with open_slide(task.slide, reader=task.reader) as opened:
-            return make_shard(task, opened)
-    quality = np.zeros((len(task.coords), len(NAMES)), np.float32)
-    good = np.zeros(len(task.coords), bool)
-    encoded: list[bytes] = []
-    for start in range(0, len(task.coords), READ_TILES):
-        part = slice(start, min(start + READ_TILES, len(task.coords)))
-        tiles, good[part] = read_tiles(reader, task.coords[part], task.window)
-        quality[part] = tile_quality(tiles)
-        if task.out is not None and good[part].all():
-            stored = _normalised(tiles, task.stain)
-            encoded.extend(task.codec.encode(tile) for tile in stored)
+    coords = task.coords[start : start + READ_TILES]
+    tiles, good = read_tiles(reader, coords, task.window)
+    quality = tile_quality(tiles)
+    if task.out is None or not good.all():
+        return quality, good, []
+    if task.original:
+        stored = reader.jpeg_tiles(task.window.level)
+        return quality, good, [task.codec.sealed(stored.stored(n)) for n in stored_numbers(stored, coords, task.window)]
+    return quality, good, [task.codec.encode(tile) for tile in _normalised(tiles, task.stain)]
+
+
+def finish_shard(task: ShardTask, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
+    """Write the shard file when every tile is good. Returns quality (n, q) and good (n,) of its tiles."""
+    quality = np.concatenate([part[0] for part in parts])
+    good = np.concatenate([part[1] for part in parts])
     if task.out is not None and good.all():
-        write_shard(Path(task.out), encoded, task.shard_tiles)
+        write_shard(Path(task.out), [tile for part in parts for tile in part[2]], task.shard_tiles)
     return quality, good
+
+
+def make_shard(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
+    """A whole shard, by a worker that opens the slide for itself."""
+    from slidemake.reader import open_slide
+
+    with open_slide(task.slide, reader=task.reader) as reader:
+        return finish_shard(task, [make_part(task, a, reader) for a in range(0, len(task.coords), READ_TILES)])
+
+
+def stored_numbers(stored: JpegTiles, coords: np.ndarray, window: Window) -> list[int]:
+    """Numbers of the stored JPEG tiles that tiles at `coords` coincide with."""
+    place = np.floor(coords / window.downsample + 0.5).astype(int) // window.tile_px
+    return (place[:, 1] * stored.across + place[:, 0]).tolist()
+
+
+def keeps_original(reader: Any, window: Window, coords: np.ndarray, options: dict[str, Any]) -> bool:
+    """Whether every tile is, pixel for pixel, one of the JPEG tiles that the slide stores."""
+    if options["codec"] != "jpeg" or options["pixels"] != "scanned" or window.resampled:
+        return False
+    stored = reader.jpeg_tiles(window.level)
+    if stored is None or stored.tile != (window.tile_px, window.tile_px):
+        return False
+    return not (np.floor(coords / window.downsample + 0.5).astype(int) % window.tile_px).any()
 
 
 def _normalised(tiles: np.ndarray, stain: dict[str, Any] | None) -> np.ndarray:
@@ -89,7 +123,11 @@ def run_shards(
     import dask
 
     if scheduler in ("threads", "synchronous"):
-        delayed = [dask.delayed(make_shard, pure=False)(task, reader) for task in tasks]
+        part, finish = dask.delayed(make_part, pure=False, traverse=False), dask.delayed(finish_shard, pure=False)
+        delayed = [
+            finish(task, [part(task, start, reader) for start in range(0, len(task.coords), READ_TILES)])
+            for task in tasks
+        ]
         return list(dask.compute(*delayed, scheduler=scheduler, num_workers=max(1, threads), optimize_graph=False))
     return _on_cluster(tasks, scheduler)
 
@@ -175,7 +213,6 @@ def process_slide(
         "slide_id": slide_id,
         "identity": slide["identity"],
         **describe_window(grid, window, slide["mpp"], slide["mpp_source"]),
-        "codec": _codec(options).as_dict(),
         "shard_tiles": options["shard_tiles"],
         "store": options["store"],
         "pixels": options["pixels"],
@@ -231,12 +268,16 @@ def _write(
     candidates = len(coords)
     quality = np.zeros((0, len(NAMES)), np.float32)
     with open_slide(slide["path"], reader=slide["reader"]) as reader:
+        original = keeps_original(reader, window, coords, options)
+        reduced = reduction(reader, window)
         while True:
             group = create_store(work, len(coords), window.tile_px, codec, size, with_pixels=keep_pixels)
             starts = range(0, len(coords), size)
             outs = [str(shard_path(work, k)) if keep_pixels else None for k in range(len(starts))]
             tasks = [
-                ShardTask(slide["path"], slide["reader"], window, coords[a : a + size], out, codec, size, stain)
+                ShardTask(
+                    slide["path"], slide["reader"], window, coords[a : a + size], out, codec, size, stain, original
+                )
                 for a, out in zip(starts, outs, strict=True)
             ]
             results = run_shards(tasks, threads, scheduler, reader)
@@ -253,7 +294,15 @@ def _write(
     add_array(group, "coords", coords.astype(np.int32))
     add_array(group, "tissue", tissue.astype(np.float32))
     add_array(group, "quality", quality.astype(np.float32))
-    group.attrs.update({**attributes, "quality_names": list(NAMES), "refused": {"tissue": refused, "corrupt": corrupt}})
+    group.attrs.update(
+        {
+            **attributes,
+            "codec": codec.as_dict() | ({"original": True} if original else {}),
+            "reduced": reduced,
+            "quality_names": list(NAMES),
+            "refused": {"tissue": refused, "corrupt": corrupt},
+        }
+    )
     return corrupt
 
 

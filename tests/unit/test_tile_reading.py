@@ -1,10 +1,12 @@
 """Tiles out of a slide, against brute force on an array in memory."""
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
 from slidemake.grid import parse_grid, plan_window, tile_positions
-from slidemake.tile_reading import RUN_TILES, read_tiles
+from slidemake.tile_reading import RUN_TILES, read_tiles, resample
 
 
 class ArraySlide:
@@ -12,6 +14,9 @@ class ArraySlide:
 
     def __init__(self, pixels, broken=None):
         self.pixels, self.broken, self.calls = pixels, broken, 0
+
+    def jpeg_tiles(self, level, reduce=1):
+        return None
 
     def read(self, x0, y0, level, w, h):
         assert level == 0
@@ -46,18 +51,25 @@ def test_native_tiles_are_crops_and_neighbours_share_a_read(pixels):
 
 
 @pytest.mark.parametrize("slide_mpp", [0.499, 0.25, 0.3, 0.2501])
-def test_resampled_tiles_equal_one_antialiased_resize_of_the_whole_slide(pixels, slide_mpp):
+def test_resampled_tiles_equal_pillows_antialiased_resize(pixels, slide_mpp):
     window = plan_window(parse_grid("64px_0.5mpp"), slide_mpp, [1.0])
     coords = tile_positions(window, 1200, 800)
     tiles, good = read_tiles(ArraySlide(pixels), coords, window)
     assert good.all()
-    whole = Image.fromarray(pixels)
+    side = math.ceil(window.read_px)
+    padded = np.pad(pixels, ((0, side), (0, side), (0, 0)), constant_values=255)
     for (x, y), tile in zip(coords, tiles, strict=True):
-        box = (x, y, x + window.read_px, y + window.read_px)
-        brute = np.asarray(whole.resize((64, 64), Image.Resampling.BICUBIC, box=box))
-        inside = slice(2, -2)  # at the slide's right and lower edge the filter meets the padding
-        difference = tile[inside, inside].astype(int) - brute[inside, inside]
-        assert np.abs(difference).max() <= 1  # the box is rounded to float32 inside Pillow
+        region = Image.fromarray(padded[y : y + side, x : x + side])
+        brute = region.resize((64, 64), Image.Resampling.BICUBIC, box=(0, 0, window.read_px, window.read_px))
+        difference = np.abs(tile.astype(int) - np.asarray(brute))
+        assert difference.max() <= 2  # the vectorised filter has weights of 16 bits
+        assert (difference > 1).mean() < 1e-3
+
+
+@pytest.mark.parametrize(("read_px", "side"), [(320.0, 224), (448.0, 224), (221.8, 224), (225.0001, 224), (98.0, 49)])
+def test_resampling_gives_the_asked_size_whatever_the_rounding(read_px, side):
+    regions = np.zeros((2, math.ceil(read_px), math.ceil(read_px), 3), np.uint8)
+    assert resample(regions, read_px, side).shape == (2, side, side, 3)
 
 
 def test_overlapping_tiles(pixels):

@@ -126,6 +126,9 @@ class Damaged:
             raise OSError("corrupt JPEG data")
         return self.inner.read(x0, y0, level, w, h)
 
+    def jpeg_tiles(self, level, reduce=1):
+        return None
+
     def __enter__(self):
         return self
 
@@ -200,3 +203,53 @@ def test_normalised_pixels_are_the_scanned_ones_normalised(slide, tmp_path):
     stored = store_of(tmp_path)
     np.testing.assert_array_equal(stored.read(0, 24), apply_stain_numpy(scanned, transform))
     assert stored.attrs["stain"]["fingerprint"] == transform.as_dict()["fingerprint"]
+
+
+def use_vips(tmp_path):
+    path = tmp_path / "results" / "slides" / "s" / "slide.json"
+    path.write_text(path.read_text().replace('"openslide"', '"pyvips"'))
+
+
+def test_where_the_grid_is_the_scanners_own_its_bytes_are_kept(slide, tmp_path):
+    import openslide
+    from slidemake.reader import open_slide
+
+    use_vips(tmp_path)
+    grid = parse_grid("128px_0.5mpp")
+    run(tmp_path, grid, codec="jpeg")
+    store = store_of(tmp_path, grid)
+    assert store.attrs["codec"]["original"] is True
+    assert store.attrs["reduced"] == 1
+    assert len(store) == 6
+    by_zarr = zarr.open_group(store.path, mode="r")["pixels"][...]
+    with openslide.OpenSlide(slide) as reference, open_slide(slide, "pyvips") as reader:
+        shard = shard_path(store.path, 0).read_bytes()
+        for (x, y), tile, other in zip(store.coords.tolist(), store.read(0, 6), by_zarr, strict=True):
+            expected = np.asarray(reference.read_region((x, y), 0, (128, 128)).convert("RGB"))
+            np.testing.assert_array_equal(tile, expected)  # lossless, though the codec is JPEG
+            np.testing.assert_array_equal(other, expected)
+            assert reader.jpeg_tiles(0).stored(y // 128 * 4 + x // 128) in shard
+
+
+@pytest.mark.parametrize(
+    ("grid", "changes"),
+    [
+        (parse_grid("128px_0.5mpp", 64), {}),  # half of the tiles straddle
+        (parse_grid("64px_0.5mpp"), {}),
+        (parse_grid("128px_0.51mpp"), {}),  # resampled
+        (parse_grid("128px_0.5mpp"), {"codec": "zstd"}),
+    ],
+)
+def test_other_grids_and_codecs_are_encoded_anew(slide, tmp_path, grid, changes):
+    use_vips(tmp_path)
+    run(tmp_path, grid, **{"codec": "jpeg", **changes})
+    assert "original" not in store_of(tmp_path, grid).attrs["codec"]
+
+
+def test_readers_agree_on_resampled_tiles(slide, tmp_path):
+    grid = parse_grid("64px_0.7mpp")
+    run(tmp_path, grid)
+    expected = store_of(tmp_path, grid).read(0, 12)
+    use_vips(tmp_path)
+    run(tmp_path, grid, record={"slide_id": "s", "fingerprint": "again"})
+    np.testing.assert_array_equal(store_of(tmp_path, grid).read(0, 12), expected)
