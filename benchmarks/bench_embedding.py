@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,8 @@ def stain_transform() -> dict[str, Any]:
 
 def embed(encoder: Any, slide: Slide, store: Path, copies: int, folder: Path, stain: dict | None = None) -> float:
     """The embedding stage on `copies` slides that share one store, to finished embedding stores."""
-    from slidemake.embedding import SlideJob, process_rack, stain_description
+    from slidemake.embedding import Lane, process_rack, stain_description
+    from slidemake.embedding_engine import SlideJob
     from slidemake.racks import run_rack
     from slidemake.tiles import TileStore
 
@@ -51,11 +53,9 @@ def embed(encoder: Any, slide: Slide, store: Path, copies: int, folder: Path, st
         info = {"method": "macenko", "target": None, "slide": None} if stain else stain_description(None)
         return SlideJob(record["slide_id"], store, out, stain, info, "benchmark", slide.facts)
 
-    done = process_rack(
+    (done,) = process_rack(
         records,
-        lambda: encoder,
-        job,
-        partial(run_rack, "embed", folder / "manifest.json", rack="r0"),
+        [Lane(lambda: encoder, job, partial(run_rack, "embed", folder / "manifest.json", rack="r0"))],
         device="cpu",
         dtype="float16",
         batch_size=BATCH,
@@ -69,11 +69,11 @@ def embed(encoder: Any, slide: Slide, store: Path, copies: int, folder: Path, st
 
 def model_alone(encoder: Any, tiles: np.ndarray, work: Callable[[Any, Any], Any] | None = None) -> float:
     """The engine's own arrangement (as many batches side by side as threads) with nothing to wait for."""
-    from slidemake.embedding import Forward
+    from slidemake.embedding_engine import Forward, single_threaded
 
-    forward = Forward(encoder, "cpu", THREADS)
+    forward = Forward(encoder, "cpu", BATCH)
     parts = [tiles[i : i + BATCH] for i in range(0, len(tiles), BATCH)]
-    with forward.pool() as pool:
+    with ThreadPoolExecutor(THREADS, initializer=single_threaded) as pool:
         list(pool.map(work or (lambda part: forward(part, None)), parts))
     return len(tiles)
 
@@ -181,7 +181,7 @@ def at(slide: Slide) -> Slide:
 def stain_rows(encoder: Any, tiles: np.ndarray, repeats: int) -> list[Row]:
     """CPU milliseconds per tile of the transform, on one thread as inside the engine, beside the model's."""
     import torch
-    from slidemake.embedding import stain_hook
+    from slidemake.embedding_engine import stain_hook
 
     hook = stain_hook(stain_transform())
     assert hook is not None

@@ -1,4 +1,4 @@
-"""Embedding: all tiles of a rack through one warm encoder, on a GPU or on the CPU."""
+"""Embedding: all tiles of a rack through warm encoders, on a GPU or on the CPU."""
 
 DEVICE = CONFIG["embedding"]["device"]
 HAS_GPU = DEVICE != "cpu" and (
@@ -6,31 +6,36 @@ HAS_GPU = DEVICE != "cpu" and (
 )
 
 
-rule embed_tiles:
-    """One feature vector per tile; stain, resize and scaling happen on the device, in the same pass."""
-    input:
-        manifest=lambda wildcards: manifest(
-            "tiles", wildcards.rack, grid=PLAN.grid_of(wildcards.encoder)
-        ),
-        stain=rules.fit_stain.output.manifest,
-        target=rules.make_stain_target.output.target,
-    output:
-        manifest=manifest("embed", "{rack}", encoder="{encoder}"),
-    log:
-        log_file("embed_tiles/{encoder}/{rack}"),
-    benchmark:
-        benchmark_file("embed_tiles/{encoder}/{rack}")
-    threads: max(1, (workflow.cores or 4) // 2) if HAS_GPU else (workflow.cores or 4)
-    resources:
-        gpu=0 if DEVICE == "cpu" else 1,
-        mem_mb=4000,
-    params:
-        results=OUTPUT,
-        encoder=lambda wildcards: PLAN.encoder_record(wildcards.encoder),
-        stain=lambda wildcards: PLAN.stain_method_of(wildcards.encoder),
-        options=stage_options(CONFIG, "embed"),
-        version=STAGE_VERSIONS["embed"],
-    message:
-        "Embedding the tiles of rack {wildcards.rack} with {wildcards.encoder}"
-    script:
-        "../scripts/embed_tiles.py"
+# One rule per grid: encoders that take the same tiles share a job, so that each tile is read once for all of them.
+for GRID in GRIDS:
+
+    rule:
+        name:
+            f"embed_tiles_{GRID}" if len(GRIDS) > 1 else "embed_tiles"
+        input:
+            manifest=manifest("tiles", "{rack}", grid=GRID),
+            stain=rules.fit_stain.output.manifest,
+            target=rules.make_stain_target.output.target,
+        output:
+            manifests=[
+                manifest("embed", "{rack}", encoder=encoder)
+                for encoder in PLAN.encoders_of(GRID)
+            ],
+        log:
+            log_file(f"embed_tiles/{GRID}/{{rack}}"),
+        benchmark:
+            benchmark_file(f"embed_tiles/{GRID}/{{rack}}")
+        threads: max(1, (workflow.cores or 4) // 2) if HAS_GPU else (workflow.cores or 4)
+        resources:
+            gpu=0 if DEVICE == "cpu" else 1,
+            mem_mb=2500 + 1500 * len(PLAN.encoders_of(GRID)),
+        params:
+            results=OUTPUT,
+            encoders=[PLAN.encoder_record(e) for e in PLAN.encoders_of(GRID)],
+            stains=[PLAN.stain_method_of(e) for e in PLAN.encoders_of(GRID)],
+            options=stage_options(CONFIG, "embed"),
+            version=STAGE_VERSIONS["embed"],
+        message:
+            f"Embedding the tiles of rack {{wildcards.rack}} with {', '.join(PLAN.encoders_of(GRID))}"
+        script:
+            "../scripts/embed_tiles.py"

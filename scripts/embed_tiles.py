@@ -1,11 +1,11 @@
-"""Rule embed_tiles: tile stores of a rack -> one embedding store each, manifest."""
+"""Rule embed_tiles: tile stores of a rack -> one embedding store for each and encoder, a manifest per encoder."""
 
 from functools import partial
 from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.devices import claimed_device
-from slidemake.embedding import make_slide_job, process_rack
+from slidemake.embedding import Lane, make_slide_job, process_rack
 from slidemake.encoder_runtime import effective_precision, keep_freed_memory
 from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
 from slidemake.provenance import read_json
@@ -17,16 +17,19 @@ with job(snakemake) as sm:  # noqa: F821
     from slidemake.encoder_loading import load_encoder
 
     torch.set_num_threads(sm.threads)
-    options, record = dict(sm.params.options), EncoderRecord.from_dict(dict(sm.params.encoder))
-    results, target = Path(sm.params.results), read_json(sm.input.target)
+    options, results, target = dict(sm.params.options), Path(sm.params.results), read_json(sm.input.target)
+    lanes = []
     with claimed_device(options["device"]) as device:
-        precision = effective_precision(options["precision"], record.precision, torch.device(device))
-        known = identity(record, weights_sha256(resolve_weights(record)), precision)
+        for found, stain, manifest in zip(sm.params.encoders, sm.params.stains, sm.output.manifests, strict=True):
+            record = EncoderRecord.from_dict(dict(found))
+            precision = effective_precision(options["precision"], record.precision, torch.device(device))
+            known = identity(record, weights_sha256(resolve_weights(record)), precision)
+            load = partial(load_encoder, record, device, precision)
+            make = partial(make_slide_job, results, record, known, stain, target, options["features"])
+            lanes.append(Lane(load, make, partial(run_rack, "embed", manifest, rack=sm.wildcards.rack)))
         process_rack(
             read_manifest(sm.input.manifest, "tiles"),
-            partial(load_encoder, record, device, precision),
-            partial(make_slide_job, results, record, known, sm.params.stain, target, options["features"]),
-            partial(run_rack, "embed", sm.output.manifest, rack=sm.wildcards.rack),
+            lanes,
             device=device,
             dtype=options["features"],
             batch_size=options["batch_size"],

@@ -122,7 +122,7 @@ class Explainer:
         truth: np.ndarray | None,
         facts: dict[str, Any],
     ) -> dict[str, Any]:
-        from slidemake.embedding import read_selected
+        from slidemake.embedding_engine import read_selected
         from slidemake.reader import open_slide
 
         slide = read_json(self.results / "slides" / row["slide_id"] / "slide.json")

@@ -50,6 +50,10 @@ class Plan:
         """Name of the grid that an encoder takes its tiles from."""
         return self.encoders[encoder].grid
 
+    def encoders_of(self, grid: str) -> list[str]:
+        """Folder names of the encoders that take their tiles from a grid."""
+        return [encoder for encoder in self.encoders if self.grid_of(encoder) == grid]
+
     def encoder_record(self, encoder: str) -> dict[str, Any]:
         """The registry's record of an encoder, as it goes into params and fingerprints."""
         return self.encoders[encoder].as_dict()

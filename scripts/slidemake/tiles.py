@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,22 @@ class TileStore:
                 f"{self.path} is {self.attrs.get('format')} version {self.attrs.get('format_version')}; this slidemake "
                 f"reads {FORMAT} version {FORMAT_VERSION}. Delete the store (or choose another output) and run again."
             )
+        self._group = group
         self.coords = np.asarray(group["coords"][...]).reshape(-1, 2)
-        self.tissue = np.asarray(group["tissue"][...])
-        self.quality = np.asarray(group["quality"][...])
         self.has_pixels = self.attrs["store"] == "pixels"
         self.tile_px: int = self.attrs["tile_px"]
         self._codec = TileCodec.from_attributes(self.attrs)
         self._shard_tiles: int = self.attrs["shard_tiles"]
+
+    @cached_property
+    def tissue(self) -> np.ndarray:
+        """(N,) float32, share of each tile that is tissue."""
+        return np.asarray(self._group["tissue"][...])
+
+    @cached_property
+    def quality(self) -> np.ndarray:
+        """(N, q) float32, columns as in the attribute quality_names."""
+        return np.asarray(self._group["quality"][...])
 
     def __len__(self) -> int:
         return len(self.coords)

@@ -294,7 +294,7 @@ def _write(
     add_array(group, "coords", coords.astype(np.int32))
     add_array(group, "tissue", tissue.astype(np.float32))
     add_array(group, "quality", quality.astype(np.float32))
-    group.attrs.update(
+    group.update_attributes(
         {
             **attributes,
             "codec": codec.as_dict() | ({"original": True} if original else {}),

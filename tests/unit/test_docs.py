@@ -128,9 +128,13 @@ def results(tmp_path_factory) -> Path:
     known = identity(record, "random", "fp32")
     embedding.process_rack(
         tiles,
-        partial(load_encoder, record, "cpu", "fp32"),
-        partial(embedding.make_slide_job, root, record, known, "macenko", target, "float16"),
-        partial(run_rack, "embed", manifests / "embed.json", rack="r00000"),
+        [
+            embedding.Lane(
+                partial(load_encoder, record, "cpu", "fp32"),
+                partial(embedding.make_slide_job, root, record, known, "macenko", target, "float16"),
+                partial(run_rack, "embed", manifests / "embed.json", rack="r00000"),
+            )
+        ],
         device="cpu",
         dtype="float16",
         batch_size="auto",

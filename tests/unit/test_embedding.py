@@ -1,5 +1,7 @@
 """The embedding engine with a small model: order, resume, memory that runs out, slides that fail."""
 
+import json
+import threading
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from slidemake.embedding import SlideJob, TileAhead, embedding_fingerprint, process_rack, stain_description
+from slidemake.embedding import Lane, embedding_fingerprint, process_rack, stain_description
+from slidemake.embedding_engine import WAITING, Engine, Forward, SlideJob, Source
+from slidemake.failures import RunError
 from slidemake.racks import run_rack
 from slidemake.stain import StainTransform
 from slidemake.tiles import TileCodec, add_array, create_store, shard_path, store_fingerprint, write_shard
@@ -88,16 +92,16 @@ def run(rack, encoder, make=None, batch=8, threads=1):
         encoder.loads += 1
         return encoder
 
-    return process_rack(
+    lane = Lane(load, make or partial(job, folder), partial(run_rack, "embed", folder / "manifest.json", rack="r0"))
+    (done,) = process_rack(
         records,
-        load,
-        make or partial(job, folder),
-        partial(run_rack, "embed", folder / "manifest.json", rack="r0"),
+        [lane],
         device="cpu",
         dtype="float32",
         batch_size=batch,
         threads=threads,
     )
+    return done
 
 
 def features(rack, name):
@@ -110,7 +114,17 @@ def test_features_are_in_the_order_of_the_tiles_for_any_number_of_them(rack):
     assert [r["status"] for r in records] == ["ok"] * 4
     for name, tiles in rack[2].items():
         np.testing.assert_allclose(features(rack, name), expected(tiles), rtol=1e-5)
-    assert encoder.batches == [8, 8, 4, 1, 8, 8, 8, 8, 1]  # never tiles of two slides in a batch
+    assert encoder.batches == [
+        8,
+        8,
+        4,
+        1,
+        8,
+        8,
+        8,
+        8,
+        1,
+    ]  # in order with one thread; never tiles of two slides in a batch
     group = zarr.open_group(rack[0] / "embeddings" / "d.zarr", mode="r")
     np.testing.assert_array_equal(group["coords"][...], np.arange(66).reshape(-1, 2))
     assert group.attrs["engine"] == {"path": "eager", "device": "cpu", "batch": 8}
@@ -208,26 +222,164 @@ def test_the_stain_is_applied_on_the_way_in(rack):
     assert np.abs(features(rack, "a") - expected(rack[2]["a"])).max() > 2
 
 
-def test_reading_ahead_is_bounded_and_stops(rack):
-    folder, records, _ = rack
-    jobs = [job(folder, r) for r in records]
-    ahead = TileAhead(jobs, 2, depth=3)
-    first = next(iter(ahead.batches(jobs[0])))
-    assert first[1].shape == (2, SIDE, SIDE, 3)
-    assert ahead._queue.qsize() <= 3
-    ahead.close()
-    assert not ahead._thread.is_alive()
+class Slow(ToyEncoder):
+    """Waits in the middle of a batch until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.go, self.started = threading.Event(), threading.Semaphore(0)
+
+    def forward(self, batch, stain=None):
+        self.started.release()
+        assert self.go.wait(60)
+        return super().forward(batch, stain)
 
 
-def test_an_error_while_reading_is_raised_at_its_slide(rack):
+def engine(rack, model, batch=2, workers=2, commit=lambda *done: None):
     folder, records, _ = rack
-    jobs = [job(folder, r) for r in records]
-    jobs[0] = replace(jobs[0], tiles=folder / "nothing.zarr")
-    ahead = TileAhead(jobs, 8)
-    with pytest.raises(Exception, match="no tile store"):
-        list(ahead.batches(jobs[0]))
-    assert sum(len(tiles) for _, tiles in ahead.batches(jobs[3])) == 33  # b and c were passed over
-    ahead.close()
+    work = [{0: job(folder, r)} for r in records]
+    models = {0: Forward(model, "cpu", batch)}
+    return Engine(work, models, commit, batch=batch, workers=workers, progress=lambda n: None)
+
+
+def test_no_more_pixels_are_in_memory_than_workers_hold_and_closing_stops(rack, monkeypatch):
+    reads = []
+    plain = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, a, b: reads.append((a, b)) or plain(self, a, b))
+    model = Slow()
+    running = engine(rack, model)
+    for _ in range(2):
+        assert model.started.acquire(timeout=60)
+    assert len(reads) == 2  # what waits is not read
+    assert running._slots._value <= WAITING
+    model.go.set()
+    running.close()
+    assert not running._feeder.is_alive()
+    assert len(reads) < 10 + 1 + 17
+
+
+def test_workers_go_on_with_the_next_slide_while_one_is_unfinished(rack):
+    """Both workers hold a batch although the first slide has one batch only."""
+    folder, records, tiles = rack
+    model = Slow()
+    running = engine((folder, [records[2], records[3]], tiles), model, batch=8)
+    for _ in range(2):
+        assert model.started.acquire(timeout=60)
+    model.go.set()
+    assert running.result(0, "d")["tiles"] == 33
+    running.close()
+
+
+def test_a_slide_is_committed_as_soon_as_it_is_complete_whoever_asks(rack):
+    seen = []
+    running = engine(
+        rack, ToyEncoder(), commit=lambda number, job, store, found: seen.append((job.slide_id, len(found)))
+    )
+    assert running.result(0, "d") == {"tiles": 33, "tiles_per_second": pytest.approx(1e6, abs=1e6)}
+    assert seen == [("a", 20), ("b", 0), ("c", 1), ("d", 33)]
+    running.close()
+
+
+def test_an_error_in_reading_is_raised_at_its_slide(rack):
+    folder, records, _ = rack
+
+    def make(record):
+        where = "nothing" if record["slide_id"] == "a" else "tiles"
+        return replace(job(folder, record), tiles=folder / where / "d.zarr")
+
+    models = {0: Forward(ToyEncoder(), "cpu", 8)}
+    work = [{0: make(r)} for r in records]
+    running = Engine(work, models, lambda *done: None, batch=8, workers=1, progress=lambda n: None)
+    with pytest.raises(RunError, match="no tile store"):
+        running.result(0, "a")
+    assert running.result(0, "d")["tiles"] == 33
+    running.close()
+
+
+class Other(ToyEncoder):
+    """Another encoder on the same tiles: twice the numbers of the first."""
+
+    identity = {"key": "other"}  # noqa: RUF012
+
+    def forward(self, batch, stain=None):
+        return 2 * super().forward(batch, stain)
+
+
+def two(rack, first, second, stains=(None, None)):
+    folder, records, _ = rack
+
+    def lane(name, model, stain):
+        def make(record):
+            about = {"out": folder / name / f"{record['slide_id']}.zarr", "fingerprint": f"{name} {record['slide_id']}"}
+            return job(folder, record, stain=stain, **about)
+
+        def load():
+            model.loads += 1
+            return model
+
+        return Lane(load, make, partial(run_rack, "embed", folder / f"{name}.json", rack="r0"))
+
+    lanes = [lane("one", first, stains[0]), lane("two", second, stains[1])]
+    return process_rack(records, lanes, device="cpu", dtype="float32", batch_size=8, threads=2)
+
+
+def stored(rack, encoder, name):
+    return zarr.open_group(rack[0] / encoder / f"{name}.zarr", mode="r")["features"][...]
+
+
+def test_two_encoders_read_each_tile_once(rack, monkeypatch):
+    reads = []
+    plain = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, a, b: reads.append(b - a) or plain(self, a, b))
+    transform = StainTransform(
+        "macenko", "ok", "t", None, (250.0,) * 3, (255.0,) * 3, ((0.8, 0.1, 0.0), (0, 0.9, 0.1), (0.1, 0, 0.7))
+    )
+    records = two(rack, ToyEncoder(), Other(), (None, transform.as_dict()))
+    assert sum(reads) == 20 + 1 + 33
+    assert [[r["status"] for r in of_lane] for of_lane in records] == [["ok"] * 4] * 2
+    for name, tiles in rack[2].items():
+        np.testing.assert_allclose(stored(rack, "one", name), expected(tiles), rtol=1e-5)
+    from slidemake.stain import apply_stain_numpy
+
+    stained = apply_stain_numpy(rack[2]["d"], transform)
+    np.testing.assert_allclose(stored(rack, "two", "d"), 2 * expected(stained), atol=1.0)
+    assert json.loads((rack[0] / "two.json").read_text())["slides"][3]["tiles"] == 33
+
+
+def test_an_encoder_added_later_is_computed_alone(rack):
+    first = ToyEncoder()
+    run_one = Lane(lambda: first, partial(two_job, rack[0], "one"), partial(run_rack, "embed", rack[0] / "one.json"))
+    process_rack(rack[1], [run_one], device="cpu", dtype="float32", batch_size=8)
+    again, added = ToyEncoder(), Other()
+    records = two(rack, again, added)
+    assert again.loads == 0
+    assert added.loads == 1
+    assert [r["reused"] for r in records[0]] == [True] * 4
+    assert not any(r.get("reused") for r in records[1])
+
+
+def two_job(folder, name, record):
+    about = {"out": folder / name / f"{record['slide_id']}.zarr", "fingerprint": f"{name} {record['slide_id']}"}
+    return job(folder, record, **about)
+
+
+def test_an_encoder_that_fails_costs_the_other_nothing(rack):
+    class Wrong(Other):
+        def forward(self, batch, stain=None):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    records = two(rack, ToyEncoder(), Wrong())
+    assert [r["status"] for r in records[0]] == ["ok"] * 4
+    assert [r["status"] for r in records[1]] == ["failed", "ok", "failed", "failed"]  # b has no tiles
+
+
+def test_a_compiled_model_sees_one_shape_only(rack):
+    encoder = ToyEncoder()
+    encoder.path_name = "compiled"
+    run(rack, encoder)
+    assert set(encoder.batches) == {8}
+    for name, tiles in rack[2].items():
+        np.testing.assert_allclose(features(rack, name), expected(tiles), rtol=1e-5)
 
 
 def test_an_identity_has_all_that_shapes_features():
