@@ -26,7 +26,8 @@ with job(snakemake) as sm:  # noqa: F821
             known = identity(record, weights_sha256(resolve_weights(record)), precision)
             load = partial(load_encoder, record, device, precision)
             make = partial(make_slide_job, results, record, known, stain, target, options["features"])
-            lanes.append(Lane(load, make, partial(run_rack, "embed", manifest, rack=sm.wildcards.rack)))
+            run = partial(run_rack, "embed", manifest, rack=sm.wildcards.rack, background=True)
+            lanes.append(Lane(load, make, run))
         process_rack(
             read_manifest(sm.input.manifest, "tiles"),
             lanes,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from slidemake import isolation
 from slidemake.failures import RunError
 
 
@@ -18,25 +19,44 @@ from slidemake.failures import RunError
 def job(snakemake: Any) -> Iterator[Any]:
     """Run a rule's body: log to the rule's log file and to the terminal, end a `RunError` with its message alone.
 
-    An unexpected exception keeps its traceback in the log file; the terminal gets one line that names the file.
+    The body runs in a process of its own (`isolation`); the process that Snakemake started ends here, with the body's
+    exit code. An unexpected exception keeps its traceback in the log file; the terminal gets one line that names the
+    file.
     """
     log_file = Path(str(snakemake.log[0])) if snakemake.log else None
     _configure_logging(log_file)
-    log = logging.getLogger("slidemake")
+    declared = getattr(snakemake, "resources", {}).get("mem_mb")
+    apart = isolation.supervised(
+        isolation.Job(snakemake.rule, log_file, declared if isinstance(declared, int) else None)
+    )
+    code = 1
     try:
         yield snakemake
-    except RunError as error:
-        log.error("%s", error)
-        sys.exit(1)
+        code = 0
     except Exception as error:
-        where = f" (traceback in {log_file})" if log_file else ""
-        if log_file:
-            with open(log_file, "a") as handle:
-                handle.write(traceback.format_exc())
-        else:
-            traceback.print_exc()
-        log.error("rule %s stopped: %s: %s%s", snakemake.rule, type(error).__name__, error, where)
-        sys.exit(1)
+        _tell(error, snakemake.rule, log_file)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    if apart:
+        isolation.leave(code)
+    if code:
+        sys.exit(code)
+
+
+def _tell(error: Exception, rule: str, log_file: Path | None) -> None:
+    log = logging.getLogger("slidemake")
+    if isinstance(error, RunError):
+        log.error("%s", error)
+        return
+    where = f" (traceback in {log_file})" if log_file else ""
+    if log_file:
+        with open(log_file, "a") as handle:
+            handle.write("".join(traceback.format_exception(error)))
+    else:
+        traceback.print_exception(error)
+    log.error("rule %s stopped: %s: %s%s", rule, type(error).__name__, error, where)
 
 
 def _configure_logging(log_file: Path | None) -> None:

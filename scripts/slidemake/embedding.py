@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake import isolation
 from slidemake.embedding_engine import READERS_PER_GPU, Engine, Forward, Progress, SlideJob
 from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
 from slidemake.tiles import TileStore, add_array, store_fingerprint
@@ -128,7 +129,7 @@ def process_rack(
         (number, slide_id)
         for number, of_lane in enumerate(jobs)
         for slide_id, job in of_lane.items()
-        if store_fingerprint(job.out) != job.fingerprint
+        if isolation.wanted(slide_id) and store_fingerprint(job.out) != job.fingerprint
     }
     for number, slide_id in pending:
         remove_leftovers(jobs[number][slide_id].out.parent, jobs[number][slide_id].out.name)

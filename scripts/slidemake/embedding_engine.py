@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake import isolation
 from slidemake.failures import SlideFailure
 from slidemake.tiles import TileStore
 
@@ -217,8 +218,10 @@ class Engine:
         for jobs in self._work:
             if self._stopped.is_set():
                 return
+            first = next(iter(jobs.values()))
             try:
-                source = Source(next(iter(jobs.values())))
+                with isolation.working_on(first.slide_id):
+                    source = Source(first)
                 stains = {number: stain_hook(job.stain) for number, job in jobs.items()}
             except Exception as error:  # raised where the slide's result is asked for
                 self._fail(jobs, error)
@@ -228,21 +231,22 @@ class Engine:
                 self._slots.acquire()
                 if self._stopped.is_set():
                     return
-                batches.append(self._pool.submit(self._one_batch, source, start, stains))
+                batches.append(self._pool.submit(self._one_batch, first.slide_id, source, start, stains))
             self._writer.submit(self._finish, source, jobs, batches, started)
 
     def _one_batch(
-        self, source: Source, start: int, stains: dict[int, Callable[[Any], Any] | None]
+        self, slide_id: str, source: Source, start: int, stains: dict[int, Callable[[Any], Any] | None]
     ) -> dict[int, np.ndarray | Exception]:
         """Features of a batch by encoder, or what went wrong in that encoder; an error in reading is raised."""
         found: dict[int, np.ndarray | Exception] = {}
         try:
-            tiles = source.read(start, min(start + self._batch_size, len(source)))
-            for number, stain in stains.items():
-                try:
-                    found[number] = self._models[number](tiles, stain)
-                except Exception as error:  # of this encoder alone
-                    found[number] = error
+            with isolation.working_on(slide_id):
+                tiles = source.read(start, min(start + self._batch_size, len(source)))
+                for number, stain in stains.items():
+                    try:
+                        found[number] = self._models[number](tiles, stain)
+                    except Exception as error:  # of this encoder alone
+                        found[number] = error
             self._progress(len(tiles) * len(stains))
             return found
         finally:
@@ -258,8 +262,9 @@ class Engine:
             source.close()
         for number, job in jobs.items():
             try:
-                features = self._joined(number, [batch[number] for batch in done])
-                self._commit(number, job, source.store, features)
+                with isolation.working_on(job.slide_id):
+                    features = self._joined(number, [batch[number] for batch in done])
+                    self._commit(number, job, source.store, features)
             except Exception as error:
                 self._results[number, job.slide_id].set_exception(error)
                 continue

@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from slidemake import isolation
 from slidemake.failures import Failure, RunError, SlideFailure
 from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
 
@@ -62,13 +64,18 @@ def run_rack(
     *,
     rack: str = "",
     threads: int = 1,
+    background: bool = False,
 ) -> list[Record]:
     """Run `work` on every slide record that has not failed before, write the manifest, return its records.
 
     `work` gets the record of the stage before and returns this stage's figures for the slide (a dict, JSON-able, that
     carries `fingerprint` and may carry `reused: True` when a finished result was found). With `threads` > 1 slides
     are worked on side by side. A full disk, a missing permission or a `RunError` ends the job at once: no slide is
-    to blame, and the slides committed so far are found again.
+    to blame, and the slides committed so far are found again. `background`: `work` only waits for what other threads
+    do, which then say themselves what they are busy with (`isolation.working_on`).
+
+    A slide that killed an earlier process of this job gets its failure record without being touched. In a process that
+    tries one slide alone, `work` is done for that slide only, and no manifest is written.
     """
     _stop_on_sigterm()
     done = 0
@@ -83,7 +90,11 @@ def run_rack(
         failure: Failure | None = None
         figures: Record = {}
         try:
-            figures = work(before)
+            killer = isolation.condemned(slide_id)
+            if killer is not None:
+                raise killer
+            with nullcontext() if background else isolation.working_on(slide_id):
+                figures = work(before)
         except (RunError, KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:
@@ -104,6 +115,9 @@ def run_rack(
             log.info("%s %s %s: %s (%.1f s)", stage, place, slide_id, outcome, record["seconds"])
         return record
 
+    alone = isolation.tried_alone()
+    if alone is not None:
+        return [one(slide) for slide in slides if slide["slide_id"] == alone]
     started = time.perf_counter()
     if threads > 1 and len(slides) > 1:
         with ThreadPoolExecutor(threads) as pool:

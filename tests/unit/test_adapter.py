@@ -22,20 +22,20 @@ def run_failing(snakemake, error):
         raise error
 
 
-def test_a_run_error_is_its_message_and_no_traceback(tmp_path, capsys):
+def test_a_run_error_is_its_message_and_no_traceback(tmp_path, capfd):
     with pytest.raises(SystemExit) as caught:
         run_failing(fake(tmp_path), RunError("no space left; free some"))
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "no space left; free some\n"
+    assert capfd.readouterr().err == "no space left; free some\n"
     log = (tmp_path / "logs" / "rule.log").read_text()
     assert "no space left; free some" in log
     assert "Traceback" not in log
 
 
-def test_anything_else_keeps_its_traceback_in_the_log(tmp_path, capsys):
+def test_anything_else_keeps_its_traceback_in_the_log(tmp_path, capfd):
     with pytest.raises(SystemExit):
         run_failing(fake(tmp_path), KeyError("x"))
-    shown = capsys.readouterr().err
+    shown = capfd.readouterr().err
     assert "a_rule stopped: KeyError" in shown
     assert "rule.log" in shown
     assert "Traceback" not in shown

@@ -1,6 +1,9 @@
 """The embedding engine with a small model: order, resume, memory that runs out, slides that fail."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -391,3 +394,47 @@ def test_an_identity_has_all_that_shapes_features():
     marks.add(embedding_fingerprint(*base[:2], stain, "float16"))
     marks.add(embedding_fingerprint(*base[:3], "float32"))
     assert len(marks) == 5
+
+
+DEADLY = """
+import ctypes, sys
+from pathlib import Path
+from types import SimpleNamespace
+import test_embedding as t
+from slidemake.adapter import job
+from slidemake.embedding import process_rack
+
+class Deadly(t.ToyEncoder):
+    def forward(self, batch, stain=None):
+        if len(batch) == 1:  # slide c alone has such a batch
+            ctypes.string_at(0)
+        return super().forward(batch, stain)
+
+folder = Path(sys.argv[1])
+records = [
+    {"slide_id": n, "status": "ok", "failure": None, "tiles": c} for n, c in {"a": 20, "b": 0, "c": 1, "d": 33}.items()
+]
+with job(SimpleNamespace(log=[folder / "log.txt"], rule="embed_tiles")):
+    run = t.partial(t.run_rack, "embed", folder / "manifest.json", rack="r0", background=True)
+    lane = t.Lane(Deadly, t.partial(t.job, folder), run)
+    process_rack(records, [lane], device="cpu", dtype="float32", batch_size=10, threads=2)
+"""
+
+
+def test_a_slide_on_which_the_model_crashes_is_left_out(rack):
+    """A real segmentation fault in the model, with two threads: the other slides' features are all there."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "scripts")]
+    done = subprocess.run(
+        [sys.executable, "-c", DEADLY, str(rack[0])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads((rack[0] / "manifest.json").read_text())["slides"]
+    codes = {record["slide_id"]: (record["failure"] or {}).get("code") for record in records}
+    assert codes == {"a": None, "b": None, "c": "crashed", "d": None}
+    for name in "ad":
+        np.testing.assert_allclose(features(rack, name), expected(rack[2][name]), rtol=1e-5)
+    assert not (rack[0] / "embeddings" / "c.zarr").exists()
