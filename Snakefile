@@ -35,7 +35,9 @@ include: "rules/report.smk"
 
 
 onstart:
-    mark_results_folder(Path(OUTPUT))
+    mark_results_folder(Path(OUTPUT), PLAN.rack_size if RACKS else None)
+    if hint := rack_size_hint(PLAN, MACHINE):
+        print(f"slidemake: {hint}", file=sys.stderr)
 
 
 onsuccess:

@@ -22,7 +22,8 @@ rule cohort_table:
     benchmark:
         benchmark_file("cohort_table")
     resources:
-        mem_mb=1000,
+        mem_mb=growing(1000),
+        runtime=minutes(30),
     params:
         results=OUTPUT,
         sheet=CONFIG["sheet"],
@@ -45,7 +46,8 @@ rule check_cohort:
     benchmark:
         benchmark_file("check_cohort")
     resources:
-        mem_mb=500,
+        mem_mb=growing(500),
+        runtime=minutes(30),
     params:
         max_failed_fraction=CONFIG["max_failed_fraction"],
     message:

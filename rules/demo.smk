@@ -14,7 +14,8 @@ if CONFIG["demo"]:
             f"{OUTPUT}/benchmarks/draw_demo_slides.tsv"
         threads: 2
         resources:
-            mem_mb=1600,
+            mem_mb=growing(1600),
+            runtime=minutes(60),
         params:
             side=CONFIG["demo"]["side"],
             seed=CONFIG["demo"]["seed"],

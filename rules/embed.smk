@@ -1,10 +1,11 @@
 """Embedding: all tiles of a rack through warm encoders, on a GPU or on the CPU."""
 
 DEVICE = CONFIG["embedding"]["device"]
-HAS_GPU = DEVICE != "cpu" and (
-    shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
-)
-
+# A cluster gives the GPU that gpu=1 asks for. A GPU leaves the other half of the cores to the CPU stages.
+ON_GPU = DEVICE != "cpu" and (HAS_GPU or ON_CLUSTER)
+EMBED_THREADS = max(1, MACHINE.cores // 2) if ON_GPU else MACHINE.cores
+if IN_JOB:
+    EMBED_THREADS = RACK_THREADS
 
 # One rule per grid: encoders that take the same tiles share a job, so that each tile is read once for all of them.
 for GRID in GRIDS:
@@ -25,10 +26,11 @@ for GRID in GRIDS:
             log_file(f"embed_tiles/{GRID}/{{rack}}"),
         benchmark:
             benchmark_file(f"embed_tiles/{GRID}/{{rack}}")
-        threads: max(1, (workflow.cores or 4) // 2) if HAS_GPU else (workflow.cores or 4)
+        threads: EMBED_THREADS
         resources:
             gpu=0 if DEVICE == "cpu" else 1,
-            mem_mb=2500 + 1500 * len(PLAN.encoders_of(GRID)),
+            mem_mb=growing(2500 + 1500 * len(PLAN.encoders_of(GRID))),
+            runtime=minutes(20, per_slide=6),
         params:
             results=OUTPUT,
             encoders=[PLAN.encoder_record(e) for e in PLAN.encoders_of(GRID)],

@@ -21,7 +21,8 @@ rule explain_slides:
         benchmark_file("explain_slides/{task}/{model}/{rack}")
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
+        runtime=minutes(10, per_slide=5),
     params:
         results=OUTPUT,
         encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),

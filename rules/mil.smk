@@ -14,7 +14,8 @@ rule split_cohort:
     benchmark:
         benchmark_file("split_cohort/{task}")
     resources:
-        mem_mb=500,
+        mem_mb=growing(500),
+        runtime=minutes(30),
     params:
         task=lambda wildcards: PLAN.task_options(wildcards.task),
         version=STAGE_VERSIONS["splits"],
@@ -44,7 +45,8 @@ rule train_aggregator:
         benchmark_file("train_aggregator/{task}/{model}")
     threads: 1
     resources:
-        mem_mb=3000,
+        mem_mb=growing(3000),
+        runtime=minutes(240),
     params:
         results=OUTPUT,
         encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),
@@ -79,7 +81,8 @@ rule evaluate:
     benchmark:
         benchmark_file("evaluate/{task}")
     resources:
-        mem_mb=1500,
+        mem_mb=growing(1500),
+        runtime=minutes(60),
     params:
         models=lambda wildcards: PLAN.models_of(wildcards.task),
         options=stage_options(CONFIG, "evaluate"),

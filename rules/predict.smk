@@ -21,7 +21,8 @@ if PLAN.bundle:
         benchmark:
             benchmark_file("predict_slides")
         resources:
-            mem_mb=2000,
+            mem_mb=growing(2000),
+            runtime=minutes(60),
         params:
             results=OUTPUT,
             bundle=CONFIG["bundle"],

@@ -39,7 +39,8 @@ rule write_report:
     benchmark:
         benchmark_file("write_report")
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
+        runtime=minutes(60),
     params:
         results=OUTPUT,
         tasks={

@@ -21,7 +21,8 @@ rule screen_slides:
         benchmark_file("screen_slides/{rack}")
     threads: RACK_THREADS
     resources:
-        mem_mb=1500,
+        mem_mb=growing(1500),
+        runtime=minutes(10, per_slide=1),
     params:
         results=OUTPUT,
         rows=lambda wildcards: PLAN.screening_rows(wildcards.rack),

@@ -13,7 +13,8 @@ rule fit_stain:
         benchmark_file("fit_stain/{rack}")
     threads: RACK_THREADS
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
+        runtime=minutes(10, per_slide=2),
     params:
         results=OUTPUT,
         options=PLAN.stain_options,
@@ -44,7 +45,8 @@ rule make_stain_target:
     benchmark:
         benchmark_file("make_stain_target")
     resources:
-        mem_mb=1000,
+        mem_mb=growing(1000),
+        runtime=minutes(30),
     params:
         results=OUTPUT,
         target=PLAN.stain_target,

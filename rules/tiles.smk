@@ -24,7 +24,8 @@ rule tile_slides:
         benchmark_file("tile_slides/{grid}/{rack}")
     threads: RACK_THREADS
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
+        runtime=minutes(10, per_slide=6),
     params:
         results=OUTPUT,
         options=stage_options(CONFIG, "tiles"),

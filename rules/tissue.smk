@@ -14,7 +14,8 @@ rule detect_tissue:
         benchmark_file("detect_tissue/{rack}")
     threads: RACK_THREADS
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
+        runtime=minutes(10, per_slide=2),
     params:
         results=OUTPUT,
         outlines=lambda wildcards: PLAN.outlines(wildcards.rack),

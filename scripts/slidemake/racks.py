@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,29 @@ log = logging.getLogger("slidemake")
 Record = dict[str, Any]  # slide_id, status ("ok" | "failed"), failure (dict | None), and what the stage found
 
 
-def auto_rack_size(slides: int) -> int:
-    """Slides per rack for `rack_size: auto`. Grows in steps, so that appending a slide hardly ever moves the others."""
-    for limit, size in ((16, 4), (512, 16), (4096, 32)):
-        if slides <= limit:
-            return size
-    return 64
+@dataclass(frozen=True)
+class Machine:
+    """What a run may use: on this machine `cores` and `gpus` (embedding jobs at a time), or a cluster's queue."""
+
+    cores: int = 2
+    gpus: int = 0
+    cluster: bool = False
+
+
+def auto_rack_size(slides: int, machine: Machine) -> int:
+    """Slides per rack for `rack_size: auto`, when a cohort is run for the first time.
+
+    A job has to last long beside what it costs to start it (imports, the model, on a cluster the queue), so a rack
+    holds 16 slides, on a cluster, where jobs are many, 8; large cohorts get 128 racks of up to 64 slides, which keeps
+    the plan small. On one machine that may be too few racks for many cores or several GPUs: then there is a rack for
+    every core and four for every GPU, as long as they hold 4 slides. Racks are filled evenly, with 3 slides at least.
+    """
+    size = min(64, max(8 if machine.cluster else 16, slides // 128))
+    racks = -(-slides // size)
+    if not machine.cluster:
+        workers = max(machine.cores, 4 * machine.gpus)
+        racks = max(racks, min(workers, -(-slides // 4)))
+    return max(3, -(-slides // max(1, racks)))
 
 
 def assign_racks(slide_ids: list[str], size: int) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ encoders and access to their weights.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ from slidemake.configuration import in_order, load_configuration, sheet_columns,
 from slidemake.encoders import EncoderRecord, check_access, load_record, registry
 from slidemake.failures import RunError
 from slidemake.provenance import FORMAT_VERSION, read_json_if_whole, write_json
-from slidemake.racks import assign_racks, auto_rack_size
+from slidemake.racks import Machine, assign_racks, auto_rack_size
 from slidemake.stain import resolve_method
 
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
+MARKER = "slidemake.json"  # in the results folder: the version of its format, and the size of its racks
+PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Plan:
     encoders: dict[str, EncoderRecord]  # by folder name
     registry: dict[str, Any]
     bundle: dict[str, Any] | None
+    rack_size: int
 
     @property
     def output(self) -> str:
@@ -133,10 +137,11 @@ class Plan:
         return self.config["explain"]["model"] or next(iter(self.tasks[task]["models"]), None)
 
 
-def plan_run(raw: dict[str, Any], base: Path) -> Plan:
+def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in_job: bool = False) -> Plan:
     """Validate everything that can be validated now. Raises RunError with all problems of the first kind that has any.
 
-    `base` is the folder of the workflow (its config/encoders.yaml is the registry).
+    `base` is the folder of the workflow (its config/encoders.yaml is the registry). `in_job` says that this process
+    is a job of a run, on whatever node: it takes the size of the racks from the run that started it.
     """
     registry_paths = [base / "config" / "encoders.yaml"]
     if raw.get("encoders_file"):
@@ -155,11 +160,44 @@ def plan_run(raw: dict[str, Any], base: Path) -> Plan:
         check_access(record)
         encoders[record.slug] = record
     check_results_folder(Path(config["output"]))
-    size = config["rack_size"]
-    size = auto_rack_size(len(rows)) if size == "auto" else int(size)
+    size = rack_size(config, len(rows), machine or Machine(), in_job)
     by_id = {row.slide_id: row for row in rows}
     racks = {rack: [by_id[i] for i in ids] for rack, ids in assign_racks(list(by_id), size).items()}
-    return Plan(config, rows, racks, encoders, known, bundle)
+    return Plan(config, rows, racks, encoders, known, bundle, size)
+
+
+def rack_size(config: dict[str, Any], slides: int, machine: Machine, in_job: bool = False) -> int:
+    """Slides per rack. `auto` chooses once: results that are there keep theirs, or slides would change racks.
+
+    Raises RunError in a job that cannot see what the run recorded.
+    """
+    if config["rack_size"] != "auto":
+        return int(config["rack_size"])
+    marker = Path(config["output"]) / MARKER
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        kept = (read_json_if_whole(marker) or {}).get("rack_size")
+        if kept:
+            return int(kept)
+        if not in_job or not slides:
+            return auto_rack_size(slides, machine)
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{marker.absolute()} is not there, or has no rack_size, and the run that started this job wrote it. "
+                "Is `output` on a file system that all nodes see? If so, set rack_size to a number."
+            )
+        time.sleep(1.0)
+
+
+def rack_size_hint(plan: Plan, machine: Machine) -> str | None:
+    """What to tell about racks that were sized for a much smaller cohort."""
+    better = auto_rack_size(len(plan.rows), machine)
+    if plan.config["rack_size"] != "auto" or better < 4 * plan.rack_size:
+        return None
+    return (
+        f"racks keep the {plan.rack_size} slides that suited the cohort when it was first run; {better} would take "
+        f"fewer jobs: set rack_size: {better} (once; finished slides are kept)"
+    )
 
 
 def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[str]:
@@ -198,8 +236,7 @@ def check_results_folder(output: Path) -> None:
 
     Raises RunError naming both versions and the ways out.
     """
-    marker = output / "slidemake.json"
-    found = read_json_if_whole(marker)
+    found = read_json_if_whole(output / MARKER)
     if found is None:
         parent = _existing_parent(output)
         if not parent.is_dir():
@@ -215,11 +252,17 @@ def check_results_folder(output: Path) -> None:
         )
 
 
-def mark_results_folder(output: Path) -> None:
-    """Say in the results folder which version of the format it has (when a run starts; not in a dry run)."""
-    marker = output / "slidemake.json"
-    if not marker.exists():
-        write_json(marker, {"format": "slidemake-results", "format_version": FORMAT_VERSION})
+def mark_results_folder(output: Path, rack_size: int | None = None) -> None:
+    """Say in the results folder which version of the format it has (when a run starts; not in a dry run).
+
+    `rack_size` (None: there are no racks yet) is kept for `rack_size: auto` of later runs and for jobs on other nodes.
+    """
+    found = read_json_if_whole(output / MARKER) or {}
+    marked = {**found, "format": "slidemake-results", "format_version": found.get("format_version", FORMAT_VERSION)}
+    if rack_size:
+        marked["rack_size"] = rack_size
+    if marked != found:
+        write_json(output / MARKER, marked)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from slidemake.failures import CODES, HINTS, RunError, SlideFailure
-from slidemake.racks import assign_racks, auto_rack_size, read_manifest, read_manifests, run_rack
+from slidemake.racks import Machine, assign_racks, auto_rack_size, read_manifest, read_manifests, run_rack
 
 
 def slides(*names):
@@ -20,10 +20,32 @@ def test_appending_a_slide_touches_one_rack():
     assert list(before) == ["r00000", "r00001", "r00002"]
 
 
-def test_auto_rack_size_never_shrinks():
-    sizes = [auto_rack_size(n) for n in range(1, 10_000)]
-    assert sizes == sorted(sizes)
-    assert (sizes[0], sizes[-1]) == (4, 64)
+@pytest.mark.parametrize(
+    ("slides", "machine", "size", "racks"),
+    [
+        (5, Machine(cores=2), 3, 2),  # both cores work
+        (500, Machine(cores=32, gpus=4), 16, 32),  # a rack per core, eight for each GPU
+        (500, Machine(cores=8, gpus=16), 8, 63),  # four for each GPU
+        (100, Machine(cores=32), 4, 25),  # no rack smaller than that
+        (10_000, Machine(cores=2), 64, 157),
+        (500, Machine(cores=16, cluster=True), 8, 63),
+        (10_000, Machine(cores=16, cluster=True), 64, 157),
+        (1, Machine(), 3, 1),
+        (0, Machine(), 3, 0),
+    ],
+)
+def test_auto_rack_size(slides, machine, size, racks):
+    assert auto_rack_size(slides, machine) == size
+    assert len(assign_racks([str(i) for i in range(slides)], size)) == racks
+
+
+@pytest.mark.parametrize("machine", [Machine(), Machine(64, 8), Machine(16, cluster=True)])
+def test_auto_racks_are_filled_evenly(machine):
+    for slides in range(3, 3000):
+        size = auto_rack_size(slides, machine)
+        racks = -(-slides // size)
+        assert 3 <= size <= 64
+        assert size == 3 or -(-slides // racks) == size, "as many racks of this size would do with a smaller one"
 
 
 @pytest.mark.parametrize("threads", [1, 3])

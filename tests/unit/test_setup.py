@@ -1,11 +1,14 @@
 """The plan of a run: racks, encoders, grids, stain, controls; what is refused before the first job."""
 
+import threading
 from pathlib import Path
 
 import pytest
+from slidemake import setup
 from slidemake.failures import RunError
 from slidemake.provenance import read_json, write_json
-from slidemake.setup import CONTROLS, check_results_folder, mark_results_folder, plan_run
+from slidemake.racks import Machine
+from slidemake.setup import CONTROLS, check_results_folder, mark_results_folder, plan_run, rack_size_hint
 
 BASE = Path(__file__).parents[2]
 
@@ -20,7 +23,7 @@ def raw(tmp_path):
 
 def test_a_minimal_configuration_is_a_whole_plan(raw):
     plan = plan_run(raw, BASE)
-    assert list(plan.racks) == ["r00000", "r00001"]  # 24 slides, 16 a rack
+    assert {rack: len(rows) for rack, rows in plan.racks.items()} == {"r00000": 12, "r00001": 12}
     assert list(plan.encoders) == ["efficientnet_lite0"]
     assert plan.grids == ["224px_0.5mpp"]
     assert plan.models_of("t") == ["abmil", *CONTROLS]
@@ -80,6 +83,49 @@ def test_a_results_folder_of_another_format_is_left_alone(raw, tmp_path):
     mark_results_folder(out)
     assert read_json(out / "slidemake.json")["format_version"] == 99
     check_results_folder(tmp_path / "new" / "deep")
+
+
+def append_slides(raw, count):
+    with open(raw["sheet"], "a") as sheet:
+        sheet.writelines(f"t{i:05d},t{i}.svs,q{i:05d},x,{'ab'[i % 2]},0.5\n" for i in range(count))
+
+
+def ids(plan):
+    return {rack: [row.slide_id for row in rows] for rack, rows in plan.racks.items()}
+
+
+def test_appended_slides_and_another_machine_move_no_slide(raw):
+    first = plan_run(raw, BASE, Machine(cores=4))
+    mark_results_folder(Path(raw["output"]), first.rack_size)
+    append_slides(raw, 500)
+    plan = plan_run(raw, BASE, Machine(cores=64, gpus=8))
+    assert plan.rack_size == first.rack_size == 6
+    before, after = ids(first), ids(plan)
+    assert {rack: after[rack] for rack in before} == before  # the racks were full
+    assert len(after) == 88  # ceil(524 / 6)
+    assert plan_run({**raw, "rack_size": 40}, BASE).rack_size == 40  # who sets it, has it
+    assert rack_size_hint(plan, Machine(cores=64)) is None  # 9 would be better, but not by much
+    append_slides(raw, 9_500)
+    assert "rack_size: 64" in rack_size_hint(plan_run(raw, BASE), Machine(cores=64))
+
+
+def test_the_rack_size_that_was_set_stays_when_auto_comes_back(raw):
+    out = Path(raw["output"])
+    mark_results_folder(out, plan_run({**raw, "rack_size": 7}, BASE).rack_size)
+    assert plan_run({**raw, "rack_size": "auto"}, BASE).rack_size == 7
+    mark_results_folder(out)  # a run without slides forgets nothing
+    assert read_json(out / "slidemake.json") == {"format": "slidemake-results", "format_version": 1, "rack_size": 7}
+
+
+def test_a_job_on_another_node_takes_the_racks_of_its_run(raw, monkeypatch):
+    monkeypatch.setattr(setup, "PATIENCE", 0.0)
+    with pytest.raises(RunError, match="file system that all nodes see"):
+        plan_run(raw, BASE, Machine(cores=64), in_job=True)
+    monkeypatch.setattr(setup, "PATIENCE", 60.0)
+    late = threading.Timer(0.5, mark_results_folder, (Path(raw["output"]), 5))  # as network file systems show files
+    late.start()
+    assert plan_run(raw, BASE, Machine(cores=64), in_job=True).rack_size == 5
+    late.join()
 
 
 def test_a_bundle_brings_its_own_processing(raw, tmp_path):
