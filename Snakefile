@@ -5,6 +5,7 @@ snakemake --cores all --configfile mine.yaml           your slides (config/confi
 snakemake --cores all embeddings | predict | write_sheet ...
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from snakemake.utils import min_version
 
 min_version("9.27")
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
+# Jobs must import the library that lies beside this file, not one that happens to be installed from another copy.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # A user's --configfile replaces the demo's configuration; it is not merged over it.
 if not workflow.config_settings.configfiles:

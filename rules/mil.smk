@@ -25,11 +25,44 @@ rule split_cohort:
         "../scripts/split_cohort.py"
 
 
+rule pack_bags:
+    """All tiles of a cohort in one array, for its training jobs to share.
+
+    Not `temp`: Snakemake would train every model again when the array has to be made again for one that was added.
+    """
+    input:
+        slides=rules.cohort_table.output.slides,
+        embed=lambda wildcards: manifests("embed", encoder=wildcards.encoder),
+    output:
+        features=f"{OUTPUT}/cohort/bags/{{encoder}}.npy",
+        index=f"{OUTPUT}/cohort/bags/{{encoder}}.json",
+    log:
+        log_file("pack_bags/{encoder}"),
+    benchmark:
+        benchmark_file("pack_bags/{encoder}")
+    resources:
+        mem_mb=1500,
+    params:
+        results=OUTPUT,
+        version=STAGE_VERSIONS["bags"],
+    message:
+        "Packing the embeddings of {wildcards.encoder} for training"
+    script:
+        "../scripts/pack_bags.py"
+
+
+def bags_of(wildcards):
+    """The packed embeddings that a model trains on, and their index."""
+    encoder = PLAN.encoder_of(wildcards.task, wildcards.model)
+    return [f"{OUTPUT}/cohort/bags/{encoder}{suffix}" for suffix in (".npy", ".json")]
+
+
 rule train_aggregator:
     """Trains a model (or a control) on every fold of every repeat; writes bundles and out-of-fold predictions."""
     input:
         slides=rules.cohort_table.output.slides,
         splits=rules.split_cohort.output.splits,
+        bags=bags_of,
         embed=lambda wildcards: manifests(
             "embed", encoder=PLAN.encoder_of(wildcards.task, wildcards.model)
         ),
@@ -48,7 +81,6 @@ rule train_aggregator:
         mem_mb=growing(3000),
         runtime=minutes(240),
     params:
-        results=OUTPUT,
         encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),
         task=lambda wildcards: PLAN.task_options(wildcards.task),
         options=lambda wildcards: PLAN.model_options(wildcards.task, wildcards.model),

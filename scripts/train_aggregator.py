@@ -1,21 +1,21 @@
-"""Rule train_aggregator: embeddings and folds -> bundles, out-of-fold predictions, learning curves, train.json."""
+"""Rule train_aggregator: packed tiles and folds -> bundles, out-of-fold predictions, learning curves, train.json."""
 
 from pathlib import Path
 
 from slidemake.adapter import job
-from slidemake.bags import load_bags
-from slidemake.cohort_table import read_table
+from slidemake.bags import open_bags
+from slidemake.encoder_runtime import keep_freed_memory
 from slidemake.provenance import read_json
 from slidemake.splits import read_splits
 from slidemake.training import train_model
 
 with job(snakemake) as sm:  # noqa: F821
-    results, splits = Path(sm.params.results), read_splits(sm.input.splits)
-    rows = [row for row in read_table(sm.input.slides) if row["status"] == "ok" and row["patient_id"] in splits.labels]
+    keep_freed_memory()  # before torch allocates: weights and gradients would be unmapped at every step
+    splits = read_splits(sm.input.splits)
     train_model(
         sm.params.task,
         sm.params.options,
-        load_bags(results / "embeddings" / sm.params.encoder, [(row["slide_id"], row["patient_id"]) for row in rows]),
+        open_bags(sm.input.bags[0]).of_patients(splits.labels),
         splits,
         Path(sm.output.manifest).parent,
         {**sm.params.context, "stain_target": read_json(sm.input.target)},

@@ -1,21 +1,22 @@
 """Bags: the embeddings of a cohort, packed so that a patient's tiles lie together.
 
-One array (T, D) holds all tiles, ordered by patient, then slide; offsets say where each slide begins. Small cohorts are
-held in memory as float32, large ones in a memory-mapped scratch file in the stores' own type, so that memory does not
-grow with the cohort. No torch here.
+One array (T, D) holds all tiles, ordered by patient, then slide; offsets say where each slide begins. A cohort is
+packed once, into a NumPy file with an index beside it that all its training jobs share: small ones are read into memory
+as float32, large ones stay on disk in the stores' own type, so that memory does not grow with the cohort. No torch.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slidemake.failures import RunError
+from slidemake.provenance import committed, read_json, write_json
 
 IN_MEMORY_BYTES = 1 << 30
 
@@ -47,11 +48,28 @@ class Bags:
 
     def bag(self, patient: str) -> np.ndarray:
         """(N, D) features of all slides of a patient, a view; N = 0 for a patient without tiles or without slides."""
+        start, stop = self.rows(patient)
+        return self.features[start:stop]
+
+    def rows(self, patient: str) -> tuple[int, int]:
+        """First row of a patient's tiles in `features`, and one past the last."""
         first, last = self.where.get(patient, (0, 0))
-        return self.features[self.offsets[first] : self.offsets[last]]
+        return int(self.offsets[first]), int(self.offsets[last])
+
+    def of_patients(self, patients: Iterable[str]) -> Bags:
+        """The same array for some of the patients; those without slides are left out."""
+        return replace(self, where={p: self.where[p] for p in patients if p in self.where})
+
+    def forget(self) -> None:
+        """Give back the pages of a mapped file that were touched: otherwise they count as this process's memory until
+        the system needs them for something else."""
+        mapping = getattr(self.features, "base", None)
+        if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def tiles(self, patient: str) -> int:
-        return len(self.bag(patient))
+        start, stop = self.rows(patient)
+        return stop - start
 
 
 def same_encoder(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -88,45 +106,103 @@ def open_embeddings(path: str | Path) -> tuple[Any, dict[str, Any]]:
     return features, attrs
 
 
-def load_bags(
-    folder: str | Path,
-    slides: Iterable[tuple[str, str]],
-    scratch: str | Path | None = None,
-    in_memory_bytes: int = IN_MEMORY_BYTES,
-) -> Bags:
-    """Load the stores `folder/{slide_id}.zarr` of (slide_id, patient_id) pairs.
+def load_bags(folder: str | Path, slides: Iterable[tuple[str, str]]) -> Bags:
+    """Load the stores `folder/{slide_id}.zarr` of (slide_id, patient_id) pairs into memory, as float32.
 
-    Above `in_memory_bytes` (as float32) the features go to an unnamed file in `scratch` (default: the temporary folder)
-    that vanishes with the process. RunError when stores differ in encoder, stain method, stain target or grid: an
-    aggregator trained on a mixture would learn the mixture.
+    RunError when stores differ in encoder, stain method, stain target or grid: an aggregator trained on a mixture would
+    learn the mixture.
     """
-    pairs = sorted(set(slides), key=lambda pair: (pair[1], pair[0]))
-    if not pairs:
-        raise RunError("No slide with embeddings is left for this task; see cohort/failures.csv for why.")
-    stores = [(s, p, *open_embeddings(Path(folder) / f"{s}.zarr")) for s, p in pairs]
-    _check_same([(s, attrs) for s, _, _, attrs in stores])
-    sizes = [int(features.shape[0]) for _, _, features, _ in stores]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    packed = _packed(int(offsets[-1]), int(stores[0][2].shape[1]), stores[0][2].dtype, scratch, in_memory_bytes)
-    for i, (slide, _, features, _) in enumerate(stores):
-        values = np.asarray(features[:])
-        if not np.isfinite(values).all():
-            raise RunError(
-                f"Features of slide {slide} are not all finite; delete its store in {folder} and embed it again."
-            )
-        packed[offsets[i] : offsets[i + 1]] = values
-    attrs = stores[0][3]
-    return make_bags(
-        packed,
-        [s for s, *_ in stores],
-        [p for _, p, *_ in stores],
-        sizes,
-        encoder=attrs.get("encoder", {}),
-        stain=stain_identity(attrs.get("stain")),
-        grid=str(attrs.get("grid") or ""),
-        mpp=_mpp(attrs),
-        fingerprints={s: str(a.get("fingerprint", "")) for s, _, _, a in stores},
-    )
+    cohort = _Cohort.open(folder, slides)
+    features = np.empty(cohort.shape, np.float32)
+    np.concatenate(list(cohort.values()), out=features)
+    return make_bags(features, cohort.slides, cohort.patients, cohort.sizes, **cohort.about())
+
+
+def pack_bags(folder: str | Path, slides: Iterable[tuple[str, str]], path: str | Path) -> None:
+    """Pack the stores as `load_bags` would into the NumPy file `path`, in the stores' type, with an index beside it.
+
+    The index (`.json`) is written last and names the array that it belongs to; memory does not grow with the cohort.
+    """
+    cohort = _Cohort.open(folder, slides)
+    with committed(path) as work, open(work, "wb") as handle:
+        header = {"descr": np.lib.format.dtype_to_descr(cohort.dtype), "fortran_order": False, "shape": cohort.shape}
+        np.lib.format.write_array_header_2_0(handle, header)
+        for values in cohort.values():
+            values.tofile(handle)
+    about = {"slides": cohort.slides, "patients": cohort.patients, "sizes": cohort.sizes, **cohort.about()}
+    write_json(Path(path).with_suffix(".json"), {"format": "slidemake-bags", **about})
+
+
+def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
+    """Bags that `pack_bags` wrote: in memory as float32 up to `in_memory_bytes`, above that mapped as they are."""
+    try:
+        index = read_json(Path(path).with_suffix(".json"))
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); delete it and run again: it is packed from the embeddings."
+        ) from error
+    if features.size * 4 <= in_memory_bytes:
+        features = np.asarray(features, np.float32)
+    if index.pop("format", None) != "slidemake-bags":
+        raise RunError(f"{Path(path).with_suffix('.json')} is no index of packed bags; delete both and run again.")
+    return make_bags(features, **index)
+
+
+@dataclass(frozen=True)
+class _Cohort:
+    """The opened stores of a cohort, none read yet, ordered by patient, then slide."""
+
+    folder: Path
+    slides: list[str]
+    patients: list[str]
+    features: list[Any]  # zarr arrays (N, D)
+    attrs: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: str | Path, slides: Iterable[tuple[str, str]]) -> _Cohort:
+        pairs = sorted(set(slides), key=lambda pair: (pair[1], pair[0]))
+        if not pairs:
+            raise RunError("No slide with embeddings is left for this task; see cohort/failures.csv for why.")
+        stores = [open_embeddings(Path(folder) / f"{slide}.zarr") for slide, _ in pairs]
+        _check_same([(slide, attrs) for (slide, _), (_, attrs) in zip(pairs, stores, strict=True)])
+        return cls(
+            Path(folder), *(list(c) for c in zip(*pairs, strict=True)), *(list(c) for c in zip(*stores, strict=True))
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        return [int(f.shape[0]) for f in self.features]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(self.sizes), int(self.features[0].shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.features[0].dtype)
+
+    def values(self) -> Iterator[np.ndarray]:
+        """(N, D) features slide by slide; RunError when one is not finite."""
+        for slide, features in zip(self.slides, self.features, strict=True):
+            values = np.ascontiguousarray(features[:], self.dtype)
+            if not np.isfinite(values).all():
+                raise RunError(
+                    f"Features of slide {slide} are not all finite; delete its store in {self.folder} and embed it "
+                    "again."
+                )
+            yield values
+
+    def about(self) -> dict[str, Any]:
+        """What `make_bags` wants to know besides features, slides and sizes."""
+        attrs = self.attrs[0]
+        return {
+            "encoder": attrs.get("encoder", {}),
+            "stain": stain_identity(attrs.get("stain")),
+            "grid": str(attrs.get("grid") or ""),
+            "mpp": _mpp(attrs),
+            "fingerprints": {s: str(a.get("fingerprint", "")) for s, a in zip(self.slides, self.attrs, strict=True)},
+        }
 
 
 def make_bags(
@@ -165,15 +241,6 @@ def make_bags(
         dict(fingerprints or {}),
         where,
     )
-
-
-def _packed(tiles: int, dim: int, dtype: Any, scratch: str | Path | None, limit: int) -> np.ndarray:
-    if tiles * dim * 4 <= limit:
-        return np.empty((tiles, dim), np.float32)
-    if scratch is not None:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=scratch, prefix=".bags-") as handle:
-        return np.memmap(handle, dtype=dtype, mode="w+", shape=(tiles, dim))  # the mapping outlives the handle
 
 
 def _mpp(attrs: Mapping[str, Any]) -> float | None:

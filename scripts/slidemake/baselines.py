@@ -35,7 +35,11 @@ class MeanPoolLR:
 
 def mean_vectors(bags: Bags, patients: Sequence[str]) -> np.ndarray:
     """(P, D) mean tile of every patient, float64."""
-    return np.stack([np.asarray(bags.bag(p)).mean(0, dtype=np.float64) for p in patients])
+    means = np.empty((len(patients), bags.dim))
+    for row, patient in zip(means, patients, strict=True):
+        bags.bag(patient).mean(0, dtype=np.float64, out=row)
+        bags.forget()
+    return means
 
 
 def _fit(x: np.ndarray, y: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:

@@ -68,6 +68,7 @@ def feature_statistics(bags: Bags, patients: Sequence[str]) -> tuple[np.ndarray,
         total += tiles.sum(0, dtype=np.float64)
         squares += np.einsum("nd,nd->d", tiles, tiles, dtype=np.float64)
         n += len(tiles)
+        bags.forget()
     std = np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0))
     std[std < 1e-6] = 1.0  # a constant feature stays constant
     return total / n + shift, std
@@ -75,21 +76,27 @@ def feature_statistics(bags: Bags, patients: Sequence[str]) -> tuple[np.ndarray,
 
 def sample_batch(
     bags: Bags, patients: Sequence[str], settings: Mapping[str, Any], rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Random tiles of several patients, padded: features (B, N, D) float32 and mask (B, N)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Random tiles of several patients, padded: features (B, N, D) float32, and mask (B, N) or None where nothing had
+    to be padded. A single bag of which all tiles are wanted is not copied.
+    """
     drawn = []
     for patient in patients:
-        bag = bags.bag(patient)
-        want = round(settings["tile_fraction"] * len(bag))
-        count = min(len(bag), max(want, settings["min_tiles"]), settings["max_tiles"] or len(bag))
-        drawn.append(bag if count == len(bag) else bag[np.sort(rng.permutation(len(bag))[:count])])
-    longest = max(map(len, drawn))
-    features = np.zeros((len(drawn), longest, bags.dim), np.float32)
-    mask = np.zeros((len(drawn), longest), bool)
-    for i, tiles in enumerate(drawn):
-        features[i, : len(tiles)] = tiles
-        mask[i, : len(tiles)] = True
-    return torch.from_numpy(features), torch.from_numpy(mask)
+        start, stop = bags.rows(patient)
+        size = stop - start
+        want = round(settings["tile_fraction"] * size)
+        count = min(size, max(want, settings["min_tiles"]), settings["max_tiles"] or size)
+        drawn.append(np.arange(start, stop) if count == size else start + np.sort(rng.permutation(size)[:count]))
+    counts = [len(rows) for rows in drawn]
+    if len(drawn) == 1 and counts[0] == len(bags.bag(patients[0])):
+        return torch.from_numpy(bags.bag(patients[0])).float()[None], None
+    rows = np.full((len(drawn), max(counts)), drawn[0][0])  # padded with a tile that is there: the mask hides it
+    for i, chosen in enumerate(drawn):
+        rows[i, : len(chosen)] = chosen
+    features = torch.from_numpy(np.take(bags.features, rows, axis=0)).float()
+    if min(counts) == max(counts):
+        return features, None
+    return features, torch.arange(max(counts)) < torch.tensor(counts)[:, None]
 
 
 def class_weights(labels: Sequence[int], classes: int) -> np.ndarray:
@@ -162,13 +169,14 @@ def _one_epoch(
         batch = order[start : start + settings["bags_per_step"]]
         features, mask = sample_batch(bags, batch, settings, rng)
         target = torch.tensor([labels[p] for p in batch], device=weights.device)
-        logits, _ = model(features.to(weights.device), mask.to(weights.device))
+        logits, _ = model(features.to(weights.device), None if mask is None else mask.to(weights.device))
         # weights average 1 over the training set: dividing by the number of bags keeps them effective in small batches
         loss = (F.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         total += float(loss.detach()) * len(batch)
+        bags.forget()
     return total / len(order)
 
 
@@ -178,12 +186,12 @@ def _validate(
 ) -> tuple[float, float | None]:
     model.eval()
     target = torch.tensor([labels[p] for p in val], device=weights.device)
-    logits = torch.cat(
-        [
-            model(torch.from_numpy(every_tile(bags.bag(p), VALIDATION_TILES))[None].to(weights.device), None)[0]
-            for p in val
-        ]
-    )
+    rows = []
+    for patient in val:
+        tiles = torch.from_numpy(every_tile(bags.bag(patient), VALIDATION_TILES))
+        rows.append(model(tiles[None].to(weights.device), None)[0])
+        bags.forget()
+    logits = torch.cat(rows)
     loss = float(F.cross_entropy(logits, target, weight=weights))
     area = None
     if logits.shape[1] == 2:

@@ -75,6 +75,7 @@ def predict_bags(
             one = whole if len(tiles) == len(bag) else predict(bundle, tiles)
             args = (bundle.classes, one.logits, one.prob, bundle.threshold, len(tiles))
             slides.append(prediction_row(*args, slide_id=bags.slides[i], patient_id=patient, **facts))
+        bags.forget()
     return slides, people, without
 
 

@@ -110,7 +110,13 @@ def train_model(
     started = time.monotonic()
     work = _prepare(task, options, bags, splits, Path(out_dir), context, name)
     folds = [_fold(work, r, f) for r in sorted(work.splits.folds) for f in work.splits.tested(r)]
-    log.info("training %s: %d folds, %d patients, %d tiles", work.name, len(folds), len(bags.where), len(bags.features))
+    log.info(
+        "training %s: %d folds, %d patients, %d tiles",
+        work.name,
+        len(folds),
+        len(bags.where),
+        sum(map(bags.tiles, bags.where)),
+    )
     before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -183,9 +189,9 @@ def _fold(work: Work, repeat: int, fold: str) -> Fold:
 
 def _slides(work: Work, patient: str) -> list[list[Any]]:
     first, last = work.bags.where.get(patient, (0, 0))
-    sizes = np.diff(work.bags.offsets).tolist()
-    names = work.bags.slides
-    return [[names[i], work.bags.fingerprints.get(names[i], ""), sizes[i]] for i in range(first, last)]
+    sizes = np.diff(work.bags.offsets[first : last + 1]).tolist()
+    names = work.bags.slides[first:last]
+    return [[name, work.bags.fingerprints.get(name, ""), n] for name, n in zip(names, sizes, strict=True)]
 
 
 def member_plan(
@@ -296,6 +302,7 @@ def _train_members(work: Work, fold: Fold, plan: Plan) -> tuple[list[Any], dict[
         fitted = fit_member(work.bags, work.labels, train, val, len(work.classes), work.settings, seed)
         for patient in val:
             logits.setdefault(patient, []).append(predict_bag(fitted.model, work.bags.bag(patient))[0])
+            work.bags.forget()
         members.append(fitted.model)
         curves.append(fitted.curve)
         epochs.append(fitted.epoch)

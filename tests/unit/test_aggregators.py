@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from slidemake.aggregators import AGGREGATORS, build_aggregator, leave_one_out, log_odds, predict_bag
+from slidemake.aggregators import AGGREGATORS, SeededDropout, build_aggregator, leave_one_out, log_odds, predict_bag
 
 SMALL = {"hidden": 16, "attention": 8}
 
@@ -62,6 +62,20 @@ def test_gated_attention_as_written_in_the_paper():
     logits, attention = predict_bag(model, x)
     np.testing.assert_allclose(attention, a, atol=1e-6)
     np.testing.assert_allclose(logits, (a @ e) @ p["classifier.weight"].T + p["classifier.bias"], atol=1e-5)
+
+
+def test_dropout_drops_the_share_it_was_asked_for_and_keeps_the_mean():
+    x = torch.ones(1000, 1001)  # an odd number: the last word of random bits is used in part
+    for p in (0.1, 0.25, 0.5):
+        drop = SeededDropout(p).train()
+        drop.generator = torch.Generator().manual_seed(3)
+        y = drop(x)
+        assert float((y == 0).float().mean()) == pytest.approx(p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)
+        assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+        columns = (y == 0).float().mean(0)  # no stripes: neighbours come from one word
+        assert float((columns - p).abs().max()) < 5 * (p * (1 - p) / 1000) ** 0.5
+        both = float(((y[:, 1:] == 0) & (y[:, :-1] == 0)).float().mean())
+        assert both == pytest.approx(p * p, abs=0.002)
 
 
 def test_mean_pool_is_the_mean():

@@ -10,7 +10,7 @@ import zarr
 from mil_cohort import ENCODER, QUICK, STAIN, planted
 from scipy.special import softmax
 from slidemake.aggregators import build_aggregator, leave_one_out, predict_bag
-from slidemake.bags import load_bags, make_bags
+from slidemake.bags import load_bags, make_bags, open_bags, pack_bags
 from slidemake.bundle import (
     Group,
     bundle_leave_one_out,
@@ -161,16 +161,38 @@ def test_bags_from_stores(tmp_path):
     for slide, x in data.items():
         write_store(tmp_path, slide, x)
     pairs = [("b1", "B"), ("a2", "A"), ("c", "A"), ("a1", "A")]
-    for limit in (1 << 30, 10):
-        bags = load_bags(tmp_path, pairs, tmp_path / "scratch", in_memory_bytes=limit)
+    pack_bags(tmp_path, pairs, tmp_path / "packed.npy")
+    mapped = open_bags(tmp_path / "packed.npy", in_memory_bytes=10)
+    for bags in (load_bags(tmp_path, pairs), open_bags(tmp_path / "packed.npy"), mapped):
         assert bags.slides == ("a1", "a2", "c", "b1")
         np.testing.assert_array_equal(bags.bag("A"), np.concatenate([data["a1"], data["c"]]))
         np.testing.assert_array_equal(bags.slide(3), data["b1"])
         assert bags.tiles("nobody") == 0
         assert bags.mpp == 0.5
         assert bags.fingerprints["c"] == "fp-c"
-    assert isinstance(bags.features, np.memmap)
-    assert list((tmp_path / "scratch").iterdir()) == []
+        some = bags.of_patients(["B", "nobody"])
+        assert (some.tiles("A"), some.tiles("B")) == (0, 3)
+        np.testing.assert_array_equal(some.bag("B"), data["b1"])
+    assert isinstance(mapped.features, np.memmap)
+    assert mapped.features.dtype == np.float16
+    assert bags.encoder == load_bags(tmp_path, pairs).encoder == ENCODER
+    mapped.forget()
+    np.testing.assert_array_equal(mapped.bag("B"), data["b1"])
+
+
+def test_packed_bags_that_are_not_whole_are_refused(tmp_path):
+    write_store(tmp_path, "a", np.ones((5, 8), np.float32))
+    packed = tmp_path / "packed.npy"
+    pack_bags(tmp_path, [("a", "A")], packed)
+    whole = packed.read_bytes()
+    for broken in (whole[:-1], whole[:20], b""):
+        packed.write_bytes(broken)
+        with pytest.raises(RunError, match="delete it and run again"):
+            open_bags(packed)
+    packed.write_bytes(whole)
+    packed.with_suffix(".json").write_text("{}")
+    with pytest.raises(RunError, match="no index of packed bags"):
+        open_bags(packed)
 
 
 def test_mixed_stores_are_refused(tmp_path):

@@ -211,15 +211,30 @@ def test_feature_statistics_equal_numpy():
 
 def test_batches_take_real_tiles_without_repeats():
     bags, _ = planted()
-    settings = {**DEFAULTS, "tile_fraction": 0.5, "min_tiles": 3, "max_tiles": 6}
-    x, mask = sample_batch(bags, ["P00", "P04", "P08"], settings, np.random.default_rng(0))
-    for i, patient in enumerate(["P00", "P04", "P08"]):
-        bag = bags.bag(patient)
-        want = min(max(round(0.5 * len(bag)), 3), 6, len(bag))
-        assert int(mask[i].sum()) == want
-        drawn = {t.tobytes() for t in x[i, : int(mask[i].sum())].numpy()}
-        assert len(drawn) == want
-        assert drawn <= {t.tobytes() for t in bag}
+    for most, people in ((6, ["P00", "P04", "P08"]), (12, ["P00", "P04", "P08"]), (12, ["P03"])):
+        settings = {**DEFAULTS, "tile_fraction": 0.5, "min_tiles": 3, "max_tiles": most}
+        wanted = [min(max(round(0.5 * bags.tiles(p)), 3), most, bags.tiles(p)) for p in people]
+        x, mask = sample_batch(bags, people, settings, np.random.default_rng(0))
+        assert x.shape == (len(people), max(wanted), bags.dim)
+        assert (mask is None) == (len(set(wanted)) == 1)
+        counts = [x.shape[1]] * len(people) if mask is None else mask.sum(1).tolist()
+        assert counts == wanted
+        for tiles, patient, count in zip(x.numpy(), people, counts, strict=True):
+            drawn = {t.tobytes() for t in tiles[:count]}
+            assert len(drawn) == count
+            assert drawn <= {t.tobytes() for t in bags.bag(patient)}
+
+
+def test_a_single_whole_bag_is_not_copied():
+    bags, _ = planted()
+    settings = {**DEFAULTS, "tile_fraction": 1.0, "max_tiles": None}
+    x, mask = sample_batch(bags, ["P04"], settings, np.random.default_rng(0))
+    assert mask is None
+    assert np.shares_memory(x.numpy(), bags.features)
+    np.testing.assert_array_equal(x[0].numpy(), bags.bag("P04"))
+
+
+def test_class_weights():
     np.testing.assert_allclose(class_weights([0, 0, 0, 1], 2), [4 / 6, 2])
 
 
