@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake import isolation
-from slidemake.failures import RunError
+from slidemake.failures import RunError, SlideFailure
 
 
 @contextmanager
@@ -49,6 +49,9 @@ def _tell(error: Exception, rule: str, log_file: Path | None) -> None:
     log = logging.getLogger("slidemake")
     if isinstance(error, RunError):
         log.error("%s", error)
+        return
+    if isinstance(error, SlideFailure):  # where no slide is worked on alone
+        log.error("rule %s stopped: %s. %s", rule, error, error.hint)
         return
     where = f" (traceback in {log_file})" if log_file else ""
     if log_file:

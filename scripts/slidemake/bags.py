@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.failures import RunError
-from slidemake.provenance import committed, read_json, write_json
+from slidemake.failures import RunError, SlideFailure, damaged
+from slidemake.integrity import check_store, read_array
+from slidemake.provenance import check_file, committed, file_sums, read_json, write_json
 
 IN_MEMORY_BYTES = 1 << 30
 
@@ -90,9 +91,13 @@ def stain_identity(stain: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def open_embeddings(path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """The features array (N, D) of an embedding store, not yet read, and its attributes. RunError when it is none."""
+    """The features array (N, D) of an embedding store, not yet read, and its attributes.
+
+    RunError when it is none, SlideFailure `damaged` when it is not as it was written.
+    """
     import zarr
 
+    check_store(path)
     try:
         group = zarr.open_group(str(path), mode="r")
         features = group["features"]
@@ -103,6 +108,8 @@ def open_embeddings(path: str | Path) -> tuple[Any, dict[str, Any]]:
     attrs = dict(group.attrs)
     if attrs.get("format") != "slidemake-embeddings":
         raise RunError(f"{path} has format {attrs.get('format')!r}, not slidemake-embeddings.")
+    if attrs.get("slide_id", Path(path).stem) != Path(path).stem:
+        raise damaged(path, f"is of slide {attrs['slide_id']}")
     return features, attrs
 
 
@@ -130,7 +137,8 @@ def pack_bags(folder: str | Path, slides: Iterable[tuple[str, str]], path: str |
         for values in cohort.values():
             values.tofile(handle)
     about = {"slides": cohort.slides, "patients": cohort.patients, "sizes": cohort.sizes, **cohort.about()}
-    write_json(Path(path).with_suffix(".json"), {"format": "slidemake-bags", **about})
+    files = file_sums(Path(path).parent, [Path(path).name])
+    write_json(Path(path).with_suffix(".json"), {"format": "slidemake-bags", **about, "files": files})
 
 
 def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
@@ -138,12 +146,14 @@ def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
     try:
         index = read_json(Path(path).with_suffix(".json"))
         features = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if features.size * 4 <= in_memory_bytes:  # a larger one is checked by `slidemake.verify` only
+            check_file(path, index)
+            features = np.asarray(features, np.float32)
+    except (SlideFailure, OSError, ValueError, EOFError) as error:
         raise RunError(
             f"{path} cannot be read ({error}); delete it and run again: it is packed from the embeddings."
         ) from error
-    if features.size * 4 <= in_memory_bytes:
-        features = np.asarray(features, np.float32)
+    index.pop("files", None)
     if index.pop("format", None) != "slidemake-bags":
         raise RunError(f"{Path(path).with_suffix('.json')} is no index of packed bags; delete both and run again.")
     return make_bags(features, **index)
@@ -185,7 +195,8 @@ class _Cohort:
     def values(self) -> Iterator[np.ndarray]:
         """(N, D) features slide by slide; RunError when one is not finite."""
         for slide, features in zip(self.slides, self.features, strict=True):
-            values = np.ascontiguousarray(features[:], self.dtype)
+            read = read_array({"features": features}, "features", self.folder / f"{slide}.zarr")
+            values = np.ascontiguousarray(read, self.dtype)
             if not np.isfinite(values).all():
                 raise RunError(
                     f"Features of slide {slide} are not all finite; delete its store in {self.folder} and embed it "

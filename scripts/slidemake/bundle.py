@@ -9,7 +9,6 @@ read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from safetensors.torch import load_file, save
 from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import same_encoder, stain_identity
 from slidemake.calibration import probabilities
-from slidemake.failures import RunError
-from slidemake.provenance import committed, read_json_if_whole, write_json
+from slidemake.failures import RunError, SlideFailure
+from slidemake.provenance import check_file, committed, file_sums, read_json, read_json_if_whole, write_json
 
 FORMAT, FORMAT_VERSION = "slidemake-bundle", 1
 JSON, WEIGHTS = "bundle.json", "weights.safetensors"
@@ -85,18 +84,21 @@ def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Gr
     with committed(folder) as work:
         work.mkdir()
         (work / WEIGHTS).write_bytes(save(tensors))  # save_file would make it readable to its owner alone
-        write_json(work / JSON, {**info, "format": FORMAT, "format_version": FORMAT_VERSION, "groups": about})
+        versions = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        write_json(work / JSON, {**info, **versions, "groups": about, "files": file_sums(work, [WEIGHTS])})
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
     """bundle.json of a bundle, checked for format and version; RunError when it is not one that this version reads."""
     path = Path(folder) / JSON
+    if not path.is_file():
+        raise RunError(f"{folder} is not a model bundle: it has no {JSON}.")
     try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise RunError(f"{folder} is not a model bundle: it has no {JSON}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is damaged ({error}); train the model again or copy the bundle again.") from error
+        info = read_json(path)
+    except SlideFailure as failure:
+        raise RunError(f"{failure}. Train the model again or copy the bundle again.") from failure
+    if not isinstance(info, dict):
+        raise RunError(f"{path} is no description of a model bundle; train the model again or copy the bundle again.")
     if info.get("format") != FORMAT or info.get("format_version") != FORMAT_VERSION:
         raise RunError(
             f"{path} is {info.get('format')!r} version {info.get('format_version')!r}; this slidemake reads "
@@ -111,8 +113,9 @@ def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
     info = read_info(folder)
     path = Path(folder) / WEIGHTS
     try:
+        check_file(path, info)
         tensors = load_file(path, device=device)
-    except (FileNotFoundError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError, SlideFailure) as error:
         raise RunError(f"{path} cannot be read ({error}); train the model again or copy the bundle again.") from error
     about = info["aggregator"]
     if about["name"] not in AGGREGATORS:
@@ -136,12 +139,15 @@ def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
 
 
 def is_complete(folder: str | Path, fingerprint: str) -> bool:
-    """Whether `folder` holds a bundle with this fingerprint. Bundles are renamed into place, so it is whole or
-    absent.
-    """
+    """Whether `folder` holds a whole bundle with this fingerprint."""
     info = read_json_if_whole(Path(folder) / JSON)
-    whole = (Path(folder) / WEIGHTS).is_file()
-    return whole and isinstance(info, dict) and info.get("fingerprint") == fingerprint
+    if not isinstance(info, dict) or info.get("fingerprint") != fingerprint:
+        return False
+    try:
+        check_file(Path(folder) / WEIGHTS, info)
+    except SlideFailure:
+        return False
+    return (Path(folder) / WEIGHTS).is_file()
 
 
 def check_features(

@@ -16,7 +16,9 @@ import numpy as np
 
 from slidemake import isolation
 from slidemake.embedding_engine import READERS_PER_GPU, Engine, Forward, Progress, SlideJob
-from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
+from slidemake.failures import SlideFailure, damaged
+from slidemake.integrity import check_store, seal
+from slidemake.provenance import committed, fingerprint, read_json, read_slide_record, remove_leftovers
 from slidemake.tiles import TileStore, add_array, store_fingerprint
 
 FORMAT, FORMAT_VERSION = "slidemake-embeddings", 1
@@ -56,7 +58,10 @@ def make_slide_job(
 
     slide_id = record["slide_id"]
     tiles = results / "tiles" / encoder.grid / f"{slide_id}.zarr"
+    check_store(tiles)
     stored = read_json(tiles / "zarr.json")["attributes"]
+    if (stored.get("slide_id"), stored.get("fingerprint")) != (slide_id, record["fingerprint"]):
+        raise damaged(tiles, f"is not the store that tiling made of slide {slide_id}")
     if stored["pixels"] == "normalised":  # the store's tiles are what the encoder gets
         transform, stain_info = None, stain_description(stored["stain"])
     elif stain_method == "none":
@@ -71,7 +76,7 @@ def make_slide_job(
         stain=transform,
         stain_info=stain_info,
         fingerprint=embedding_fingerprint(record["fingerprint"], identity, stain_info, dtype),
-        slide=read_json(results / "slides" / slide_id / "slide.json"),
+        slide=read_slide_record(results / "slides" / slide_id, "slide.json"),
     )
 
 
@@ -109,6 +114,7 @@ def write_embeddings(
         )
         add_array(group, "features", features)
         add_array(group, "coords", store.coords)
+        seal(work)
 
 
 def process_rack(
@@ -124,7 +130,14 @@ def process_rack(
 
     `records` are the tiling stage's. Returns each lane's records.
     """
-    jobs = [{r["slide_id"]: lane.make_job(r) for r in records if r["status"] == "ok"} for lane in lanes]
+    jobs: list[dict[str, SlideJob]] = [{} for _ in lanes]
+    broken: dict[tuple[int, str], SlideFailure] = {}
+    for number, lane in enumerate(lanes):
+        for record in (r for r in records if r["status"] == "ok"):
+            try:
+                jobs[number][record["slide_id"]] = lane.make_job(record)
+            except SlideFailure as failure:
+                broken[number, record["slide_id"]] = failure
     pending = {
         (number, slide_id)
         for number, of_lane in enumerate(jobs)
@@ -159,6 +172,8 @@ def process_rack(
     def work_of(number: int) -> Callable[[Record], Record]:
         def work(record: Record) -> Record:
             slide_id = record["slide_id"]
+            if (number, slide_id) in broken:
+                raise broken[number, slide_id]
             mark = {"fingerprint": jobs[number][slide_id].fingerprint}
             if (number, slide_id) not in pending:
                 return {**mark, "reused": True, "tiles": record["tiles"]}

@@ -24,7 +24,7 @@ from slidemake.bootstrap import bootstrap_weights, percentile_interval, scope_se
 from slidemake.failures import RunError
 from slidemake.metrics import METRICS, confidence_and_hit, confusion, metrics_over, why_undefined
 from slidemake.prediction_table import Predictions, read_predictions
-from slidemake.provenance import STAGE_VERSIONS, write_json, write_text
+from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
 from slidemake.reliability import calibration_line, ece_if_calibrated, reliability_table, roc_and_pr
 from slidemake.verdict import CONTROLS, REFERENCE, confounding, verdict
 
@@ -339,5 +339,5 @@ def evaluate(
     result, points = evaluate_models(models, options)
     write_text(table, metrics_table(result))
     write_json(curves, points)
-    write_json(metrics, result)
+    write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
     return result

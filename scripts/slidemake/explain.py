@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 
 from slidemake.explain_pictures import COLOURS, render_gallery, render_heatmap
 from slidemake.metrics import auroc
-from slidemake.provenance import write_json, write_text
+from slidemake.provenance import file_sums, write_json, write_text
 
 FILES = ("scores.csv", "heatmap.png", "heatmap.geojson", "top.jpg", "bottom.jpg", "explain.json")
 BINS = ((0, 50), (50, 75), (75, 90), (90, 95), (95, 100))  # percentiles of the colour classes in QuPath
@@ -276,5 +276,6 @@ def explain_slide(
         "caption": "Attention is sensitivity, not causality: it shows where the model looked, not why.",
         **(facts or {}),
     }
+    record["files"] = file_sums(folder, (path.name for path in folder.iterdir() if path.name in FILES[:-1]))
     write_json(folder / "explain.json", record)
     return record

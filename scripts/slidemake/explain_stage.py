@@ -16,7 +16,9 @@ from PIL import Image
 from slidemake.bags import open_embeddings
 from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
 from slidemake.explain import explain_slide, tile_truth
-from slidemake.provenance import fingerprint, read_json, read_json_if_whole
+from slidemake.failures import damaged
+from slidemake.integrity import read_array
+from slidemake.provenance import files_are_whole, fingerprint, read_json_if_whole, read_slide_record
 from slidemake.splits import Splits
 from slidemake.tiles import TileStore
 
@@ -53,16 +55,19 @@ class Explainer:
             truth=truth_file is not None,
         )
         described = read_json_if_whole(out / "explain.json")
-        if described and described.get("fingerprint") == print_:
+        if described and described.get("fingerprint") == print_ and files_are_whole(out, described):
             return {"fingerprint": print_, "reused": True, "tile_auroc": described.get("tile_auroc")}
-        features, attrs = open_embeddings(self.results / "embeddings" / self.encoder / f"{slide_id}.zarr")
-        features = np.asarray(features[:], np.float32)
+        stored = self.results / "embeddings" / self.encoder / f"{slide_id}.zarr"
+        features, attrs = open_embeddings(stored)
+        if attrs.get("fingerprint") != record["fingerprint"]:
+            raise damaged(stored, f"is not the store that the embedding stage made of slide {slide_id}")
+        features = read_array({"features": features}, "features", stored).astype(np.float32)
         attention, change, probability = self._scores(bundles, features, attrs, slide_id)
         store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
         truth = None
         if truth_file is not None:
             mask = np.asarray(Image.open(truth_file).convert("L")) > 127
-            slide = read_json(self.results / "slides" / slide_id / "slide.json")
+            slide = read_slide_record(self.results / "slides" / slide_id, "slide.json")
             truth = tile_truth(mask, store.coords, store.attrs["tile_level0_px"], slide["width"] / mask.shape[1])
         described = self._write(
             out,
@@ -106,7 +111,7 @@ class Explainer:
         pattern = self.options.get("truth")
         if not pattern:
             return None
-        slide = read_json(self.results / "slides" / row["slide_id"] / "slide.json")
+        slide = read_slide_record(self.results / "slides" / row["slide_id"], "slide.json")
         folder, stem = Path(slide["path"]).parent, Path(slide["path"]).stem
         path = Path(pattern.format(folder=folder, stem=stem, slide_id=row["slide_id"]))
         return path if path.exists() else None
@@ -125,7 +130,7 @@ class Explainer:
         from slidemake.embedding_engine import read_selected
         from slidemake.reader import open_slide
 
-        slide = read_json(self.results / "slides" / row["slide_id"] / "slide.json")
+        slide = read_slide_record(self.results / "slides" / row["slide_id"], "slide.json")
         with open_slide(slide["path"], reader=slide["reader"]) as reader:
             overview, sx, sy = reader.overview_at(max(1.0, max(slide["width"], slide["height"]) / OVERVIEW_PX))
             return explain_slide(

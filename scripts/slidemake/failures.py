@@ -23,6 +23,8 @@ HINTS: dict[str, str] = {
     "too_few_tiles": "Lower tiling.min_tissue or tiling.min_tiles, or exclude the slide.",
     "duplicate": "The same scan is in the sheet twice: keep one row, or set exclude on the other.",
     "out_of_memory": "Lower the job's threads or the encoder's batch size, or give the job more memory.",
+    "damaged": "A file of the results is damaged, not the slide: `python -m slidemake.verify` with the folder of the "
+    "results names every such file, and what to delete so that the next run makes it again.",
     "crashed": "This is a defect or an exotic file. The log named here has the traceback; please report it.",
 }
 CODES = tuple(HINTS)
@@ -61,6 +63,11 @@ class SlideFailure(Exception):
 
     def record(self, slide_id: str, stage: str) -> Failure:
         return Failure(slide_id, stage, self.code, self.message, self.hint)
+
+
+def damaged(path: object, what: str) -> SlideFailure:
+    """A file or store that slidemake wrote is not as it was written; `what` goes on after its name."""
+    return SlideFailure("damaged", f"{path} {what}")
 
 
 class RunError(Exception):

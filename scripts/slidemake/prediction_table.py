@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from slidemake.failures import RunError
+from slidemake.provenance import check_file, read_json
 
 NEEDED = ("patient_id", "label", "repeat", "fold")
 
@@ -68,6 +69,9 @@ def read_predictions(path: str | Path, name: str) -> Predictions:
     Raises RunError (with the row) for missing columns, values that are no probabilities, a label without a column, a
     patient with two rows in one repeat, or with two labels or sites.
     """
+    trained = Path(path).with_name("train.json")
+    if trained.exists():
+        check_file(path, read_json(trained))
     with open(path, newline="", encoding="utf-8") as handle:
         reader = csv.DictReader(handle)
         columns, rows = reader.fieldnames or [], list(reader)

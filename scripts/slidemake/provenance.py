@@ -14,21 +14,23 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from slidemake.failures import SlideFailure, damaged
+
 # Raised by one when a stage's output changes for the same input; part of every fingerprint and of every rule's params.
 STAGE_VERSIONS: dict[str, int] = {
     "demo": 1,
     "screen": 1,
-    "tissue": 1,
+    "tissue": 2,
     "stain": 1,
-    "tiles": 2,
-    "embed": 1,
+    "tiles": 3,
+    "embed": 2,
     "bags": 1,
     "splits": 1,
     "train": 2,
@@ -133,10 +135,19 @@ def remove_leftovers(folder: str | Path, name: str, older_than: float = 86400.0)
             continue
 
 
+def checksum(value: dict[str, Any]) -> str:
+    """32 hex digits (half a SHA-256) of a JSON object, without its key `checksum`."""
+    text = canonical_json({key: item for key, item in value.items() if key != "checksum"})
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys; whole or not at all."""
+    """Write `value` as indented JSON with sorted keys, an object with its `checksum`; whole or not at all."""
+    value = json.loads(json.dumps(value, default=_plain, allow_nan=False))
+    if isinstance(value, dict):
+        value["checksum"] = checksum(value)
     with committed(path) as work:
-        work.write_text(json.dumps(value, indent=1, sort_keys=True, default=_plain, allow_nan=False) + "\n")
+        work.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -146,19 +157,64 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON; a broken file is an error that names it."""
+    """Read JSON that `write_json` wrote, without its checksum.
+
+    A file that is missing, broken or not as it was written raises the SlideFailure `damaged`, which names it. One
+    without a checksum (written by hand) is taken as it is.
+    """
     try:
-        return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run again") from error
+        value = json.loads(Path(path).read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise damaged(path, "is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise damaged(path, f"is not valid JSON ({error})") from error
+    if isinstance(value, dict) and "checksum" in value and value.pop("checksum") != checksum(value):
+        raise damaged(path, "does not match its checksum")
+    return value
 
 
 def read_json_if_whole(path: str | Path) -> Any | None:
-    """JSON of a file that may be absent or damaged: None then, so that the caller makes it again."""
+    """As `read_json`; None for a file that is absent or damaged, so that the caller makes it again."""
     try:
-        return json.loads(Path(path).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return read_json(path)
+    except SlideFailure:
         return None
+
+
+def read_slide_record(folder: str | Path, name: str) -> dict[str, Any]:
+    """`name` (slide.json, tissue.json, stain.json) of the folder of a slide; `damaged` also when it is another's."""
+    path = Path(folder) / name
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("slide_id", path.parent.name) != path.parent.name:
+        raise damaged(path, "is of another slide")
+    return record
+
+
+def file_sums(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: SHA-256} of files in `folder`: what a JSON beside them keeps as `files`."""
+    return {name: file_sha256(Path(folder) / name) for name in sorted(names)}
+
+
+def files_are_whole(folder: str | Path, described: dict[str, Any]) -> bool:
+    """Whether all files that `described["files"]` lists are in `folder` as they were written."""
+    try:
+        for name in described.get("files", {}):
+            check_file(Path(folder) / name, described)
+    except SlideFailure:
+        return False
+    return True
+
+
+def check_file(path: str | Path, described: dict[str, Any]) -> None:
+    """`damaged` unless the file is as `described["files"]` says (where it says anything about it)."""
+    path = Path(path)
+    wanted = described.get("files", {}).get(path.name)
+    if wanted is None:
+        return
+    if not path.is_file():
+        raise damaged(path, "is missing")
+    if file_sha256(path) != wanted:
+        raise damaged(path, "does not match its checksum")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import signal
 import sys
 import threading
@@ -63,10 +64,18 @@ def assign_racks(slide_ids: list[str], size: int) -> dict[str, list[str]]:
 
 def read_manifest(path: str | Path, stage: str | None = None) -> list[Record]:
     """Slide records of one rack manifest."""
-    manifest = read_json(path)
-    if stage is not None and manifest["stage"] != stage:
-        raise RunError(f"{path} is a manifest of stage {manifest['stage']!r}, not of {stage!r}")
-    return manifest["slides"]
+    try:
+        manifest = read_json(path)
+        found, slides = manifest["stage"], manifest["slides"]
+    except (SlideFailure, KeyError, TypeError) as error:
+        raise RunError(
+            f"The manifest {path} is damaged ({error}). Delete it and run the same command again."
+        ) from error
+    if stage is not None and found != stage:
+        raise RunError(f"{path} is a manifest of stage {found!r}, not of {stage!r}")
+    if re.fullmatch(r"r\d+", Path(path).stem) and manifest["rack"] != Path(path).stem:
+        raise RunError(f"{path} is the manifest of rack {manifest['rack']}. Delete it and run the same command again.")
+    return slides
 
 
 def read_manifests(paths: Iterable[str | Path], stage: str | None = None) -> list[Record]:

@@ -16,8 +16,8 @@ from typing import Any
 from slidemake.cohort import SlideRow, read_sheet
 from slidemake.configuration import in_order, load_configuration, sheet_columns, stage_options
 from slidemake.encoders import EncoderRecord, check_access, load_record, registry
-from slidemake.failures import RunError
-from slidemake.provenance import FORMAT_VERSION, read_json_if_whole, write_json
+from slidemake.failures import RunError, SlideFailure
+from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, write_json
 from slidemake.racks import Machine, assign_racks, auto_rack_size
 from slidemake.stain import resolve_method
 
@@ -210,9 +210,12 @@ def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[st
 
 def read_bundle(folder: str) -> dict[str, Any]:
     """bundle.json of a trained model. Raises RunError where there is none, or one of another format."""
-    info = read_json_if_whole(Path(folder) / "bundle.json")
-    if info is None:
-        raise RunError(f"bundle: {folder} is not a model bundle: it has no readable bundle.json.")
+    try:
+        info = read_json(Path(folder) / "bundle.json")
+    except SlideFailure as failure:
+        raise RunError(f"bundle: {folder} is not a model bundle: {failure}.") from failure
+    if not isinstance(info, dict):
+        raise RunError(f"bundle: {folder} is not a model bundle: its bundle.json is no JSON object.")
     missing = sorted({"encoder", "stain", "stain_target", "tissue", "tiling", "features"} - set(info))
     if missing:
         raise RunError(

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.failures import RunError
-from slidemake.provenance import fingerprint, read_json_if_whole, write_json, write_text
+from slidemake.provenance import file_sums, fingerprint, read_json_if_whole, write_json, write_text
 
 METHODS = ("kfold", "given", "leave_one_site_out")
 TRAIN, VAL = "train", "val"
@@ -399,7 +399,14 @@ def write_splits(splits: Splits, table: str | Path, report: str | Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(table, text.getvalue())
-    write_json(report, {**splits.report, "fingerprint": fingerprint("splits", rows=rows)})
+    write_json(
+        report,
+        {
+            **splits.report,
+            "fingerprint": fingerprint("splits", rows=rows),
+            "files": file_sums(Path(table).parent, [Path(table).name]),
+        },
+    )
 
 
 def read_splits(table: str | Path) -> Splits:

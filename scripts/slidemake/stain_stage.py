@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage as ndi
 
 from slidemake.failures import SlideFailure
-from slidemake.provenance import fingerprint, read_json, read_json_if_whole, write_json
+from slidemake.provenance import fingerprint, read_json_if_whole, read_slide_record, write_json
 from slidemake.reader import SlideReader, best_level, open_slide
 from slidemake.stain import (
     StainRefused,
@@ -24,6 +23,7 @@ from slidemake.stain import (
     stain_transform,
     target_from_image,
 )
+from slidemake.tissue_stage import read_mask
 
 DEFAULTS: dict[str, Any] = {
     "method": "none",  # macenko, vahadane, reinhard, ruifrok or none; `auto` is resolved before
@@ -58,9 +58,9 @@ def process_slide(record: dict[str, Any], results: str | Path, options: dict[str
     if method == "none":
         stain |= dict.fromkeys(empty) | {"status": "none", "reason": "method none", "pixels": 0}
     else:
-        slide = read_json(folder / "slide.json")
-        tissue = _read_mask(folder)
-        scale = tuple(read_json(folder / "tissue.json")["level0_per_mask_px"])
+        slide = read_slide_record(folder, "slide.json")
+        tissue, described = read_mask(folder)
+        scale = tuple(described["level0_per_mask_px"])
         pixels, white, unreadable = pool_slide(slide, tissue, scale, settings)
         stain["unreadable_regions"] = unreadable
         try:
@@ -70,11 +70,6 @@ def process_slide(record: dict[str, Any], results: str | Path, options: dict[str
             stain |= {"status": "none", "reason": refused.reason, "message": str(refused)}
     write_json(folder / "stain.json", stain)
     return stain
-
-
-def _read_mask(folder: Path) -> np.ndarray:
-    with Image.open(folder / "tissue.png") as mask:
-        return np.asarray(mask.convert("L")) > 0
 
 
 def pool_slide(
@@ -186,7 +181,7 @@ def make_target(results: str | Path, target: str, method: str, slide_ids: list[s
         return no_target("method none")
     if target != "cohort":
         return target_from_image(target, method)
-    fits = [read_json(Path(results) / "slides" / slide_id / "stain.json") for slide_id in slide_ids]
+    fits = [read_slide_record(Path(results) / "slides" / slide_id, "stain.json") for slide_id in slide_ids]
     return pool_targets(fits, method)
 
 
@@ -195,5 +190,7 @@ def slide_transform(results: str | Path, slide_id: str, target: dict[str, Any]) 
 
     A slide without a fit gets the transform that leaves pixels as they are; method and target are the cohort's.
     """
-    transform: StainTransform = stain_transform(read_json(Path(results) / "slides" / slide_id / "stain.json"), target)
+    transform: StainTransform = stain_transform(
+        read_slide_record(Path(results) / "slides" / slide_id, "stain.json"), target
+    )
     return transform.as_dict()

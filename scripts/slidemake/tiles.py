@@ -22,7 +22,8 @@ from numcodecs.zstd import Zstd
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from slidemake.codec import JpegTile, decode_jpeg, encode_jpeg
-from slidemake.failures import RunError
+from slidemake.failures import RunError, damaged
+from slidemake.integrity import check_store, problems, read_array
 
 FORMAT, FORMAT_VERSION = "slidemake-tiles", 1
 MISSING = 2**64 - 1
@@ -157,10 +158,8 @@ class TileStore:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            group = zarr.open_group(self.path, mode="r")
-        except FileNotFoundError as error:
-            raise RunError(f"{self.path} holds no tile store; run the tiling stage again") from error
+        check_store(self.path)
+        group = zarr.open_group(self.path, mode="r")
         self.attrs: dict[str, Any] = dict(group.attrs)
         if self.attrs.get("format") != FORMAT or self.attrs.get("format_version") != FORMAT_VERSION:
             raise RunError(
@@ -168,7 +167,7 @@ class TileStore:
                 f"reads {FORMAT} version {FORMAT_VERSION}. Delete the store (or choose another output) and run again."
             )
         self._group = group
-        self.coords = np.asarray(group["coords"][...]).reshape(-1, 2)
+        self.coords = read_array(group, "coords", self.path).reshape(-1, 2)
         self.has_pixels = self.attrs["store"] == "pixels"
         self.tile_px: int = self.attrs["tile_px"]
         self._codec = TileCodec.from_attributes(self.attrs)
@@ -177,12 +176,12 @@ class TileStore:
     @cached_property
     def tissue(self) -> np.ndarray:
         """(N,) float32, share of each tile that is tissue."""
-        return np.asarray(self._group["tissue"][...])
+        return read_array(self._group, "tissue", self.path)
 
     @cached_property
     def quality(self) -> np.ndarray:
         """(N, q) float32, columns as in the attribute quality_names."""
-        return np.asarray(self._group["quality"][...])
+        return read_array(self._group, "quality", self.path)
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -192,7 +191,7 @@ class TileStore:
         return self.read_tiles(range(start, stop))
 
     def read_tiles(self, indices: Iterable[int]) -> np.ndarray:
-        """Tiles at `indices`: (n, H, W, 3) uint8. Damage raises OSError that names store and tile."""
+        """Tiles at `indices`: (n, H, W, 3) uint8. SlideFailure `damaged` names store and tile."""
         wanted = [int(i) for i in indices]
         shape = (self.tile_px, self.tile_px, 3)
         out = np.empty((len(wanted), *shape), np.uint8)
@@ -202,15 +201,19 @@ class TileStore:
                 raise IndexError(f"tile {tile} of {len(self)} in {self.path}")
             by_shard.setdefault(tile // self._shard_tiles, []).append(place)
         for shard, places in by_shard.items():
-            with open(shard_path(self.path, shard), "rb") as handle:
-                index = read_shard_index(handle, self._shard_tiles)
-                for place in places:
-                    offset, size = (int(v) for v in index[wanted[place] % self._shard_tiles])
-                    handle.seek(offset)
-                    try:
+            tile = wanted[places[0]]
+            try:
+                with open(shard_path(self.path, shard), "rb") as handle:
+                    index = read_shard_index(handle, self._shard_tiles)
+                    for place in places:
+                        tile = wanted[place]
+                        offset, size = (int(v) for v in index[tile % self._shard_tiles])
+                        handle.seek(offset)
                         out[place] = self._codec.decode(handle.read(size), shape)
-                    except (OSError, ValueError, RuntimeError) as error:
-                        raise OSError(f"{self.path}, tile {wanted[place]}: {error}") from error
+            except FileNotFoundError as error:
+                raise damaged(self.path, f"lacks shard {shard} of its pixels") from error
+            except (OSError, ValueError, RuntimeError, struct.error) as error:
+                raise damaged(self.path, f"is damaged in shard {shard}, tile {tile}: {error}") from error
         return out
 
 
@@ -218,5 +221,7 @@ def store_fingerprint(path: str | Path) -> str | None:
     """Fingerprint in a finished store (tiles or embeddings), None where there is none or it is damaged."""
     from slidemake.provenance import read_json_if_whole
 
+    if next(problems(path), None) is not None:
+        return None
     metadata = read_json_if_whole(Path(path) / "zarr.json")
     return (metadata or {}).get("attributes", {}).get("fingerprint")

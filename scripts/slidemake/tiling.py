@@ -20,7 +20,8 @@ import numpy as np
 
 from slidemake.failures import RunError, SlideFailure
 from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
-from slidemake.provenance import committed, fingerprint, read_json, remove_leftovers
+from slidemake.integrity import seal
+from slidemake.provenance import committed, fingerprint, read_slide_record, remove_leftovers
 from slidemake.tile_reading import read_tiles, reduction
 from slidemake.tiles import (
     FORMAT,
@@ -195,7 +196,7 @@ def process_slide(
     if store_fingerprint(path) == print_:
         return {"fingerprint": print_, "reused": True, **_figures(TileStore(path))}
     remove_leftovers(path.parent, path.name)
-    slide = read_json(results / "slides" / slide_id / "slide.json")
+    slide = read_slide_record(results / "slides" / slide_id, "slide.json")
     window = plan_window(
         grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], options.get("mpp_tolerance", 0.0)
     )
@@ -230,12 +231,10 @@ def select_tiles(
     window: Window, slide: dict[str, Any], folder: Path, min_tissue: float
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Tiles with enough tissue: coords (N, 2), tissue fraction (N,), and how many were refused for too little."""
-    from PIL import Image
-
     from slidemake.tissue_geometry import tissue_fractions
+    from slidemake.tissue_stage import read_mask
 
-    described = read_json(folder / "tissue.json")
-    mask = np.asarray(Image.open(folder / "tissue.png")) > 127
+    mask, described = read_mask(folder)
     coords = tile_positions(window, slide["width"], slide["height"], slide["bounds"])
     fractions = tissue_fractions(mask, tuple(described["level0_per_mask_px"]), boxes(coords, window))
     keep = fractions >= max(min_tissue, 1e-6)
@@ -303,6 +302,7 @@ def _write(
             "refused": {"tissue": refused, "corrupt": corrupt},
         }
     )
+    seal(work)
     return corrupt
 
 

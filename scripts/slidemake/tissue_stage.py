@@ -12,7 +12,18 @@ from PIL import Image
 from scipy import ndimage as ndi
 
 from slidemake.failures import SlideFailure
-from slidemake.provenance import committed, file_sha256, fingerprint, read_json_if_whole, write_json, write_text
+from slidemake.provenance import (
+    check_file,
+    committed,
+    file_sha256,
+    file_sums,
+    files_are_whole,
+    fingerprint,
+    read_json_if_whole,
+    read_slide_record,
+    write_json,
+    write_text,
+)
 from slidemake.tile_quality import focus
 from slidemake.tissue import DEFAULTS as DETECTION_DEFAULTS
 from slidemake.tissue import TissueResult, check_options, describe_mask, detect_tissue, flags_of
@@ -50,7 +61,7 @@ def process_slide(
     outline = file_sha256(geojson) if geojson is not None else None
     mark = fingerprint("tissue", slide=record["fingerprint"], options={**settings, **detection}, outline=outline)
     done = read_json_if_whole(folder / "tissue.json")
-    if done and done.get("fingerprint") == mark and all((folder / name).is_file() for name in FILES):
+    if done and done.get("fingerprint") == mark and "files" in done and files_are_whole(folder, done):
         return _verdict({**done, "reused": True}, geojson)
     if not record.get("mpp"):
         raise SlideFailure("no_mpp", "the resolution is unknown, so tissue cannot be measured in um")
@@ -116,7 +127,16 @@ def _write(
     write_text(folder / "tissue.geojson", json.dumps(outline, separators=(",", ":")) + "\n")
     with committed(folder / "tissue.jpg") as work:
         draw_preview(rgb, found.mask, mask_mpp).save(work, format="JPEG", quality=88)
+    figures["files"] = file_sums(folder, FILES[:-1])
     write_json(folder / "tissue.json", figures)
+
+
+def read_mask(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Mask (h, w) bool and tissue.json of a slide's folder; `damaged` when they are not as they were written."""
+    described = read_slide_record(folder, "tissue.json")
+    check_file(folder / "tissue.png", described)
+    with Image.open(folder / "tissue.png") as mask:
+        return np.asarray(mask.convert("L")) > 127, described
 
 
 def _verdict(figures: dict[str, Any], geojson: str | Path | None) -> dict[str, Any]:

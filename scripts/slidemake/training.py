@@ -34,7 +34,7 @@ from slidemake.calibration import auroc, fit_temperature, probabilities, youden_
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.prediction import number, predict_bags, prediction_columns, prediction_row, write_predictions
-from slidemake.provenance import fingerprint, remove_leftovers, versions, write_json
+from slidemake.provenance import file_sums, fingerprint, remove_leftovers, versions, write_json
 from slidemake.splits import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
 
 log = logging.getLogger("slidemake")
@@ -412,6 +412,7 @@ def _write_results(
         "cohort_fingerprint": cohort_fingerprint(work),
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 3),
+        "files": file_sums(work.out, ("predictions_slides.csv", "predictions_patients.csv", "curves.csv")),
     }
     write_json(work.out / "train.json", record)
     log.info("%s: done in %.1f s", work.name, record["seconds"])

@@ -21,8 +21,9 @@ from slidemake.bundle import (
     predict,
     save_bundle,
 )
-from slidemake.failures import RunError
+from slidemake.failures import RunError, SlideFailure
 from slidemake.prediction import apply_bundle_to_stores
+from slidemake.provenance import write_json
 from slidemake.training import train_model
 
 INFO = {
@@ -116,11 +117,14 @@ def test_damaged_bundles(tmp_path):
         ({"aggregator": {**INFO["aggregator"], "features": 9}}, "does not fit"),
         ({"aggregator": {**INFO["aggregator"], "name": "clam"}}, "needs aggregator 'clam'"),
     ]:
-        path.write_text(json.dumps({**info, **change}))
+        write_json(path, {**info, **change})
         with pytest.raises(RunError, match=says):
             load_bundle(tmp_path / "b")
     path.write_text("{")
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(RunError, match="not valid JSON"):
+        load_bundle(tmp_path / "b")
+    path.write_text(json.dumps({**info, "threshold": 0.123}))
+    with pytest.raises(RunError, match="does not match its checksum"):
         load_bundle(tmp_path / "b")
     path.write_text(json.dumps(info))
     weights = tmp_path / "b" / "weights.safetensors"
@@ -210,7 +214,7 @@ def test_mixed_stores_are_refused(tmp_path):
     ):
         with pytest.raises(RunError, match=says):
             load_bags(tmp_path, [("a", "A"), (other, "B")])
-    with pytest.raises(RunError, match="not an embedding store"):
+    with pytest.raises(SlideFailure, match="is missing"):
         load_bags(tmp_path, [("missing", "A")])
     with pytest.raises(RunError, match="No slide"):
         load_bags(tmp_path, [])

@@ -15,7 +15,7 @@ import torch
 import zarr
 from slidemake.embedding import Lane, embedding_fingerprint, process_rack, stain_description
 from slidemake.embedding_engine import WAITING, Engine, Forward, SlideJob, Source
-from slidemake.failures import RunError
+from slidemake.failures import SlideFailure
 from slidemake.racks import run_rack
 from slidemake.stain import StainTransform
 from slidemake.tiles import TileCodec, add_array, create_store, shard_path, store_fingerprint, write_shard
@@ -293,7 +293,7 @@ def test_an_error_in_reading_is_raised_at_its_slide(rack):
     models = {0: Forward(ToyEncoder(), "cpu", 8)}
     work = [{0: make(r)} for r in records]
     running = Engine(work, models, lambda *done: None, batch=8, workers=1, progress=lambda n: None)
-    with pytest.raises(RunError, match="no tile store"):
+    with pytest.raises(SlideFailure, match="is missing"):
         running.result(0, "a")
     assert running.result(0, "d")["tiles"] == 33
     running.close()

@@ -25,6 +25,7 @@ from slidemake.explain import (
     write_geojson,
 )
 from slidemake.explain_pictures import font, length_text, overlay, render_heatmap, round_length, shortened, tile_raster
+from slidemake.provenance import read_json
 
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")
 
@@ -194,7 +195,7 @@ def test_explain_slide_writes_everything(tmp_path):
     assert list(rows[0]) == ["tile", "x", "y", "attention", "attention_percentile", "leave_one_out", "tumour"]
     np.testing.assert_allclose([float(r["attention"]) for r in rows], given["attention"], rtol=1e-6)
     assert [[int(r["x"]), int(r["y"])] for r in rows] == given["coords"].tolist()
-    assert record == json.loads((tmp_path / "x" / "explain.json").read_text())
+    assert record == read_json(tmp_path / "x" / "explain.json")
     assert record["tile_auroc"] == pytest.approx(roc_auc_score(truth, given["attention"]))
     assert (len(record["top"]), len(record["bottom"]), record["fingerprint"]) == (4, 4, "f")
     assert not set(record["top"]) & set(record["bottom"])

@@ -6,12 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+from slidemake.failures import SlideFailure
 from slidemake.provenance import (
+    check_file,
     committed,
     content_identity,
+    file_sums,
+    files_are_whole,
     fingerprint,
     read_json,
     read_json_if_whole,
+    read_slide_record,
     remove_leftovers,
     temporary_sibling,
     versions,
@@ -49,8 +54,41 @@ def test_a_commit_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     path.write_text('{"a": 1')
     assert read_json_if_whole(path) is None
-    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+    with pytest.raises(SlideFailure, match=r"x\.json is not valid JSON"):
         read_json(path)
+
+
+def test_json_that_was_changed_is_not_read(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"mpp": 0.25, "nested": {"y": [1, 2.5, None]}, "checksum": "of an older one"})
+    assert read_json(path) == {"mpp": 0.25, "nested": {"y": [1, 2.5, None]}}
+    path.write_text(path.read_text().replace("0.25", "0.35"))
+    assert read_json_if_whole(path) is None
+    with pytest.raises(SlideFailure, match=r"x\.json does not match its checksum"):
+        read_json(path)
+    path.write_text('{"mpp": 0.35}')  # by hand
+    assert read_json(path) == {"mpp": 0.35}
+
+
+def test_files_that_a_json_lists(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"abc")
+    described = {"files": file_sums(tmp_path, ["a.png"])}
+    check_file(tmp_path / "a.png", described)
+    check_file(tmp_path / "other.png", described)  # of which it says nothing
+    assert files_are_whole(tmp_path, described)
+    (tmp_path / "a.png").write_bytes(b"abd")
+    with pytest.raises(SlideFailure, match="does not match its checksum"):
+        check_file(tmp_path / "a.png", described)
+    (tmp_path / "a.png").unlink()
+    assert not files_are_whole(tmp_path, described)
+
+
+def test_a_record_of_another_slide_is_refused(tmp_path):
+    write_json(tmp_path / "a" / "slide.json", {"slide_id": "a"})
+    assert read_slide_record(tmp_path / "a", "slide.json") == {"slide_id": "a"}
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(SlideFailure, match="of another slide"):
+        read_slide_record(tmp_path / "b", "slide.json")
 
 
 def test_a_directory_replaces_an_older_one(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from slidemake import stain_stage
 from slidemake.failures import SlideFailure
-from slidemake.provenance import write_json
+from slidemake.provenance import read_json, write_json
 from slidemake.stain_stage import make_target, process_slide, regions, slide_transform
 from slidemake.stain_vectors import angle_degrees
 
@@ -61,7 +61,7 @@ def test_slide_is_fitted_written_and_taken_as_finished(results):
     figures = process_slide(record("he"), results, OPTIONS)
     path = results / "slides" / "he" / "stain.json"
     text = path.read_text()
-    assert json.loads(text) == json.loads(json.dumps(figures))
+    assert read_json(path) == json.loads(json.dumps(figures))
     assert (figures["status"], figures["reason"], figures["pixels"]) == ("ok", None, 20_000)
     assert figures["white_point"] == pytest.approx(GLASS, abs=1)
     for found, true in zip(np.array(figures["stain_matrix"]), np.array(HE), strict=True):

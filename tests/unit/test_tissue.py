@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage as ndi
 from slidemake.failures import RunError, SlideFailure
+from slidemake.provenance import read_json
 from slidemake.tissue import detect_tissue
 from slidemake.tissue_pixels import glass_white_point, median3
 from slidemake.tissue_stage import process_slide
@@ -281,7 +282,7 @@ def test_stage_writes_its_files_and_finds_them_again(slide, tmp_path):
     record, _, truth = slide
     figures = process_slide(record, tmp_path, {})
     folder = tmp_path / "slides" / "a"
-    assert json.loads((folder / "tissue.json").read_text()) == figures
+    assert read_json(folder / "tissue.json") == figures
     mask = np.asarray(Image.open(folder / "tissue.png"))
     assert set(np.unique(mask)) == {0, 255}
     assert iou(mask > 127, truth) > 0.9

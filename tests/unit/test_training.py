@@ -15,6 +15,7 @@ from slidemake.bags import make_bags
 from slidemake.calibration import auroc, fit_temperature, probabilities, youden_threshold
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, class_weights, feature_statistics, fit_member, sample_batch
+from slidemake.provenance import read_json
 from slidemake.splits import Splits
 from slidemake.training import class_order, member_plan, train_model
 
@@ -52,7 +53,7 @@ def test_planted_signal_is_found(trained):
         assert row["predicted"] == ("Y" if float(row["prob_Y"]) >= float(row["threshold"]) else "N")
     assert np.mean([r["predicted"] == r["label"] for r in rows]) > 0.8
     assert len(rows_of(out / "predictions_slides.csv")) == 2 * sum(1 + i % 3 for i in range(24))
-    assert json.loads((out / "train.json").read_text()) == json.loads(json.dumps(record))
+    assert read_json(out / "train.json") == json.loads(json.dumps(record))
 
 
 def test_calibrated_probabilities_are_the_logits_over_temperature(trained):

@@ -7,6 +7,7 @@ every kill lands inside a job. So that there is time to kill, commits of one sta
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def results_of(project: Project, stage: str) -> dict[str, Any]:
 def run_and_kill(project: Project, stage: str, hook: Path) -> Killed:
     folder, pattern, manifest = STAGES[stage]
     slow = re.escape(pattern.removeprefix("*/")) + "$" if "/" in pattern else f"{folder}/[^./][^/]*zarr$"
-    process = project.start(PYTHONPATH=str(hook), TEST_SLOW_COMMITS=slow)
+    path = os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = project.start(PYTHONPATH=path, TEST_SLOW_COMMITS=slow)
     deadline = time.monotonic() + PATIENCE
     try:
         while len(results_of(project, stage)) < KILL_AFTER:

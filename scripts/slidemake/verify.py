@@ -1,0 +1,234 @@
+"""Is everything in a folder of results as it was written? `python -m slidemake.verify results` reads every byte.
+
+Checked are all manifests, the JSON of slides, tasks and explanations with the files that they list, all tile and
+embedding stores, all model bundles; and that every manifest's slides have the artefacts that it vouches for. Nothing
+is changed. Each finding names the file, what is wrong, and what to delete: the next run makes exactly that again.
+Exit code 1 when something was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slidemake.adapter import available_cpus
+from slidemake.failures import SlideFailure
+from slidemake.integrity import problems
+from slidemake.provenance import check_file, read_json
+
+STORES = {"tiles": "tiles", "embeddings": "embed"}  # folder -> stage
+SLIDE_FILES = {"slide.json": "screen", "tissue.json": "tissue", "stain.json": "stain"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. `delete`: what to delete so that the next run makes it again."""
+
+    path: Path
+    what: str
+    delete: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return f"{printable(str(self.path))} {printable(self.what)}"
+
+
+def printable(text: str) -> str:
+    """Text without control characters: names in results come from sheets and files."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Something that a manifest vouches for: its JSON (or store), the fingerprint that it must carry."""
+
+    path: Path
+    fingerprint: str
+    manifest: Path
+
+
+class Results:
+    """A folder of results, to be checked."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    @cached_property
+    def manifests(self) -> dict[Path, Any]:
+        """Content of every manifest of a rack, or the failure of reading it."""
+        found: dict[Path, Any] = {}
+        for path in sorted((self.folder / "manifests").rglob("*.json")):
+            try:
+                manifest = read_json(path)
+                if path.parent != self.folder / "manifests":
+                    _ = [(record["slide_id"], record["status"]) for record in manifest["slides"]]
+                    _checked_place(path, manifest, self.folder)
+                found[path] = manifest
+            except SlideFailure as failure:
+                found[path] = str(failure).removeprefix(f"{path} ")
+            except (KeyError, TypeError) as error:
+                found[path] = f"is no manifest ({type(error).__name__}: {error})"
+        return found
+
+    @cached_property
+    def vouchers(self) -> dict[Path, tuple[Path, ...]]:
+        """{file or store: manifests that vouch for it}."""
+        found: dict[Path, list[Path]] = defaultdict(list)
+        for artefact in self.artefacts():
+            found[artefact.path].append(artefact.manifest)
+        return {path: tuple(paths) for path, paths in found.items()}
+
+    def artefacts(self) -> Iterator[Artefact]:
+        """What the readable manifests vouch for."""
+        for path, manifest in self.manifests.items():
+            if isinstance(manifest, str) or path.parent == self.folder / "manifests":
+                continue
+            stage, *where = path.relative_to(self.folder / "manifests").parts[:-1]
+            for record in manifest["slides"]:
+                if record["status"] == "ok":
+                    place = _artefact(self.folder, stage, where, record["slide_id"])
+                    yield Artefact(place, record.get("fingerprint", ""), path)
+
+    def finding(self, path: Path, what: str, *delete: Path) -> Finding:
+        return Finding(path, what, (*(delete or (path,)), *self.vouchers.get(path, ())))
+
+    # -- the checks ------------------------------------------------------------------------------------------------
+
+    def check_manifests(self) -> Iterator[Finding]:
+        """Manifests themselves, and whether what they vouch for is there."""
+        for path, manifest in self.manifests.items():
+            if isinstance(manifest, str):
+                yield Finding(path, manifest, (path,))
+        for artefact in self.artefacts():
+            found = _fingerprint(artefact.path)
+            if found is None:
+                yield self.finding(artefact.path, "is missing, and its manifest vouches for it")
+            elif found and found != artefact.fingerprint:
+                yield self.finding(artefact.path, "is not what its manifest vouches for (another fingerprint)")
+
+    def check_store(self, store: Path) -> Iterator[Finding]:
+        """Every byte of a store."""
+        for problem in problems(store, every_byte=True):
+            yield self.finding(store, problem)
+
+    def check_json(self, path: Path) -> Iterator[Finding]:
+        """A JSON of slides, cohort, tasks or explanations, with the files that it lists."""
+        try:
+            content = read_json(path)
+        except SlideFailure as failure:
+            yield self.finding(path, str(failure).removeprefix(f"{path} "), *self.remake(path))
+            return
+        named = content.get("slide_id") if isinstance(content, dict) else None
+        if named is not None and named != path.parent.name:
+            yield self.finding(path, f"is of slide {named}", *self.remake(path))
+        for name in content.get("files", {}) if isinstance(content, dict) else ():
+            try:
+                check_file(path.parent / name, content)
+            except SlideFailure as failure:
+                what = str(failure).removeprefix(f"{path.parent / name} ")
+                yield Finding(path.parent / name, what, (*self.remake(path), *self.vouchers.get(path, ())))
+
+    def remake(self, path: Path) -> tuple[Path, ...]:
+        """What to delete so that a damaged JSON is made again: a bundle goes whole, with its training's record."""
+        if path.name == "bundle.json":
+            model = path.parent.parent if path.parent.name == "bundle" else path.parent.parent.parent
+            return (path.parent, model / "train.json")
+        return (path,)
+
+    def stores(self) -> list[Path]:
+        found = [path for folder in STORES for path in sorted((self.folder / folder).glob("*/*.zarr"))]
+        return [path for path in found if not path.name.startswith(".")]
+
+    def jsons(self) -> list[Path]:
+        """All JSON but manifests, stores and what work in progress has left."""
+        folders = ("slides", "cohort", "tasks", "explain", "predictions")
+        found = [path for folder in folders for path in sorted((self.folder / folder).rglob("*.json"))]
+        return [p for p in found if not any(part.startswith(".") for part in p.relative_to(self.folder).parts)]
+
+
+def _checked_place(path: Path, manifest: dict[str, Any], folder: Path) -> None:
+    stage = path.relative_to(folder / "manifests").parts[0]
+    if manifest["stage"] != stage:
+        raise SlideFailure("damaged", f"is a manifest of stage {manifest['stage']}, not of {stage}")
+    if manifest.get("rack") != path.stem:
+        raise SlideFailure("damaged", f"is the manifest of rack {manifest.get('rack')}")
+
+
+def _artefact(folder: Path, stage: str, where: list[str], slide_id: str) -> Path:
+    for name, of in SLIDE_FILES.items():
+        if of == stage:
+            return folder / "slides" / slide_id / name
+    for name, of in STORES.items():
+        if of == stage:
+            return folder / name / Path(*where) / f"{slide_id}.zarr"
+    return folder / stage / Path(*where) / slide_id / f"{stage}.json"
+
+
+def _fingerprint(path: Path) -> str | None:
+    """Fingerprint in an artefact; "" where it cannot be read (another check says why), None where there is nothing."""
+    store = path.suffix == ".zarr"
+    file = path / "zarr.json" if store else path
+    if not file.exists():
+        return None if not path.exists() else ""
+    try:
+        content = json.loads(file.read_text())
+        return str((content["attributes"] if store else content)["fingerprint"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def verify(folder: str | Path, threads: int = 1) -> tuple[list[Finding], dict[str, int]]:
+    """All findings, sorted, and how many manifests, stores, bundles and other JSON files were checked."""
+    results = Results(folder)
+    stores, jsons = results.stores(), results.jsons()
+    _ = results.vouchers  # made once, before threads ask for it
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        checks: Iterable[list[Finding]] = [
+            list(results.check_manifests()),
+            *pool.map(lambda path: list(results.check_store(path)), stores),
+            *pool.map(lambda path: list(results.check_json(path)), jsons),
+        ]
+    findings = sorted({f for found in checks for f in found}, key=lambda f: (str(f.path), f.what))
+    bundles = sum(path.name == "bundle.json" for path in jsons)
+    counts = {
+        "manifests": len(results.manifests),
+        "stores": len(stores),
+        "bundles": bundles,
+        "other files": len(jsons) - bundles,
+    }
+    return findings, counts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slidemake.verify", description=__doc__.splitlines()[0])
+    parser.add_argument("results", help="folder of results (the setting `output`)")
+    options = parser.parse_args(arguments)
+    folder = Path(options.results)
+    if not (folder / "slidemake.json").is_file():
+        print(f"{folder} is no folder of slidemake results: it has no slidemake.json.", file=sys.stderr)
+        return 2
+    findings, counts = verify(folder, available_cpus())
+    for finding in findings:
+        print(f"DAMAGED  {finding}")
+    checked = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if not findings:
+        print(f"All is as it was written: {checked}.")
+        return 0
+    delete = sorted({path for finding in findings for path in finding.delete})
+    print(f"\n{len(findings)} problems in {checked}. To have them made again, delete what is damaged and what vouches")
+    print("for it, and give the same snakemake command as before; whatever is finished is kept:")
+    for path in delete:
+        print(f"  rm -r {shlex.quote(printable(str(path)))}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
