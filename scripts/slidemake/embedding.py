@@ -18,7 +18,7 @@ from slidemake import isolation
 from slidemake.embedding_engine import READERS_PER_GPU, Engine, Forward, Progress, SlideJob
 from slidemake.failures import SlideFailure, damaged
 from slidemake.integrity import check_store, seal
-from slidemake.provenance import committed, fingerprint, read_json, read_slide_record, remove_leftovers
+from slidemake.provenance import committed, fingerprint, read_json, read_slide_record
 from slidemake.tiles import TileStore, add_array, store_fingerprint
 
 FORMAT, FORMAT_VERSION = "slidemake-embeddings", 1
@@ -144,8 +144,6 @@ def process_rack(
         for slide_id, job in of_lane.items()
         if isolation.wanted(slide_id) and store_fingerprint(job.out) != job.fingerprint
     }
-    for number, slide_id in pending:
-        remove_leftovers(jobs[number][slide_id].out.parent, jobs[number][slide_id].out.name)
     work = [
         {number: of_lane[r["slide_id"]] for number, of_lane in enumerate(jobs) if (number, r["slide_id"]) in pending}
         for r in records

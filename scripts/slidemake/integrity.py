@@ -48,7 +48,7 @@ def problems(store: str | Path, *, every_byte: bool = False) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         yield f"has no {ROOT}" if store.is_dir() else "is missing"
         return
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         yield f"has a {ROOT} that is not valid ({type(error).__name__}: {error})"
         return
     if sealed is None and "files" not in attributes:

@@ -213,7 +213,6 @@ def _attempt(job: Job, watch: MemoryWatch, alone: str | None, verdicts: dict[str
     board = Board()
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.collect()
     gc.freeze()  # so that collecting garbage in the child does not copy the pages of both
     read_end, write_end = os.pipe()  # closed by the child's end, whatever kind of end
     blocked = {signal.SIGTERM, signal.SIGINT}

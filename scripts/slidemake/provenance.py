@@ -84,11 +84,13 @@ def _remove(path: Path) -> None:
 def committed(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place on success, remove it on any exception.
 
-    Works for files and for directories (a Zarr store). An older directory under the final name is moved away first;
-    if a twin job committed its own in the meantime, that one stays: both hold the same bytes.
+    Works for files and for directories (a Zarr store). What killed jobs left of the same is removed. An older directory
+    under the final name is moved away first; if a twin job committed its own in the meantime, that one stays: both
+    hold the same bytes.
     """
     path = Path(path)
     work = temporary_sibling(path)
+    remove_leftovers(path.parent, path.name)
     try:
         yield work
         if work.is_dir():
@@ -166,6 +168,8 @@ def read_json(path: str | Path) -> Any:
         value = json.loads(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise damaged(path, "is missing") from error
+    except IsADirectoryError as error:
+        raise damaged(path, "is a folder, not a file") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise damaged(path, f"is not valid JSON ({error})") from error
     if isinstance(value, dict) and "checksum" in value and value.pop("checksum") != checksum(value):

@@ -21,7 +21,7 @@ import numpy as np
 from slidemake.failures import RunError, SlideFailure
 from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
 from slidemake.integrity import seal
-from slidemake.provenance import committed, fingerprint, read_slide_record, remove_leftovers
+from slidemake.provenance import committed, fingerprint, read_slide_record
 from slidemake.tile_reading import read_tiles, reduction
 from slidemake.tiles import (
     FORMAT,
@@ -195,7 +195,6 @@ def process_slide(
     print_ = tiles_fingerprint(record["fingerprint"], grid, options, stain["fingerprint"] if stain else None)
     if store_fingerprint(path) == print_:
         return {"fingerprint": print_, "reused": True, **_figures(TileStore(path))}
-    remove_leftovers(path.parent, path.name)
     slide = read_slide_record(results / "slides" / slide_id, "slide.json")
     window = plan_window(
         grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], options.get("mpp_tolerance", 0.0)

@@ -34,7 +34,7 @@ from slidemake.calibration import auroc, fit_temperature, probabilities, youden_
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.prediction import number, predict_bags, prediction_columns, prediction_row, write_predictions
-from slidemake.provenance import file_sums, fingerprint, remove_leftovers, versions, write_json
+from slidemake.provenance import file_sums, fingerprint, versions, write_json
 from slidemake.splits import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
 
 log = logging.getLogger("slidemake")
@@ -230,7 +230,6 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
     folder = work.out / "bundles" / fold.name
     reused = is_complete(folder, fold.fingerprint)
     if not reused:
-        remove_leftovers(folder.parent, folder.name)
         _train_fold(work, fold, folder)
     bundle = load_bundle(folder, work.settings["device"])
     slides, patients, without = predict_bags(

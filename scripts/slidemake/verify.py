@@ -143,6 +143,13 @@ class Results:
             return (path.parent, model / "train.json")
         return (path,)
 
+    def check_bundles(self) -> Iterator[Finding]:
+        """Weights without the JSON that describes them."""
+        for path in sorted((self.folder / "tasks").rglob("weights.safetensors")):
+            described = path.with_name("bundle.json")
+            if not described.exists() and not path.parent.name.startswith("."):
+                yield self.finding(described, "is missing beside its weights", *self.remake(described))
+
     def stores(self) -> list[Path]:
         found = [path for folder in STORES for path in sorted((self.folder / folder).glob("*/*.zarr"))]
         return [path for path in found if not path.name.startswith(".")]
@@ -181,7 +188,7 @@ def _fingerprint(path: Path) -> str | None:
     try:
         content = json.loads(file.read_text())
         return str((content["attributes"] if store else content)["fingerprint"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
@@ -193,6 +200,7 @@ def verify(folder: str | Path, threads: int = 1) -> tuple[list[Finding], dict[st
     with ThreadPoolExecutor(max(1, threads)) as pool:
         checks: Iterable[list[Finding]] = [
             list(results.check_manifests()),
+            list(results.check_bundles()),
             *pool.map(lambda path: list(results.check_store(path)), stores),
             *pool.map(lambda path: list(results.check_json(path)), jsons),
         ]
