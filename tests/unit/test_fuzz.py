@@ -1,4 +1,4 @@
-"""A few cases of the fuzzer of tests/soak (`make soak` runs hundreds): damage ends in a record, a message or no harm."""
+"""A few cases of the fuzzer (`make soak` runs hundreds): damage ends in a record, a message or no harm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fuzz import KINDS, run_case
 from workshop import Workshop
 folder = Path(sys.argv[2])
 good = Workshop.make(folder / "good", drawn=2)
-kinds = {"slide": 3, "artefact": 6, "rerun": 2, "manifest": 3, "bundle": 4, "sheet": 4}
+kinds = {"slide": 2, "artefact": 6, "rerun": 2, "manifest": 3, "bundle": 4, "sheet": 4}
 cases = [run_case(good, number, 1, folder, kind) for kind, count in kinds.items() for number in range(count)]
 print(json.dumps([asdict(case) for case in cases]))
 """
@@ -38,6 +38,6 @@ def test_damage_ends_in_a_record_a_message_or_no_harm(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     cases = json.loads(done.stdout.splitlines()[-1])
-    assert len(cases) == 22
+    assert len(cases) == 21
     assert [case for case in cases if case["outcome"] == "wrong"] == []
     assert {"record", "message", "same"} <= {case["outcome"] for case in cases}
