@@ -66,15 +66,15 @@ def read_manifest(path: str | Path, stage: str | None = None) -> list[Record]:
     """Slide records of one rack manifest."""
     try:
         manifest = read_json(path)
-        found, slides = manifest["stage"], manifest["slides"]
+        found, rack, slides = manifest["stage"], manifest["rack"], manifest["slides"]
     except (SlideFailure, KeyError, TypeError) as error:
         raise RunError(
             f"The manifest {path} is damaged ({error}). Delete it and run the same command again."
         ) from error
     if stage is not None and found != stage:
         raise RunError(f"{path} is a manifest of stage {found!r}, not of {stage!r}")
-    if re.fullmatch(r"r\d+", Path(path).stem) and manifest["rack"] != Path(path).stem:
-        raise RunError(f"{path} is the manifest of rack {manifest['rack']}. Delete it and run the same command again.")
+    if re.fullmatch(r"r\d+", Path(path).stem) and rack != Path(path).stem:
+        raise RunError(f"{path} is the manifest of rack {rack}. Delete it and run the same command again.")
     return slides
 
 

@@ -25,7 +25,8 @@ def results(tmp_path):
         {"slide_id": "s3", "status": "ok", "seconds": 9.0, "tiles": 7, "reused": True},
         {"slide_id": "s2", "status": "failed", "failure": failure},
     ]
-    write_json(tmp_path / "manifests" / "tiles" / "g" / "r00000.json", {"stage": "tiles", "slides": records})
+    manifest = {"stage": "tiles", "rack": "r00000", "slides": records}
+    write_json(tmp_path / "manifests" / "tiles" / "g" / "r00000.json", manifest)
     return tmp_path
 
 

@@ -21,6 +21,7 @@ JUSTIFIED = {
     "Mixed rules and functions in same snakefile": "an input function stands beside the one rule that uses it",
     'Absolute path "/".join([OUTPUT': "not a path: the separator",
     'Absolute path "/dev/nvidia0"': "a device: is there a GPU",
+    "Environment variable PYTHONPATH used": "added to, for the jobs; a run needs none",
 }
 
 
