@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slidemake.linear import linear
+
 CHUNK = 8192  # tiles that go through the projection at once at inference; bounds memory on slides with 1e5 tiles
 
 
@@ -57,7 +59,7 @@ class Aggregator(nn.Module):
         """`layer(self.standardise(x))` with mean and deviation folded into the layer: W (x - m) / s + b is
         (W / s) x + (b - (W / s) m), which spares two passes over all tiles."""
         weight = layer.weight * self.feature_std.reciprocal()
-        return nn.functional.linear(x, weight, layer.bias - weight @ self.feature_mean)
+        return linear(x, weight, layer.bias - weight @ self.feature_mean)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., N, D) features -> (..., N, L) tile embeddings and (..., N) attention scores before the softmax."""

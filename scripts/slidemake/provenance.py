@@ -33,7 +33,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "embed": 2,
     "bags": 1,
     "splits": 1,
-    "train": 2,
+    "train": 3,
     "evaluate": 1,
     "explain": 1,
     "predict": 1,
