@@ -6,6 +6,7 @@ rule split_cohort:
     input:
         slides=rules.cohort_table.output.slides,
         passed=rules.check_cohort.output.passed,
+        given=lambda wildcards: PLAN.split_files(wildcards.task),
     output:
         splits=f"{OUTPUT}/tasks/{{task}}/splits.csv",
         report=f"{OUTPUT}/tasks/{{task}}/splits.json",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slidemake.configuration import nearest
+from slidemake.configuration import nearest, split_column
 from slidemake.failures import RunError
 from slidemake.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
 from slidemake.sheet_table import KNOWN, Problem, Table, check_columns, read_table
@@ -247,11 +247,11 @@ def _fold_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterato
 
 
 def _split_problems(included: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:
-    """Given folds and sites: each labelled patient has one, there are at least two, and no patient is in two."""
-    method = task.get("splits", {}).get("method", "kfold")
-    if method == "kfold":
+    """Given folds, cohorts, dates, sites: each labelled patient has one, there are at least two, none is in two."""
+    method, column = task.get("splits", {}).get("method", "kfold"), split_column(task.get("splits", {}))
+    if column is None:
         return []
-    column, first = task["splits"].get("column", "split") if method == "given" else "site", included[0]
+    first = included[0]
     if column not in first.labels and column not in KNOWN:
         return [Problem(0, "", f"{name}: {_no_column(column, first)} (splits of method {method} need it)")]
     patients = {row.patient_id for row in included if row.labels[task["label"]]}
@@ -265,6 +265,8 @@ def _split_problems(included: list[SlideRow], task: Mapping[str, Any], name: str
     problems = [Problem(number, column, f"is empty, and {name} splits by it") for number in empty]
     if len(values) == 1:
         problems.append(Problem(0, "", f"{name}: column {column} has one value only ({values.pop()}); two are needed"))
+    if method == "temporal":
+        return problems  # slides of one patient may be of different days
     problems += [
         Problem(problem.row, column, f"{problem.text}; a patient in two folds would be trained and tested on")
         for problem in disagreements(rows, column)

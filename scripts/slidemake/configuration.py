@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +97,21 @@ def stage_options(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def sheet_columns(config: dict[str, Any]) -> list[str]:
-    """Columns that the tasks need in the sheet: their labels, and the folds where they are given."""
+    """Columns that the tasks need in the sheet: their labels, and those that their folds are made of."""
     tasks = config["tasks"].values()
-    splits = [task["splits"]["column"] for task in tasks if task["splits"]["method"] == "given"]
-    return sorted({task["label"] for task in tasks} | set(splits))
+    splits = [column for task in tasks if (column := split_column(task["splits"])) not in (None, "site")]
+    return sorted({task["label"] for task in tasks} | {str(column) for column in splits})
+
+
+def split_column(splits: Mapping[str, Any]) -> str | None:
+    """The column of the sheet that a split method reads, with a value for every patient; None when there is none."""
+    return {
+        "given": splits.get("column", "split"),
+        "external": splits.get("column", "split"),
+        "temporal": splits.get("date_column", "scan_date"),
+        "leave_one_site_out": "site",
+        "site_preserved": "site",
+    }.get(splits.get("method", "kfold"))
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -239,6 +250,11 @@ def _locate(config: dict[str, Any], base: Path) -> None:
         value = section.get(key)
         if isinstance(value, str) and value and not Path(value).exists() and (base / value).exists():
             section[key] = str(base / value)
+    for task in _sections(config, "tasks").values():
+        splits = task["splits"] if isinstance(task.get("splits"), dict) else {}
+        value = splits.get("file")
+        if isinstance(value, str) and value and not Path(value).exists() and (base / value).exists():
+            splits["file"] = str(base / value)
 
 
 def _resolve_models(config: dict[str, Any]) -> None:
@@ -326,10 +342,22 @@ def _cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator
                 yield f"tasks.{name}.models: {model} runs by itself as a control in every task; leave it out"
             elif isinstance(model, str) and model not in models:
                 yield f"tasks.{name}.models: {_no_such(model, 'model', list(models))}"
+        yield from _check_splits(name, task)
         if task.get("type") == "multiclass" and task.get("positive") is not None:
             yield f"tasks.{name}.positive: a multiclass task has no positive class; remove the key"
     yield from _check_explain(config, models, tasks)
     yield from _check_files(config)
+
+
+def _check_splits(name: str, task: dict[str, Any]) -> Iterator[str]:
+    splits: dict[str, Any] = task["splits"] if isinstance(task.get("splits"), dict) else {}
+    method, where = splits.get("method"), f"tasks.{name}.splits"
+    if method == "file" and not splits.get("file"):
+        yield f"{where}.file: method file needs it; name a split file of CLAM, Patho-Bench or STAMP"
+    elif method == "file" and not Path(str(splits["file"])).exists():
+        yield f"{where}.file: there is no file or folder {splits['file']}"
+    if method == "external" and not splits.get("test"):
+        yield f"{where}.test: method external needs it; name the values of column {splits.get('column')} to be tested"
 
 
 def _check_explain(config: dict[str, Any], models: dict[str, Any], tasks: dict[str, Any]) -> Iterator[str]:

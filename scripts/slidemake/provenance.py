@@ -32,7 +32,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "tiles": 3,
     "embed": 2,
     "bags": 1,
-    "splits": 1,
+    "splits": 2,
     "train": 3,
     "evaluate": 1,
     "explain": 1,

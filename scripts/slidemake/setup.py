@@ -19,6 +19,7 @@ from slidemake.encoders import EncoderRecord, check_access, load_record, registr
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, write_json
 from slidemake.racks import Machine, assign_racks, auto_rack_size
+from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
 
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
@@ -108,6 +109,11 @@ class Plan:
     def task_options(self, task: str) -> dict[str, Any]:
         """A task's settings but for its list of models, which changes nothing for any one of them."""
         return in_order({key: value for key, value in self.tasks[task].items() if key != "models"})
+
+    def split_files(self, task: str) -> list[str]:
+        """Files that a task's folds are read from: none, unless its split method is file."""
+        splits = self.tasks[task]["splits"]
+        return [str(path) for path in split_files(splits["file"])] if splits["method"] == "file" else []
 
     def model_options(self, task: str, model: str) -> dict[str, Any]:
         """Settings of a model; a control is the first model's with `control` set."""
