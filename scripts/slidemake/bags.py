@@ -57,6 +57,11 @@ class Bags:
         first, last = self.where.get(patient, (0, 0))
         return int(self.offsets[first]), int(self.offsets[last])
 
+    def sizes(self, patient: str) -> list[int]:
+        """Number of tiles of each of a patient's slides."""
+        first, last = self.where.get(patient, (0, 0))
+        return np.diff(self.offsets[first : last + 1]).tolist()
+
     def of_patients(self, patients: Iterable[str]) -> Bags:
         """The same array for some of the patients; those without slides are left out."""
         return replace(self, where={p: self.where[p] for p in patients if p in self.where})

@@ -172,11 +172,14 @@ def check_features(
         )
 
 
-def predict(bundle: Bundle, features: np.ndarray) -> Prediction:
-    """Apply a bundle to the (N, D) features of one bag, N >= 1. The caller has checked them (`check_features`)."""
+def predict(bundle: Bundle, features: np.ndarray, sizes: Sequence[int] | None = None) -> Prediction:
+    """Apply a bundle to the (N, D) features of one bag, N >= 1. The caller has checked them (`check_features`).
+
+    sizes: tiles of each of the bag's slides, in order; None: one slide.
+    """
     logits, prob, attention = [], [], []
     for group in bundle.groups:
-        parts = [predict_bag(member, features) for member in group.members]
+        parts = [predict_bag(member, features, sizes) for member in group.members]
         mean = np.mean([p[0] for p in parts], axis=0)
         logits.append(mean)
         prob.append(probabilities(mean, group.temperature))

@@ -333,6 +333,8 @@ def _cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator
         encoder = model.get("encoder")
         if name in CONTROLS:
             yield f"models.{name}: this name belongs to a control that always runs; choose another name"
+        if model.get("aggregator") == "mean_pool_lr" and model.get("slides") == "attention":
+            yield f"models.{name}.slides: the regression mean_pool_lr has no attention over slides; write pool"
         if encoders is not None and isinstance(encoder, str) and encoder.partition(":")[0] not in encoders:
             yield f"models.{name}.encoder: {_no_such(encoder, 'encoder', encoders)}"
     for name, task in tasks.items():

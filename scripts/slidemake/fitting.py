@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from slidemake.aggregators import Aggregator, build_aggregator
+from slidemake.aggregators import Aggregator, build_aggregator, slide_numbers
 from slidemake.bags import Bags
 from slidemake.calibration import auroc
 
@@ -22,6 +23,7 @@ VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an
 # little within factors of two of each.
 DEFAULTS: dict[str, Any] = {
     "aggregator": "abmil_gated",
+    "slides": "pool",  # all tiles of a patient together, or "attention" over the patient's slides
     "hidden": 128,
     "attention": 64,
     "dropout": 0.25,
@@ -54,9 +56,12 @@ class Fitted:
 
 def every_tile(bag: np.ndarray, most: int) -> np.ndarray:
     """At most `most` evenly spaced tiles of a bag (N, D) as float32."""
-    if len(bag) > most:
-        bag = bag[np.linspace(0, len(bag) - 1, most).astype(int)]
-    return np.asarray(bag, np.float32)
+    return np.asarray(spread(bag, most), np.float32)
+
+
+def spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` evenly spaced rows."""
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 
 def feature_statistics(bags: Bags, patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,10 +81,12 @@ def feature_statistics(bags: Bags, patients: Sequence[str]) -> tuple[np.ndarray,
 
 def sample_batch(
     bags: Bags, patients: Sequence[str], settings: Mapping[str, Any], rng: np.random.Generator
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Random tiles of several patients, padded: features (B, N, D) float32, and mask (B, N) or None where nothing had
-    to be padded. A single bag of which all tiles are wanted is not copied.
+    to be padded. A single bag of which all tiles are wanted is not copied. Third, number (B, N) of each tile's slide
+    within its bag where the settings ask for attention over slides, else None.
     """
+    by_slide = settings.get("slides") == "attention"
     drawn = []
     for patient in patients:
         start, stop = bags.rows(patient)
@@ -89,14 +96,19 @@ def sample_batch(
         drawn.append(np.arange(start, stop) if count == size else start + np.sort(rng.permutation(size)[:count]))
     counts = [len(rows) for rows in drawn]
     if len(drawn) == 1 and counts[0] == len(bags.bag(patients[0])):
-        return torch.from_numpy(bags.bag(patients[0])).float()[None], None
+        slides = slide_numbers(bags.sizes(patients[0]))[None] if by_slide else None
+        return torch.from_numpy(bags.bag(patients[0])).float()[None], None, slides
     rows = np.full((len(drawn), max(counts)), drawn[0][0])  # padded with a tile that is there: the mask hides it
     for i, chosen in enumerate(drawn):
         rows[i, : len(chosen)] = chosen
     features = torch.from_numpy(np.take(bags.features, rows, axis=0)).float()
+    slides = None
+    if by_slide:
+        first = np.array([bags.where[p][0] for p in patients])[:, None]
+        slides = torch.from_numpy(np.searchsorted(bags.offsets, rows, side="right") - 1 - first)
     if min(counts) == max(counts):
-        return features, None
-    return features, torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        return features, None, slides
+    return features, torch.arange(max(counts)) < torch.tensor(counts)[:, None], slides
 
 
 def class_weights(labels: Sequence[int], classes: int) -> np.ndarray:
@@ -154,7 +166,7 @@ def fit_member(
 
 
 def _one_epoch(
-    model: nn.Module,
+    model: Aggregator,
     optimiser: torch.optim.Optimizer,
     bags: Bags,
     labels: Mapping[str, int],
@@ -167,11 +179,10 @@ def _one_epoch(
     total = 0.0
     for start in range(0, len(order), settings["bags_per_step"]):
         batch = order[start : start + settings["bags_per_step"]]
-        features, mask = sample_batch(bags, batch, settings, rng)
+        features, mask, slides = sample_batch(bags, batch, settings, rng)
+        mask, slides = (None if x is None else x.to(weights.device) for x in (mask, slides))
         target = torch.tensor([labels[p] for p in batch], device=weights.device)
-        logits, _ = model(features.to(weights.device), None if mask is None else mask.to(weights.device))
-        # weights average 1 over the training set: dividing by the number of bags keeps them effective in small batches
-        loss = (F.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
+        loss = model.step(features.to(weights.device), mask, partial(_bag_loss, target, weights), target, slides).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -180,16 +191,25 @@ def _one_epoch(
     return total / len(order)
 
 
+def _bag_loss(target: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
+    # weights average 1 over the training set: dividing by the number of bags keeps them effective in small batches
+    return (F.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
+
+
 @torch.inference_mode()
 def _validate(
-    model: nn.Module, bags: Bags, labels: Mapping[str, int], val: Sequence[str], weights: Tensor
+    model: Aggregator, bags: Bags, labels: Mapping[str, int], val: Sequence[str], weights: Tensor
 ) -> tuple[float, float | None]:
     model.eval()
     target = torch.tensor([labels[p] for p in val], device=weights.device)
     rows = []
     for patient in val:
         tiles = torch.from_numpy(every_tile(bags.bag(patient), VALIDATION_TILES))
-        rows.append(model(tiles[None].to(weights.device), None)[0])
+        slides = None
+        if model.slide_scores is not None:
+            numbers = slide_numbers(bags.sizes(patient)).numpy()
+            slides = torch.from_numpy(spread(numbers, VALIDATION_TILES))[None].to(weights.device)
+        rows.append(model(tiles[None].to(weights.device), None, slides)[0])
         bags.forget()
     logits = torch.cat(rows)
     loss = float(F.cross_entropy(logits, target, weight=weights))

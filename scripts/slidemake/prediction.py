@@ -64,7 +64,7 @@ def predict_bags(
         if len(bag) == 0:
             without.append(patient)
             continue
-        whole = predict(bundle, bag)
+        whole = predict(bundle, bag, bags.sizes(patient))
         args = (bundle.classes, whole.logits, whole.prob, bundle.threshold, len(bag))
         people.append(prediction_row(*args, patient_id=patient, **facts))
         first, last = bags.where[patient]

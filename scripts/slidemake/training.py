@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slidemake.aggregators import AGGREGATORS, PARAMETERS, predict_bag
+from slidemake.aggregators import AGGREGATORS, model_parameters, predict_bag
 from slidemake.bags import Bags
 from slidemake.baselines import as_aggregator, fit_mean_pool_lr, predict_site, site_prevalence, site_threshold
 from slidemake.bundle import Bundle, Group, is_complete, load_bundle, save_bundle
@@ -300,7 +300,9 @@ def _train_members(work: Work, fold: Fold, plan: Plan) -> tuple[list[Any], dict[
         seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold, i + 1)
         fitted = fit_member(work.bags, work.labels, train, val, len(work.classes), work.settings, seed)
         for patient in val:
-            logits.setdefault(patient, []).append(predict_bag(fitted.model, work.bags.bag(patient))[0])
+            logits.setdefault(patient, []).append(
+                predict_bag(fitted.model, work.bags.bag(patient), work.bags.sizes(patient))[0]
+            )
             work.bags.forget()
         members.append(fitted.model)
         curves.append(fitted.curve)
@@ -311,7 +313,7 @@ def _train_members(work: Work, fold: Fold, plan: Plan) -> tuple[list[Any], dict[
 def _about(work: Work) -> dict[str, Any]:
     """The part of bundle.json that all bundles of a model share."""
     aggregator = "mean_pool" if work.kind == "mean_pool_lr" else work.settings["aggregator"]
-    parameters = {k: work.settings[k] for k in PARAMETERS[aggregator]}
+    parameters = model_parameters(aggregator, {} if work.kind == "mean_pool_lr" else work.settings)
     return {
         **work.context,
         "model": work.name,

@@ -20,16 +20,17 @@ QUICK = {
 
 
 def planted(
-    n: int = 24, dim: int = 8, signal: float = 4.0, seed: int = 0, mean_shift: float = 0.0
+    n: int = 24, dim: int = 8, signal: float = 4.0, seed: int = 0, mean_shift: float = 0.0, slides: int = 3
 ) -> tuple[Bags, Splits]:
-    """n patients with 1 to 3 slides of 5 to 14 tiles; in positives a fifth of the tiles is shifted by `signal`.
+    """n patients with 1 to `slides` slides of 5 to 14 tiles; in positives a fifth of the tiles is shifted by `signal`.
 
     mean_shift moves all tiles of positives instead. Three sites that say nothing about the label.
     """
     rng = np.random.default_rng(seed)
-    rows, slides, patients, sizes, features = [], [], [], [], []
+    width = len(str(n - 1))  # names sort as they are made
+    rows, names, patients, sizes, features = [], [], [], [], []
     for i in range(n):
-        for k in range(1 + i % 3):
+        for k in range(1 + i % slides):
             count = int(rng.integers(5, 15))
             x = rng.normal(size=(count, dim))
             if i % 2:
@@ -37,15 +38,15 @@ def planted(
                 x += mean_shift
             rows.append(
                 {
-                    "slide_id": f"P{i:02d}_{k}",
-                    "patient_id": f"P{i:02d}",
+                    "slide_id": f"P{i:0{width}d}_{k}",
+                    "patient_id": f"P{i:0{width}d}",
                     "site": f"s{(i // 2) % 3}",
                     "label": "NY"[i % 2],
                 }
             )
-            slides.append(rows[-1]["slide_id"])
+            names.append(rows[-1]["slide_id"])
             patients.append(rows[-1]["patient_id"])
             sizes.append(count)
             features.append(x)
-    bags = make_bags(np.concatenate(features).astype(np.float32), slides, patients, sizes, ENCODER, STAIN, grid="8px")
+    bags = make_bags(np.concatenate(features).astype(np.float32), names, patients, sizes, ENCODER, STAIN, grid="8px")
     return bags, make_splits(rows, "label", {"folds": 3, "repeats": 2})

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from slidemake.aggregators import AGGREGATORS, SeededDropout, build_aggregator, leave_one_out, log_odds, predict_bag
+from slidemake.aggregators import (
+    AGGREGATORS,
+    IN_ORDER,
+    SeededDropout,
+    build_aggregator,
+    encode_bag,
+    leave_one_out,
+    log_odds,
+    predict_bag,
+)
 
 SMALL = {"hidden": 16, "attention": 8}
 
@@ -28,9 +37,13 @@ def test_order_of_tiles_does_not_matter(name, n):
     order = np.random.default_rng(1).permutation(n)
     logits, attention = predict_bag(model, x)
     moved_logits, moved = predict_bag(model, x[order])
-    np.testing.assert_allclose(moved_logits, logits, atol=1e-6)
-    np.testing.assert_allclose(moved, attention[order], atol=1e-7)
+    if name in IN_ORDER and n > 1:  # says of itself that it is none: then a new order must show
+        assert np.abs(moved_logits - logits).max() > 1e-4
+    else:
+        np.testing.assert_allclose(moved_logits, logits, atol=2e-6)
+        np.testing.assert_allclose(moved, attention[order], atol=1e-6)
     assert attention.shape == (n,)
+    assert attention.min() >= 0
     assert attention.sum() == pytest.approx(1, abs=1e-6)
 
 
@@ -91,6 +104,8 @@ def test_mean_pool_is_the_mean():
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("n", [2, 7, 40])
 def test_leave_one_out_equals_brute_force(name, classes, n):
+    if name in IN_ORDER and n == 40:
+        n = 12  # one by one: the same code as with more
     model, x = model_of(name, classes), tiles(n)
     got = leave_one_out(model, x, target=1)
 
@@ -122,11 +137,12 @@ def test_leave_one_out_of_a_single_tile_is_against_the_empty_bag():
 
 
 def test_chunks_and_seeds():
-    from slidemake.aggregators import encode_bag
-
-    model, x = model_of("abmil_gated"), tiles(23)
-    for whole, parts in zip(encode_bag(model, x), encode_bag(model, x, chunk=5), strict=True):
-        np.testing.assert_allclose(parts.numpy(), whole.numpy(), atol=1e-6)
+    x = tiles(23)
+    for name in AGGREGATORS:
+        model = model_of(name)
+        for whole, parts in zip(encode_bag(model, x), encode_bag(model, x, chunk=5), strict=True):
+            np.testing.assert_allclose(parts.numpy(), whole.numpy(), atol=1e-6)
+    model = model_of("abmil_gated")
     torch.manual_seed(0)
     first, second = (build_aggregator("abmil_gated", 12, 2, SMALL, seed=3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -138,11 +154,12 @@ def test_chunks_and_seeds():
         predict_bag(model, tiles(0))
 
 
-def test_dropout_draws_from_its_own_generator():
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+def test_randomness_of_training_comes_from_its_own_generator(name):
     x = torch.from_numpy(tiles(20))[None]
     outs = []
     for _ in range(2):
-        model = build_aggregator("abmil_gated", 12, 2, SMALL, seed=1).train()
+        model = build_aggregator(name, 12, 2, SMALL, seed=1).train()
         torch.rand(7)  # somebody else uses the global generator in between
         outs.append(model(x)[0])
     assert torch.equal(*outs)
