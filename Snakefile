@@ -43,6 +43,8 @@ onstart:
     mark_results_folder(Path(OUTPUT), PLAN.rack_size if RACKS else None)
     if hint := rack_size_hint(PLAN, MACHINE):
         print(f"slidemake: {hint}", file=sys.stderr)
+    for encoder, corpora in PLAN.contamination.items():
+        print(f"slidemake: warning: {in_words(encoder, corpora)}", file=sys.stderr)
 
 
 onsuccess:

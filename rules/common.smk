@@ -5,6 +5,7 @@ import shutil
 
 from slidemake.adapter import available_cpus
 from slidemake.configuration import stage_options
+from slidemake.contamination import in_words
 from slidemake.failures import RunError
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.racks import Machine

@@ -58,12 +58,43 @@ def bags_of(wildcards):
     return [f"{OUTPUT}/cohort/bags/{encoder}{suffix}" for suffix in (".npy", ".json")]
 
 
+rule check_leakage:
+    """Slides of two patients in different folds that look identical stop the run before anything is trained."""
+    input:
+        splits=rules.split_cohort.output.splits,
+        bags=[
+            f"{OUTPUT}/cohort/bags/{{encoder}}{suffix}" for suffix in (".npy", ".json")
+        ],
+    output:
+        report=f"{OUTPUT}/tasks/{{task}}/leakage/{{encoder}}.json",
+    log:
+        log_file("check_leakage/{task}/{encoder}"),
+    benchmark:
+        benchmark_file("check_leakage/{task}/{encoder}")
+    resources:
+        mem_mb=growing(1500),
+        runtime=minutes(60),
+    params:
+        threshold=lambda wildcards: PLAN.task_options(wildcards.task)["splits"][
+            "near_duplicate"
+        ],
+        version=STAGE_VERSIONS["splits"],
+    message:
+        "Looking for slides that are alike in different folds of task {wildcards.task}"
+    script:
+        "../scripts/check_leakage.py"
+
+
 rule train_aggregator:
     """Trains a model (or a control) on every fold of every repeat; writes bundles and out-of-fold predictions."""
     input:
         slides=rules.cohort_table.output.slides,
         splits=rules.split_cohort.output.splits,
         bags=bags_of,
+        leakage=lambda wildcards: (
+            f"{OUTPUT}/tasks/{wildcards.task}/leakage/"
+            f"{PLAN.encoder_of(wildcards.task, wildcards.model)}.json"
+        ),
         embed=lambda wildcards: manifests(
             "embed", encoder=PLAN.encoder_of(wildcards.task, wildcards.model)
         ),
@@ -119,6 +150,7 @@ rule evaluate:
     params:
         models=lambda wildcards: PLAN.models_of(wildcards.task),
         options=stage_options(CONFIG, "evaluate"),
+        contamination=lambda wildcards: PLAN.contamination_of(wildcards.task),
         version=STAGE_VERSIONS["evaluate"],
     message:
         "Evaluating the models of task {wildcards.task}"

@@ -15,6 +15,7 @@ with job(snakemake) as sm:  # noqa: F821
         metrics=Path(sm.output.metrics),
         table=Path(sm.output.table),
         curves=Path(sm.output.curves),
+        contamination=dict(sm.params.contamination),
     )
     for finding in result["verdict"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])

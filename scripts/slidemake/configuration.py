@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "tiles": ("tiling", None),
     "embed": ("embedding", None),
     "train": ("models", None),
-    "evaluate": ("evaluation", None),
+    "evaluate": ("evaluation", ("bootstrap", "seed", "ece_bins", "level", "stratify")),
     "explain": ("explain", ("slides", "truth", "top_tiles")),
     "report": ("report", None),
 }

@@ -265,10 +265,15 @@ def _curves(p: Predictions, calibration: dict[str, Any]) -> dict[str, Any]:
     return entry | {"roc": None, "pr": None, "classes": by_class}
 
 
-def evaluate_models(models: list[Predictions], options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+def evaluate_models(
+    models: list[Predictions],
+    options: dict[str, Any] | None = None,
+    contamination: dict[str, list[str]] | None = None,
+) -> tuple[dict, dict]:
     """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
 
-    options: bootstrap (draws), seed, ece_bins, level, stratify; missing keys take DEFAULTS. Raises RunError without
+    options: bootstrap (draws), seed, ece_bins, level, stratify; missing keys take DEFAULTS. contamination: {encoder:
+    collections of its pretraining that the cohort is from}. Raises RunError without
     models, or when their classes differ. The baseline `prevalence` is added here.
     """
     options = DEFAULTS | {key: value for key, value in (options or {}).items() if key in DEFAULTS}
@@ -302,6 +307,7 @@ def evaluate_models(models: list[Predictions], options: dict[str, Any] | None = 
         "comparisons": [_difference(a, b, entries, resampled, options["level"]) for a, b in pairs],
         "redrawn": draws.redrawn,
         "confounding": confounding(models, entries, options["seed"]),
+        "contamination": contamination or {},
     }
     result["verdict"] = verdict(result)
     curves = {m.name: _curves(m, entries[m.name]["calibration"]) for m in models}
@@ -330,13 +336,19 @@ def metrics_table(result: dict[str, Any]) -> str:
 
 
 def evaluate(
-    predictions: list[str | Path], names: list[str], options: dict[str, Any], metrics: Path, table: Path, curves: Path
+    predictions: list[str | Path],
+    names: list[str],
+    options: dict[str, Any],
+    metrics: Path,
+    table: Path,
+    curves: Path,
+    contamination: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:
     """Read the predictions of every model of a task and write metrics.json, metrics.csv and curves.json."""
     if len(predictions) != len(names):
         raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
     models = [read_predictions(path, name) for path, name in zip(predictions, names, strict=True)]
-    result, points = evaluate_models(models, options)
+    result, points = evaluate_models(models, options, contamination)
     write_text(table, metrics_table(result))
     write_json(curves, points)
     write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})

@@ -15,6 +15,7 @@ from typing import Any
 
 from slidemake.cohort import SlideRow, read_sheet
 from slidemake.configuration import in_order, load_configuration, sheet_columns, stage_options
+from slidemake.contamination import contamination, public_cohorts
 from slidemake.encoders import EncoderRecord, check_access, load_record, registry
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, write_json
@@ -114,6 +115,20 @@ class Plan:
         """Files that a task's folds are read from: none, unless its split method is file."""
         splits = self.tasks[task]["splits"]
         return [str(path) for path in split_files(splits["file"])] if splits["method"] == "file" else []
+
+    @cached_property
+    def contamination(self) -> dict[str, list[str]]:
+        """{encoder: public collections of its pretraining that this cohort is from}; those that have any."""
+        rows = [
+            {**row.labels, "slide_id": row.slide_id, "patient_id": row.patient_id, "path": row.path}
+            for row in self.rows
+        ]
+        return contamination(self.encoders, public_cohorts(rows, self.config["evaluation"]["public_cohort"]))
+
+    def contamination_of(self, task: str) -> dict[str, list[str]]:
+        """{encoder: corpora} of the encoders that the models of a task read."""
+        used = {self.encoder_of(task, model) for model in self.models_of(task)}
+        return {encoder: corpora for encoder, corpora in self.contamination.items() if encoder in used}
 
     def model_options(self, task: str, model: str) -> dict[str, Any]:
         """Settings of a model; a control is the first model's with `control` set."""

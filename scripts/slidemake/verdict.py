@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake.contamination import in_words
 from slidemake.metrics import auroc
 from slidemake.prediction_table import Predictions
 
@@ -207,6 +208,9 @@ def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]
 def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
     """Findings as {level: good | note | warning, code, text}, most general first."""
     said = _about_size(result)
+    for encoder, corpora in result["contamination"].items():
+        text = in_words(encoder, corpora)
+        said.append(_say("warning", "contaminated", f"{text[0].upper()}{text[1:]}."))
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]
     for name in names:

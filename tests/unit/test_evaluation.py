@@ -261,3 +261,9 @@ def test_no_models_and_other_classes_stop():
         evaluate_models([])
     with pytest.raises(RunError, match="different classes"):
         evaluate_models([cohort()[0], simulate("other", 1.0, classes=("x", "y"))])
+
+
+def test_encoder_that_has_seen_the_cohort_is_named():
+    result, _ = evaluate_models(cohort(), FEW, {"phikon": ["TCGA"]})
+    [said] = [finding["text"] for finding in result["verdict"] if finding["code"] == "contaminated"]
+    assert said.startswith("Encoder phikon was pretrained on TCGA")
