@@ -24,7 +24,7 @@ with job(snakemake) as sm:  # noqa: F821
             record = EncoderRecord.from_dict(dict(found))
             precision = effective_precision(options["precision"], record.precision, torch.device(device))
             known = identity(record, weights_sha256(resolve_weights(record)), precision)
-            load = partial(load_encoder, record, device, precision)
+            load = partial(load_encoder, record, device, precision, compile_model=options["compile"])
             make = partial(make_slide_job, results, record, known, stain, target, options["features"])
             run = partial(run_rack, "embed", manifest, rack=sm.wildcards.rack, background=True)
             lanes.append(Lane(load, make, run))

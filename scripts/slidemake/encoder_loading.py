@@ -35,7 +35,7 @@ class Encoder:
     preprocess: Preprocess
     device: torch.device
     precision: str  # what really runs: fp32 | fp16 | bf16
-    path_name: str  # "traced", "compiled" or "eager"
+    path_name: str  # "traced", "onednn", "compiled" or "eager"
     weights_sha256: str
     identity: dict[str, Any]
 

@@ -1,9 +1,11 @@
 """Make a loaded encoder fast on the machine at hand, and say what was done.
 
-On the CPU three things count for a convolutional encoder (EfficientNet-Lite0, 224 px, two cores: 50 img/s as it comes,
-157 with all of them): an allocator that keeps freed memory instead of returning it to the kernel after every layer,
-channels-last memory, and a traced and frozen graph in which batch normalisation is folded into the convolutions. Vision
-transformers gain nothing from the last two, so they stay eager. On CUDA: channels-last and autocast.
+On the CPU an allocator that keeps freed memory, instead of returning it to the kernel after every layer, counts most. A
+convolutional encoder then gains from channels-last memory and from a traced and frozen graph in which batch
+normalisation is folded into the convolutions, and activations are computed by them. Both those convolutions and the
+linear layers of transformers go through oneDNN: by itself PyTorch takes it for some of them only, depending on the size
+of the batch, and MKL for the rest (see `linear`). On CUDA: channels-last, autocast and, on request, torch.compile.
+What each of these gains: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from slidemake.linear import use_onednn
+
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AGREEMENT = 1e-3  # largest difference between traced and eager features, relative to the largest feature
+PROBES = (1, 3)  # tiles in the batches on which that is looked at
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of <malloc.h>
 
@@ -74,18 +79,22 @@ def accelerate(
     """Move `model` to `device` and make it fast: -> (callable of the same signature, name of the path).
 
     Path names: "traced" (CPU, fp32, a model with batch normalisation whose traced form agrees with the eager one to
-    `AGREEMENT` on two probe batches of different size), "compiled" (CUDA, on request), otherwise "eager".
+    `AGREEMENT` on two probe batches of different size), "onednn" (CPU, fp32, linear layers through oneDNN), "compiled" (on
+    request), otherwise "eager".
     `input_px` is the side of the square input. `model` must be a module (B, 3, px, px) float32 -> (B, D).
     """
     model = model.eval().to(device=device)
     if not isinstance(model, torch.jit.ScriptModule):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if device.type == "cuda":
-        return (torch.compile(model), "compiled") if compile_model else (model, "eager")
-    folds = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if precision != "fp32" or not folds or isinstance(model, torch.jit.ScriptModule):
+    script = isinstance(model, torch.jit.ScriptModule)
+    if compile_model and not script:
+        return torch.compile(model, dynamic=False), "compiled"  # the engine gives it batches of one shape only
+    if device.type == "cuda" or precision != "fp32" or script:
         return model, "eager"
-    return _traced(model, device, input_px)
+    layers = use_onednn(model) if torch.backends.mkldnn.is_available() else 0
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return _traced(model, device, input_px)
+    return model, "onednn" if layers else "eager"
 
 
 def _traced(model: nn.Module, device: torch.device, input_px: int) -> tuple[Callable, str]:
@@ -93,8 +102,10 @@ def _traced(model: nn.Module, device: torch.device, input_px: int) -> tuple[Call
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TracerWarning: control flow on shapes; the probes below decide
             traced = torch.jit.freeze(torch.jit.trace(model, probe(2, input_px, device), check_trace=False))
+        if torch.backends.mkldnn.is_available():
+            _convolve_through_onednn(traced.graph)
         # The executor profiles the first calls and optimises the later ones: ask twice, the last answer counts.
-        for count in (1, 3):
+        for count in PROBES:
             batch = probe(count, input_px, device)
             expected = model(batch)
             for _ in range(2):
@@ -107,6 +118,37 @@ def _traced(model: nn.Module, device: torch.device, input_px: int) -> tuple[Call
         log.warning("model cannot be traced (%s): running eager", str(error).strip().splitlines()[-1])
         return model, "eager"
     return traced, "traced"
+
+
+_CONVOLUTION = "%x, %w, %b, %stride, %pad, %dilation, %transposed, %out, %groups, %bench, %fixed, %cudnn, %tf32"
+_POINTWISE = "%x, %w, %b, %pad, %stride, %dilation, %groups, %name, %numbers, %algorithm"
+# activation after the convolution in the graph, its arguments, its name in oneDNN
+_ACTIVATIONS = (
+    ("hardtanh_", ", %low, %high", "hardtanh"),  # ReLU6
+    ("hardtanh", ", %low, %high", "hardtanh"),
+    ("relu_", "", "relu"),
+    ("relu", "", "relu"),
+    ("", "", "none"),
+)
+
+
+def _convolve_through_onednn(graph: torch._C.Graph) -> None:
+    """Let oneDNN do every convolution of a frozen graph, with the activation that follows it, in place."""
+    if any(node.inputsAt(6).toIValue() for node in graph.findAllNodes("aten::_convolution")):
+        return  # transposed convolutions take other weights
+    for activation, arguments, name in _ACTIVATIONS:
+        after = f"%z = aten::{activation}(%y{arguments})" if activation else ""
+        pattern = f"""graph({_CONVOLUTION}{arguments}):
+            %y = aten::_convolution({_CONVOLUTION})
+            {after}
+            return ({"%z" if activation else "%y"})"""
+        replacement = f"""graph({_CONVOLUTION}{arguments}):
+            %name : str = prim::Constant[value="{name}"]()
+            %numbers : Scalar?[] = prim::ListConstruct({arguments.lstrip(", ")})
+            %algorithm : NoneType = prim::Constant()
+            %z : Tensor = mkldnn::_convolution_pointwise({_POINTWISE})
+            return (%z)"""
+        torch._C._jit_pass_custom_pattern_based_rewrite_graph(pattern, replacement, graph)
 
 
 def probe(count: int, px: int, device: torch.device) -> torch.Tensor:

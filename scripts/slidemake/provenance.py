@@ -30,7 +30,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "tissue": 2,
     "stain": 1,
     "tiles": 3,
-    "embed": 2,
+    "embed": 3,
     "bags": 1,
     "splits": 2,
     "train": 3,

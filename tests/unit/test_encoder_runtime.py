@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import partial
 
 import pytest
 import timm
@@ -45,9 +46,71 @@ def test_the_traced_network_repeats_itself_bit_by_bit():
             assert torch.equal(fast(batches[count]), first[count])
 
 
-def test_a_transformer_stays_eager():
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32).eval()
-    assert accelerate(model, CPU, 32)[1] == "eager"
+def operations(traced: torch.jit.ScriptModule) -> set[str]:
+    return {node.kind() for node in traced.graph.nodes()}
+
+
+def test_convolutions_go_through_onednn_with_their_activations():
+    fast, _ = accelerate(resnet(), CPU, 64)
+    assert "mkldnn::_convolution_pointwise" in operations(fast)
+    assert not {"aten::_convolution", "aten::batch_norm"} & operations(fast)
+    names = [n.inputsAt(7).toIValue() for n in fast.graph.findAllNodes("mkldnn::_convolution_pointwise")]
+    assert {"relu", "none"} == set(names)
+
+
+def test_an_activation_that_others_share_is_not_taken_from_them():
+    class Branches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.norm(self.conv(x))
+            return torch.cat([torch.relu(y), torch.nn.functional.relu6(y), y], 1).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = Branches().eval(), probe(4, 16, CPU)
+    with torch.inference_mode():
+        expected = model(x)
+        fast, path = accelerate(model, CPU, 16)
+        assert path == "traced"
+        assert relative_difference(fast(x), expected) < 1e-5
+
+
+def test_transposed_convolutions_are_left_alone():
+    torch.manual_seed(0)
+    layers = (torch.nn.ConvTranspose2d(3, 4, 2, 2), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1))
+    model, x = torch.nn.Sequential(*layers, torch.nn.Flatten()).eval(), probe(4, 16, CPU)
+    with torch.inference_mode():
+        expected = model(x)
+        fast, path = accelerate(model, CPU, 16)
+        assert path == "traced"
+        assert "mkldnn::_convolution_pointwise" not in operations(fast)
+        assert relative_difference(fast(x), expected) < 1e-5
+
+
+def test_a_transformer_has_its_linear_layers_through_onednn():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=64).eval()
+    x = probe(5, 64, CPU)
+    with torch.inference_mode():
+        expected = model(x)
+        fast, path = accelerate(model, CPU, 64)
+        assert path == "onednn"
+        assert relative_difference(fast(x), expected) < 1e-4
+
+
+def test_a_compiled_model_agrees(monkeypatch):
+    # captured as a graph with a fixed shape, but run without the code generator, which takes half a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model, x = torch.nn.Sequential(*layers).eval(), probe(4, 16, CPU)
+    with torch.inference_mode():
+        expected = model(x)
+        fast, path = accelerate(model, CPU, 16, compile_model=True)
+        assert path == "compiled"
+        assert relative_difference(fast(x), expected) < 1e-5
 
 
 class Moody(torch.nn.Module):
