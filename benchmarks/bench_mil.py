@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from measure import Row, Timed, compare, in_turns
 from slidemake.bags import Bags, make_bags
 from slidemake.fitting import DEFAULTS, fit_member
+from slidemake.objectives import class_objective
 from torch import Tensor, nn
 
 DIM = 1280
@@ -57,7 +58,8 @@ def ours(bags: Bags, labels: dict[str, int], epochs: int, **changes: Any) -> flo
     """`fit_member` without validation: feature statistics, building, `epochs` epochs; returns the bags of all."""
     torch.set_num_threads(1)
     settings = {**DEFAULTS, "epochs": epochs, "min_epochs": epochs, **changes}
-    fitted = fit_member(bags, labels, sorted(labels), [], 2, settings, seed=0)
+    objective = class_objective(labels, sorted(labels), 2, settings)
+    fitted = fit_member(bags, objective, sorted(labels), [], settings, seed=0)
     return len(labels) * len(fitted.curve)
 
 

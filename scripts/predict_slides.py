@@ -10,8 +10,8 @@ from slidemake.prediction import apply_bundle_to_stores, prediction_columns, wri
 with job(snakemake) as sm:  # noqa: F821
     rows = [row for row in read_table(sm.input.slides) if row["status"] == "ok"]
     embeddings = Path(sm.params.results) / "embeddings" / sm.params.encoder
-    slides, patients, without, classes = apply_bundle_to_stores(sm.params.bundle, embeddings, rows)
+    slides, patients, without, outcome = apply_bundle_to_stores(sm.params.bundle, embeddings, rows)
     if without:
         logging.getLogger("slidemake").warning("no tiles, so no prediction, for patients %s", ", ".join(without))
-    write_predictions(sm.output.slides, slides, prediction_columns(classes, "slide"))
-    write_predictions(sm.output.patients, patients, prediction_columns(classes, "patient"))
+    write_predictions(sm.output.slides, slides, prediction_columns(outcome, "slide"))
+    write_predictions(sm.output.patients, patients, prediction_columns(outcome, "patient"))

@@ -1,7 +1,9 @@
-"""The baselines that every task's table carries: mean-pool + logistic regression, and the site alone.
+"""The baselines that every task's table carries: mean pooling with a linear model, and the site alone.
 
-The third control, shuffled_label, is the first configured aggregator on `splits.permuted_control`. No torch here but in
-`as_aggregator`, which keeps a fitted regression in the form that bundles know.
+mean_pool_lr is logistic regression here, and for other types than classes the linear model of `baselines_linear.py`;
+site_only of other types is in `baselines_site.py`. The third control, shuffled_label, is the first configured
+aggregator on `splits.permuted_control`. No torch here but in `as_mean_pool`, which keeps a fitted model in the form
+that bundles know.
 """
 
 from __future__ import annotations
@@ -94,20 +96,25 @@ def fit_mean_pool_lr(
 
 def as_aggregator(fitted: MeanPoolLR, classes: int) -> Aggregator:
     """The same regression as a MeanPool aggregator: equal logits, and bundles, predict and explain work on it."""
-    import torch
-
-    from slidemake.aggregators import build_aggregator
-
     coefficients, intercept = fitted.regression.coef_, fitted.regression.intercept_
     if len(coefficients) == 1:
         coefficients, intercept = np.concatenate([-coefficients, coefficients]) / 2, np.r_[-intercept, intercept] / 2
     weight = np.zeros((classes, coefficients.shape[1]))
     bias = np.full(classes, -30.0)  # a class that training did not have is never predicted
     weight[fitted.regression.classes_], bias[fitted.regression.classes_] = coefficients, intercept
-    model = build_aggregator("mean_pool", coefficients.shape[1], classes, {})
+    return as_mean_pool(fitted.scaler, weight, bias)
+
+
+def as_mean_pool(scaler: StandardScaler, weight: np.ndarray, bias: np.ndarray) -> Aggregator:
+    """A MeanPool aggregator with the outputs weight (C, D) @ scaled mean tile (D,) + bias (C,)."""
+    import torch
+
+    from slidemake.aggregators import build_aggregator
+
+    model: Any = build_aggregator("mean_pool", weight.shape[1], len(weight), {})
     with torch.no_grad():
-        model.feature_mean.copy_(torch.from_numpy(fitted.scaler.mean_))
-        model.feature_std.copy_(torch.from_numpy(fitted.scaler.scale_))
+        model.feature_mean.copy_(torch.from_numpy(scaler.mean_))
+        model.feature_std.copy_(torch.from_numpy(scaler.scale_))
         model.classifier.weight.copy_(torch.from_numpy(weight))
         model.classifier.bias.copy_(torch.from_numpy(bias))
     return model.eval()

@@ -1,16 +1,17 @@
 """Model bundles: one folder with weights.safetensors and bundle.json, all that predicting on a slide never seen needs.
 
 A bundle is an ensemble in two levels. A member is one trained aggregator with the mean and deviation that its features
-are standardised with. A group is the members of one fold of one repeat: their logits are averaged and divided by the
-group's temperature before the softmax. The bundle's probability is the mean over its groups (a fold's own bundle has
-one group, the deployable bundle one per fold and repeat), and is compared with one threshold. No pickle is written or
-read.
+are standardised with. A group is the members of one fold of one repeat: their outputs are averaged and become values by
+the group's link, which was fitted on its validation patients (for classes a temperature that divides the logits before
+the softmax; see `outcomes.py`). The bundle's values are the mean over its groups (a fold's own bundle has one group,
+the deployable bundle one per fold and repeat), and are compared with one threshold. No pickle is written or read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from safetensors.torch import load_file, save
 
 from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import same_encoder, stain_identity
-from slidemake.calibration import probabilities
 from slidemake.failures import RunError, SlideFailure
+from slidemake.outcomes import Outcome, Threshold, load_outcome
 from slidemake.provenance import check_file, committed, file_sums, read_json, read_json_if_whole, write_json
 
 FORMAT, FORMAT_VERSION = "slidemake-bundle", 1
@@ -30,10 +31,10 @@ JSON, WEIGHTS = "bundle.json", "weights.safetensors"
 
 @dataclass(frozen=True)
 class Group:
-    """Members whose logits are averaged, with the temperature fitted on their validation patients."""
+    """Members whose outputs are averaged, and the link from there to values, fitted on their validation patients."""
 
     name: str
-    temperature: float
+    link: dict[str, Any]
     members: tuple[Aggregator, ...]
 
 
@@ -44,35 +45,40 @@ class Bundle:
     info: dict[str, Any]
     groups: tuple[Group, ...]
 
+    @cached_property
+    def outcome(self) -> Outcome:
+        return load_outcome(self.info)
+
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.info["classes"])
+        return self.outcome.classes
 
     @property
-    def threshold(self) -> float | None:
-        """Two classes: predict the second at this probability or above. None: the most probable class."""
+    def threshold(self) -> Threshold:
+        """What values are compared with: for two classes the second is predicted at this probability or above."""
         return self.info["threshold"]
-
-    @property
-    def positive(self) -> int:
-        """Index of the class whose log-odds are explained: the positive one, which is the last."""
-        return len(self.classes) - 1
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one bag: raw logits (C,) averaged over all members, calibrated probabilities (C,), mean attention (N,)."""
+    """Of one bag: raw outputs (C,) averaged over all members, values (P,) as the outcome defines them (probabilities
+    of classes, a number, risk and survival), mean attention (N,)."""
 
     logits: np.ndarray
-    prob: np.ndarray
+    values: np.ndarray
     attention: np.ndarray
+
+    @property
+    def prob(self) -> np.ndarray:
+        """The values, where they are probabilities of classes."""
+        return self.values
 
 
 def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Group]) -> None:
     """Write a bundle, whole or not at all.
 
-    `info` has encoder, stain_of_features, aggregator {name, parameters, features}, classes, threshold and whatever else
-    is to be kept; format, version and groups are added here.
+    `info` has encoder, stain_of_features, aggregator {name, parameters, features}, target (`Outcome.about`), threshold
+    and whatever else is to be kept; format, version and groups are added here.
     """
     tensors = {
         f"{group.name}/{i}/{key}": value.detach().cpu().contiguous()
@@ -80,7 +86,7 @@ def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Gr
         for i, member in enumerate(group.members)
         for key, value in member.state_dict().items()
     }
-    about = [{"name": g.name, "temperature": g.temperature, "members": len(g.members)} for g in groups]
+    about = [{"name": g.name, **g.link, "members": len(g.members)} for g in groups]
     with committed(folder) as work:
         work.mkdir()
         (work / WEIGHTS).write_bytes(save(tensors))  # save_file would make it readable to its owner alone
@@ -120,13 +126,13 @@ def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
     about = info["aggregator"]
     if about["name"] not in AGGREGATORS:
         raise RunError(f"{folder} needs aggregator {about['name']!r}; this slidemake has {', '.join(AGGREGATORS)}.")
-    groups = []
+    groups, outputs = [], load_outcome(info).outputs
     for group in info["groups"]:
         members = []
         for i in range(group["members"]):
             prefix = f"{group['name']}/{i}/"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            model = build_aggregator(about["name"], about["features"], len(info["classes"]), about["parameters"])
+            model = build_aggregator(about["name"], about["features"], outputs, about["parameters"])
             try:
                 model.load_state_dict(state, strict=True)
             except RuntimeError as error:
@@ -134,7 +140,8 @@ def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
             if not all(bool(v.isfinite().all()) for v in state.values()):
                 raise RunError(f"{path}: weights of {prefix} are not finite; train the model again.")
             members.append(model.to(device).eval())
-        groups.append(Group(group["name"], float(group["temperature"]), tuple(members)))
+        link = {key: value for key, value in group.items() if key not in ("name", "members")}
+        groups.append(Group(group["name"], link, tuple(members)))
     return Bundle(info, tuple(groups))
 
 
@@ -177,24 +184,20 @@ def predict(bundle: Bundle, features: np.ndarray, sizes: Sequence[int] | None = 
 
     sizes: tiles of each of the bag's slides, in order; None: one slide.
     """
-    logits, prob, attention = [], [], []
+    outputs, values, attention = [], [], []
     for group in bundle.groups:
         parts = [predict_bag(member, features, sizes) for member in group.members]
         mean = np.mean([p[0] for p in parts], axis=0)
-        logits.append(mean)
-        prob.append(probabilities(mean, group.temperature))
+        outputs.append(mean)
+        values.append(bundle.outcome.predict(mean, group.link))
         attention.append(np.mean([p[1] for p in parts], axis=0))
-    return Prediction(np.mean(logits, axis=0), np.mean(prob, axis=0), np.mean(attention, axis=0))
+    return Prediction(np.mean(outputs, axis=0), np.mean(values, axis=0), np.mean(attention, axis=0))
 
 
-def bundle_leave_one_out(bundle: Bundle, features: np.ndarray, target: int | None = None) -> np.ndarray:
-    """(N,) what each tile adds to the log-odds of `target` (default: the positive class), mean over all members."""
-    target = bundle.positive if target is None else target
-    return np.mean([leave_one_out(m, features, target) for g in bundle.groups for m in g.members], axis=0)
+def bundle_leave_one_out(bundle: Bundle, features: np.ndarray) -> np.ndarray:
+    """(N,) what each tile adds to the score that `Outcome.direction` names, mean over all members.
 
-
-def decide(prob: np.ndarray, classes: Sequence[str], threshold: float | None) -> str:
-    """The class predicted from probabilities (C,): by threshold for two classes, else the most probable."""
-    if threshold is not None and len(classes) == 2:
-        return classes[int(prob[1] >= threshold)]
-    return classes[int(np.argmax(prob))]
+    For classes that is the log-odds of the positive, or last, one.
+    """
+    score = bundle.outcome.direction
+    return np.mean([leave_one_out(m, features, score) for g in bundle.groups for m in g.members], axis=0)

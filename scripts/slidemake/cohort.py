@@ -16,7 +16,9 @@ from typing import Any
 from slidemake.configuration import nearest, split_column
 from slidemake.failures import RunError
 from slidemake.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
+from slidemake.sheet_labels import Cells, cell_problems, cohort_problems, order_problems, patient_labels
 from slidemake.sheet_table import KNOWN, Problem, Table, check_columns, read_table
+from slidemake.targets import CLASSES, about_label, label_columns, task_type
 
 log = logging.getLogger("slidemake")
 
@@ -64,7 +66,7 @@ def read_sheet(
     Raises RunError that lists every problem (the first 50, and how many more there are).
     """
     path, tasks = Path(path), tasks or {}
-    columns = list(dict.fromkeys([*columns, *(task["label"] for task in tasks.values())]))
+    columns = list(dict.fromkeys([*columns, *(column for task in tasks.values() for column in label_columns(task))]))
     table = read_table(path)
     cells = [(number, converted(row)) for number, row in table.rows]
     problems = [*table.problems, *check_columns(table.columns, columns), *check_cells(cells)]
@@ -75,7 +77,7 @@ def read_sheet(
         problems += disagreements(cells, "split")
     rows = [_slide_row(number, row, path, columns) for number, row in cells]
     for name, task in tasks.items():
-        if task["label"] not in table.columns:
+        if not set(label_columns(task)) <= set(table.columns):
             continue  # said already
         seen = {(problem.row, problem.column) for problem in problems}
         found = task_problems(rows, task, f"task {name}")
@@ -137,23 +139,35 @@ def sheet_records(path: str | Path) -> list[dict[str, str]]:
 def check_task(rows: list[SlideRow], task: Mapping[str, Any], name: str = "task") -> dict[str, Any]:
     """Can this task be learned from these rows? Excluded slides do not count, slides without a label are only counted.
 
-    Returns {"classes": {class: patients}, "patients", "slides", "unlabelled": slides without a label}. Raises RunError
-    that lists every problem: no such column, one class, fewer patients in a class than folds, a patient with two
-    labels or in two folds, folds or sites that are not given.
+    Returns {"classes": {class: patients}, "patients", "slides", "unlabelled": slides without a label}; classes of types
+    that have some. Raises RunError that lists every problem: no such column, one class, fewer patients in a class than
+    folds, a cell that is no label, no event, a patient with two labels or in two folds, folds or sites that are not
+    given.
     """
     problems = task_problems(rows, task, name)
     if problems:
         listed = "\n  ".join(str(problem) for problem in problems[:MAX_SHOWN])
         more = f"\n  ... and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        raise RunError(f"The sample sheet does not fit {name} (label {task['label']}):\n  {listed}{more}")
-    label, included = task["label"], [row for row in rows if not row.exclude]
-    labelled = [row for row in included if row.labels[label]]
+        raise RunError(f"The sample sheet does not fit {name} (label {about_label(task)}):\n  {listed}{more}")
+    included = [row for row in rows if not row.exclude]
+    labels = patient_labels(_cells(included, task), task)
+    labelled = [row for row in included if row.patient_id in labels and any(_label_cells(row, task).values())]
+    classes = sorted(Counter(labels.values()).items()) if task_type(task) in CLASSES else []
     return {
-        "classes": dict(sorted(patients_per_class(rows, label).items())),
-        "patients": len({row.patient_id for row in labelled}),
+        "classes": dict(classes),
+        "patients": len(labels),
         "slides": len(labelled),
         "unlabelled": len(included) - len(labelled),
     }
+
+
+def _label_cells(row: SlideRow, task: Mapping[str, Any]) -> dict[str, str]:
+    return {column: row.labels.get(column, "") for column in label_columns(task)}
+
+
+def _cells(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> list[Cells]:
+    """Rows as `sheet_labels` wants them."""
+    return [(row.row, row.patient_id, _label_cells(row, task)) for row in rows]
 
 
 def patients_per_class(rows: Iterable[SlideRow], label: str) -> Counter[str]:
@@ -172,19 +186,24 @@ def task_classes(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> list[str]
 
 def task_problems(rows: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:
     """All that stands between these rows and this task."""
-    label, included = task["label"], [row for row in rows if not row.exclude]
+    columns, included = label_columns(task), [row for row in rows if not row.exclude]
     if not included:
         return [Problem(0, "", f"{name}: every slide is excluded")] if rows else []
-    if label not in included[0].labels:
-        return [Problem(0, "", f"{name}: {_no_column(label, included[0])}")]
-    labelled = [row for row in included if row.labels[label]]
+    missing = [column for column in columns if column not in included[0].labels]
+    if missing:
+        return [Problem(0, "", f"{name}: {_no_column(column, included[0])}") for column in missing]
+    labelled = [row for row in included if any(_label_cells(row, task).values())]
     if not labelled:
-        return [Problem(0, "", f"{name}: column {label} is empty; write each slide's class into it")]
-    if task.get("level", "patient") == "patient":
+        what = "each slide's class" if task_type(task) in CLASSES else "each patient's value"
+        return [Problem(0, "", f"{name}: column {columns[0]} is empty; write {what} into it")]
+    if task_type(task) in CLASSES:
+        label = task["label"]
         problems = list(disagreements(_pairs(labelled, {label: lambda row: row.labels[label]}), label))
+        texts = [*_class_problems(labelled, task), *_fold_problems(labelled, task)]
     else:
-        problems = []
-    texts = [*_class_problems(labelled, task), *_fold_problems(labelled, task)]
+        cells = _cells(labelled, task)
+        problems = list(cell_problems(cells, task))
+        texts = list(cohort_problems(patient_labels(cells, task), task))
     problems += [Problem(0, "", f"{name}: {text}") for text in texts]
     return problems + _split_problems(included, task, name)
 
@@ -217,8 +236,10 @@ def _class_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterat
         yield f"column {label} has one class only ({shown}); a model needs slides of at least two"
     elif task.get("type", "binary") == "binary" and len(classes) > 2:
         number = len(classes) > 20 and all(_is_number(one) for one in classes)
-        remedy = "it looks like a measurement, not a class" if number else "set type: multiclass"
+        remedy = "it looks like a measurement, not a class: set type: regression" if number else "set type: multiclass"
         yield f"column {label} has {len(classes)} classes ({shown}), and a binary task has two; {remedy}"
+    if task_type(task) == "ordinal" and len(classes) > 1:
+        yield from order_problems(classes, task)
     positive = task.get("positive")
     if positive is not None and positive not in classes:
         near = nearest(positive, classes)
@@ -254,7 +275,7 @@ def _split_problems(included: list[SlideRow], task: Mapping[str, Any], name: str
     first = included[0]
     if column not in first.labels and column not in KNOWN:
         return [Problem(0, "", f"{name}: {_no_column(column, first)} (splits of method {method} need it)")]
-    patients = {row.patient_id for row in included if row.labels[task["label"]]}
+    patients = {row.patient_id for row in included if any(_label_cells(row, task).values())}
     of_labelled = [row for row in included if row.patient_id in patients]
     rows = _pairs(of_labelled, {column: lambda row: row.labels.get(column) or getattr(row, column, "")})
     values = {row[column] for _, row in rows if row[column]}

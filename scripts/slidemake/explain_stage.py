@@ -103,7 +103,7 @@ class Explainer:
             prediction = predict(bundle, features)
             attention.append(prediction.attention)
             change.append(bundle_leave_one_out(bundle, features))
-            probability.append(float(prediction.prob[bundle.positive]))
+            probability.append(bundle.outcome.headline(prediction.values))
         return np.mean(attention, axis=0), np.mean(change, axis=0), float(np.mean(probability))
 
     def _truth(self, row: dict[str, str]) -> Path | None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slidemake.aggregators import Aggregator, build_aggregator, slide_numbers
 from slidemake.bags import Bags
-from slidemake.calibration import auroc
+from slidemake.objectives import Objective
 
 STATISTICS_TILES = 512  # tiles per patient, evenly spaced, for the mean and deviation of features
 VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an epoch is computed on
@@ -45,8 +44,8 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained aggregator, its curve [{epoch, train_loss, val_loss, val_auroc}] and the epoch that was kept (from
-    1).
+    """A trained aggregator, its curve [{epoch, train_loss, val_loss, val_<score of the objective>}] and the epoch that
+    was kept (from 1).
     """
 
     model: Aggregator
@@ -111,37 +110,26 @@ def sample_batch(
     return features, torch.arange(max(counts)) < torch.tensor(counts)[:, None], slides
 
 
-def class_weights(labels: Sequence[int], classes: int) -> np.ndarray:
-    """(C,) weights n / (C n_c): every class weighs the same in the loss."""
-    counts = np.bincount(labels, minlength=classes)
-    return np.where(counts > 0, len(labels) / (classes * np.maximum(counts, 1)), 0.0)
-
-
 def fit_member(
     bags: Bags,
-    labels: Mapping[str, int],
+    objective: Objective,
     train: Sequence[str],
     val: Sequence[str],
-    classes: int,
     settings: Mapping[str, Any],
     seed: int,
 ) -> Fitted:
     """Train one aggregator on patients `train` and keep the epoch with the lowest loss on patients `val`.
 
-    labels: patient -> class index. Without validation patients no epoch can be chosen, and
-    midway between `min_epochs` and `epochs` it ends. The result depends on the arguments only, not on threads or on
-    what ran before.
+    Without validation patients no epoch can be chosen, and midway between `min_epochs` and `epochs` it ends. The result
+    depends on the arguments only, not on threads or on what ran before.
     """
     device = torch.device(settings["device"])
-    model = build_aggregator(settings["aggregator"], bags.dim, classes, settings, seed)
+    model = build_aggregator(settings["aggregator"], bags.dim, objective.outputs, settings, seed)
     mean, std = feature_statistics(bags, train)
     model.feature_mean.copy_(torch.from_numpy(mean))
     model.feature_std.copy_(torch.from_numpy(std))
     model.to(device).seed_dropout(seed, device)
     rng = np.random.default_rng(seed)
-    weights = torch.ones(classes, device=device)
-    if settings["class_weights"]:
-        weights = torch.tensor(class_weights([labels[p] for p in train], classes), dtype=torch.float32, device=device)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True
     )  # fused: one call instead of a dozen per parameter, half of a step's time in models this small
@@ -150,9 +138,9 @@ def fit_member(
     curve: list[dict[str, float | int | None]] = []
     for epoch in range(1, epochs + 1):
         order = [train[i] for i in rng.permutation(len(train))]
-        loss = _one_epoch(model, optimiser, bags, labels, order, weights, settings, rng)
-        val_loss, val_auroc = _validate(model, bags, labels, val, weights) if val else (None, None)
-        curve.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, "val_auroc": val_auroc})
+        loss = _one_epoch(model, optimiser, bags, objective, order, settings, rng)
+        val_loss, score = _validate(model, bags, objective, val, device) if val else (None, None)
+        curve.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, f"val_{objective.score}": score})
         if val_loss is None or epoch < settings["min_epochs"]:
             continue
         if val_loss < best:
@@ -169,20 +157,20 @@ def _one_epoch(
     model: Aggregator,
     optimiser: torch.optim.Optimizer,
     bags: Bags,
-    labels: Mapping[str, int],
+    objective: Objective,
     order: Sequence[str],
-    weights: Tensor,
     settings: Mapping[str, Any],
     rng: np.random.Generator,
 ) -> float:
     model.train()
+    device = settings["device"]
     total = 0.0
     for start in range(0, len(order), settings["bags_per_step"]):
         batch = order[start : start + settings["bags_per_step"]]
         features, mask, slides = sample_batch(bags, batch, settings, rng)
-        mask, slides = (None if x is None else x.to(weights.device) for x in (mask, slides))
-        target = torch.tensor([labels[p] for p in batch], device=weights.device)
-        loss = model.step(features.to(weights.device), mask, partial(_bag_loss, target, weights), target, slides).loss
+        mask, slides = (None if x is None else x.to(device) for x in (mask, slides))
+        bag_loss = partial(objective.loss, patients=batch)
+        loss = model.step(features.to(device), mask, bag_loss, objective.targets(batch), slides).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -191,29 +179,18 @@ def _one_epoch(
     return total / len(order)
 
 
-def _bag_loss(target: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
-    # weights average 1 over the training set: dividing by the number of bags keeps them effective in small batches
-    return (F.cross_entropy(logits, target, reduction="none") * weights[target]).mean()
-
-
 @torch.inference_mode()
 def _validate(
-    model: Aggregator, bags: Bags, labels: Mapping[str, int], val: Sequence[str], weights: Tensor
+    model: Aggregator, bags: Bags, objective: Objective, val: Sequence[str], device: torch.device
 ) -> tuple[float, float | None]:
     model.eval()
-    target = torch.tensor([labels[p] for p in val], device=weights.device)
     rows = []
     for patient in val:
         tiles = torch.from_numpy(every_tile(bags.bag(patient), VALIDATION_TILES))
         slides = None
         if model.slide_scores is not None:
             numbers = slide_numbers(bags.sizes(patient)).numpy()
-            slides = torch.from_numpy(spread(numbers, VALIDATION_TILES))[None].to(weights.device)
-        rows.append(model(tiles[None].to(weights.device), None, slides)[0])
+            slides = torch.from_numpy(spread(numbers, VALIDATION_TILES))[None].to(device)
+        rows.append(model(tiles[None].to(device), None, slides)[0])
         bags.forget()
-    logits = torch.cat(rows)
-    loss = float(F.cross_entropy(logits, target, weight=weights))
-    area = None
-    if logits.shape[1] == 2:
-        area = auroc((logits[:, 1] - logits[:, 0]).cpu().numpy(), target.cpu().numpy() == 1)
-    return loss, area
+    return objective.validation(torch.cat(rows), val)

@@ -11,33 +11,23 @@ from typing import Any
 import numpy as np
 
 from slidemake.bags import Bags, load_bags, open_embeddings
-from slidemake.bundle import Bundle, check_features, decide, load_bundle, predict
+from slidemake.bundle import Bundle, check_features, load_bundle, predict
 from slidemake.failures import RunError
+from slidemake.outcomes import Outcome, Threshold
 from slidemake.provenance import write_text
 
 
-def number(value: float | None) -> str:
-    """Nine significant digits, so that equal predictions are equal bytes; empty for None."""
-    return "" if value is None else format(float(value), ".9g")
-
-
-def prediction_columns(classes: Sequence[str], level: str) -> list[str]:
+def prediction_columns(outcome: Outcome, level: str) -> list[str]:
     """Columns of predictions_slides.csv (level slide) and predictions_patients.csv (level patient)."""
     first = ["slide_id", "patient_id"] if level == "slide" else ["patient_id"]
-    figures = [f"{kind}_{name}" for kind in ("prob", "logit") for name in classes]
-    return [*first, "site", "label", "repeat", "fold", *figures, "threshold", "predicted", "tiles"]
+    return [*first, "site", "label", "repeat", "fold", *outcome.columns(), "tiles"]
 
 
 def prediction_row(
-    classes: Sequence[str], logits: np.ndarray, prob: np.ndarray, threshold: float | None, tiles: int, **about: Any
+    outcome: Outcome, outputs: np.ndarray, values: np.ndarray, threshold: Threshold, tiles: int, **about: Any
 ) -> dict[str, Any]:
-    """One row: calibrated probabilities, raw logits, the threshold and the class it decides for."""
-    # decided on the number that is written, so that a reader of the file decides the same
-    written = np.array([float(number(p)) for p in prob])
-    limit = None if threshold is None else float(number(threshold))
-    row = {**about, "tiles": tiles, "threshold": number(limit), "predicted": decide(written, classes, limit)}
-    row |= {f"prob_{name}": number(p) for name, p in zip(classes, prob, strict=True)}
-    return row | {f"logit_{name}": number(v) for name, v in zip(classes, logits, strict=True)}
+    """One row: predicted values, raw outputs, the threshold and what it decides."""
+    return {**about, "tiles": tiles, **outcome.cells(outputs, values, threshold)}
 
 
 def write_predictions(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -65,7 +55,7 @@ def predict_bags(
             without.append(patient)
             continue
         whole = predict(bundle, bag, bags.sizes(patient))
-        args = (bundle.classes, whole.logits, whole.prob, bundle.threshold, len(bag))
+        args = (bundle.outcome, whole.logits, whole.values, bundle.threshold, len(bag))
         people.append(prediction_row(*args, patient_id=patient, **facts))
         first, last = bags.where[patient]
         for i in range(first, last):
@@ -73,7 +63,7 @@ def predict_bags(
             if len(tiles) == 0:
                 continue
             one = whole if len(tiles) == len(bag) else predict(bundle, tiles)
-            args = (bundle.classes, one.logits, one.prob, bundle.threshold, len(tiles))
+            args = (bundle.outcome, one.logits, one.values, bundle.threshold, len(tiles))
             slides.append(prediction_row(*args, slide_id=bags.slides[i], patient_id=patient, **facts))
         bags.forget()
     return slides, people, without
@@ -84,8 +74,8 @@ def apply_bundle_to_stores(
     embeddings: str | Path,
     slides: Sequence[Mapping[str, Any]],
     device: str = "cpu",
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str], tuple[str, ...]]:
-    """Apply a bundle to slides never seen: (rows of slides, rows of patients, patients without tiles, classes).
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str], Outcome]:
+    """Apply a bundle to slides never seen: (rows of slides, rows of patients, patients without tiles, outcome).
 
     slides: mappings with slide_id and, optionally, patient_id, site, label. The stores `embeddings/{slide_id}.zarr` are
     read one patient at a time, so memory does not grow with the cohort, and each must carry the encoder and stain that
@@ -108,4 +98,4 @@ def apply_bundle_to_stores(
         slide_rows += found[0]
         patient_rows += found[1]
         without += found[2]
-    return slide_rows, patient_rows, without, bundle.classes
+    return slide_rows, patient_rows, without, bundle.outcome

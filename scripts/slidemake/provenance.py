@@ -33,7 +33,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "embed": 3,
     "bags": 1,
     "splits": 2,
-    "train": 3,
+    "train": 4,
     "evaluate": 1,
     "explain": 1,
     "predict": 1,

@@ -8,6 +8,7 @@ from typing import Any
 
 from slidemake.failures import RunError
 from slidemake.split_patients import Splits, fold_order, some
+from slidemake.targets import why_untrainable
 
 
 def check_leakage(
@@ -44,14 +45,14 @@ def check_leakage(
                 )
 
 
-def check_training_sides(splits: Splits) -> None:
+def check_training_sides(splits: Splits, kind: str = "multiclass") -> None:
+    """RunError when nothing can be learned from a training side. kind: type of the task."""
     for repeat in sorted(splits.folds):
         for fold in splits.tested(repeat):
             train, _, _ = splits.parts(repeat, fold)
-            classes = sorted({splits.labels[p] for p in train})
-            if len(classes) < 2:
+            why = why_untrainable([splits.labels[p] for p in train], kind)
+            if why:
                 raise RunError(
-                    f"Fold {fold!r} (repeat {repeat}) leaves {len(train)} training patients of "
-                    f"{'class ' + classes[0] if classes else 'no class'}: no model can be trained. Use kfold or "
+                    f"Fold {fold!r} (repeat {repeat}), training patients: {why}. No model can be trained. Use kfold or "
                     "fewer folds."
                 )

@@ -15,21 +15,24 @@ from slidemake.failures import RunError
 from slidemake.provenance import file_sums, fingerprint, read_json_if_whole, write_json, write_text
 from slidemake.split_leakage import check_leakage
 from slidemake.split_patients import TRAIN, UNNAMED, VAL, Patient, Splits, fold_order
+from slidemake.targets import CLASSES, summary
 
 COLUMNS = ("repeat", "patient_id", "fold", "fold_name", "label", "site")
 
 
 def fold_report(
-    splits: Splits, patients: Sequence[Patient], left_out: list[dict[str, str]], method: str, seed: int
+    splits: Splits, patients: Sequence[Patient], left_out: list[dict[str, str]], method: str, seed: int, kind: str
 ) -> dict[str, Any]:
-    classes = sorted(set(splits.labels.values()))
+    """The contents of splits.json. kind: type of the task; where labels are no classes, `classes` are their strata."""
+    groups = {p.patient_id: p.stratum for p in patients}
+    classes = sorted(set(groups.values()))
     sites = sorted(set(splits.sites.values()))
     table, warnings = [], []
     for repeat in sorted(splits.folds):
         names = sorted(set(splits.folds[repeat].values()), key=fold_order)
         for fold in names:
             members = [p for p, f in splits.folds[repeat].items() if f == fold]
-            by_class = Counter(splits.labels[p] for p in members)
+            by_class = Counter(groups[p] for p in members)
             by_site = Counter(splits.sites[p] for p in members)
             table.append(
                 {
@@ -42,16 +45,16 @@ def fold_report(
                 }
             )
             absent = [c for c in classes if not by_class.get(c)]
-            if absent and fold not in (TRAIN, VAL):
+            if absent and fold not in (TRAIN, VAL) and kind in CLASSES:
                 warnings.append(
                     f"repeat {repeat}, fold {fold}: no patient of class {', '.join(absent)}; the AUROC of this fold "
                     "is undefined"
                 )
-    counts = Counter(splits.labels.values())
+    counts = Counter(groups.values())
     for name in classes:
-        if counts[name] < 10:
+        if counts[name] < 10 and kind in CLASSES:
             warnings.append(f"class {name} has {counts[name]} patients: intervals will be wide and thresholds unstable")
-    if len(sites) > 1 and (v := cramers_v([p.label for p in patients], [p.site for p in patients])) > 0.5:
+    if len(sites) > 1 and (v := cramers_v([p.stratum for p in patients], [p.site for p in patients])) > 0.5:
         warnings.append(f"label and site are confounded (Cramér's V {v:.2f}): compare with site_only and by site")
     return {
         "method": method,
@@ -61,7 +64,8 @@ def fold_report(
         "slides": sum(len(p.slides) for p in patients),
         "classes": {c: counts[c] for c in classes},
         "sites": dict(sorted(Counter(splits.sites.values()).items())),
-        "label_site_cramers_v": cramers_v([p.label for p in patients], [p.site for p in patients]),
+        "label_site_cramers_v": cramers_v([p.stratum for p in patients], [p.site for p in patients]),
+        "outcome": summary(splits.labels, kind),
         "leakage": {"patients_in_two_folds": 0, "scans_in_two_folds": 0},
         "table": table,
         "left_out": left_out,

@@ -23,9 +23,8 @@ here.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from slidemake.failures import RunError
@@ -41,9 +40,10 @@ from slidemake.split_methods import (
     patient_dates,
     split_by_date,
 )
-from slidemake.split_patients import TRAIN, UNNAMED, VAL, Patient, Splits, collect_patients, fold_order
+from slidemake.split_patients import TRAIN, UNNAMED, VAL, Patient, Splits, as_task, collect_patients, fold_order
 from slidemake.split_site_preserved import site_preserved_folds
 from slidemake.split_table import cramers_v, fold_report, read_splits, split_rows, write_splits
+from slidemake.targets import about_label, task_type, why_untrainable
 
 __all__ = [
     "TRAIN",
@@ -98,21 +98,19 @@ class _Assigned:
 
 def make_splits(
     rows: Iterable[Mapping[str, Any]],
-    label: str,
+    label: str | Mapping[str, Any],
     options: Mapping[str, Any],
     identities: Mapping[str, str] | None = None,
-    strata: Callable[[Sequence[Patient]], Mapping[str, str]] | None = None,
 ) -> Splits:
     """Assign every patient of a task to its test fold.
 
-    rows        rows of cohort/slides.csv (see `collect_patients`); `label` the label column
+    rows        rows of cohort/slides.csv (see `collect_patients`); `label` the column of the classes, or a task
     options     the task's `splits`; missing keys take DEFAULTS
     identities  slide -> content identity; the same scan under two patients in two folds stops the run
-    strata      for labels that are no classes: {patient: stratum} to balance the folds by. With it, neither two classes
-                nor two classes on every training side are asked for
 
-    The same input gives the same folds, whatever the order of the rows. Errors: RunError for one class, fewer patients
-    than folds, a patient in two folds, a training side with one class, no site or split column.
+    The same input gives the same folds, whatever the order of the rows. Errors: RunError for labels that
+    nothing can be learned from (one class, no event), in the cohort or on a training side, fewer patients than folds, a
+    patient in two folds, no site or split column.
     """
     options = DEFAULTS | dict(options)
     method = options["method"]
@@ -120,11 +118,8 @@ def make_splits(
         raise RunError(f"Unknown split method {method!r}; one of {', '.join(METHODS)}.")
     rows = list(rows)
     patients, left_out = collect_patients(rows, label, options["column"])
-    if strata is not None:
-        of = strata(patients)
-        patients = [replace(p, stratum=of[p.patient_id]) for p in patients]
-    else:
-        _check_classes(patients, label, left_out)
+    task = as_task(label)
+    _check_labels(patients, task, left_out)
     made = _assign(patients, rows, options)
     outside = {one["patient_id"] for one in made.left_out}
     patients = [p for p in patients if p.patient_id not in outside]
@@ -138,22 +133,21 @@ def make_splits(
     )
     scans = {s: identities[s] for p in patients for s in p.slides if s in identities} if identities else {}
     check_leakage(split_rows(splits), {s: p.patient_id for p in patients for s in p.slides}, scans)
-    if strata is None:
-        check_training_sides(splits)
-    report = fold_report(splits, patients, [*left_out, *made.left_out], method, int(options["seed"]))
+    check_training_sides(splits, task_type(task))
+    left_out += made.left_out
+    report = fold_report(splits, patients, left_out, method, int(options["seed"]), task_type(task))
     report["warnings"] = made.warnings + report["warnings"]
     report["about"] = made.about
     splits.report.update(report)
     return splits
 
 
-def _check_classes(patients: Sequence[Patient], label: str, left_out: list[dict[str, str]]) -> None:
-    counts = Counter(p.label for p in patients)
-    if len(counts) < 2:
-        only = f"only {next(iter(counts))!r}" if counts else "no patient at all"
+def _check_labels(patients: Sequence[Patient], task: Mapping[str, Any], left_out: list[dict[str, str]]) -> None:
+    why = why_untrainable([p.label for p in patients], task_type(task))
+    if why:
         raise RunError(
-            f"Task label {label!r} has {only} among {len(patients)} usable patients; two classes are needed. Check the "
-            f"column, and cohort/failures.csv for slides that were lost ({len(left_out)} patients were left out)."
+            f"Task label {about_label(task)}: {why}. Check the column, and cohort/failures.csv for slides that were "
+            f"lost ({len(left_out)} patients were left out)."
         )
 
 

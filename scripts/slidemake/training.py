@@ -2,12 +2,12 @@
 
 In each fold the tested patients are set aside. The other patients are dealt to 1 / validation inner folds, and as many
 members are trained, each early-stopped on the inner fold that it did not see. The members together are the fold's model
-(mean of logits). Every training patient is thereby predicted once by a member that was not fitted to it, and
-temperature and threshold come from these pooled predictions: with 24 patients a single validation set would be four or
-five, on which a threshold is noise. Two biases remain, both small: the epoch was chosen on the same patients, and one
-member's logits are a little noisier than the ensemble's, so the temperature is, if anything, too cautious. The tested
-fold is used for nothing but its predictions. Where the split names val patients, members differ by seed only and use
-those.
+(mean of outputs). Every training patient is thereby predicted once by a member that was not fitted to it, and what
+turns outputs into predictions (temperature, baseline hazard) and the threshold come from these pooled predictions: with
+24 patients a single validation set would be four or five, on which a threshold is noise. Two biases remain, both small:
+the epoch was chosen on the same patients, and one member's logits are a little noisier than the ensemble's, so the
+temperature is, if anything, too cautious. The tested fold is used for nothing but its predictions. Where the split
+names val patients, members differ by seed only and use those.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,31 @@ import torch
 
 from slidemake.aggregators import AGGREGATORS, model_parameters, predict_bag
 from slidemake.bags import Bags
-from slidemake.baselines import as_aggregator, fit_mean_pool_lr, predict_site, site_prevalence, site_threshold
+from slidemake.baselines import (
+    as_aggregator,
+    as_mean_pool,
+    fit_mean_pool_lr,
+    predict_site,
+    site_prevalence,
+    site_threshold,
+)
+from slidemake.baselines_linear import fit_linear
+from slidemake.baselines_site import fit_site
 from slidemake.bundle import Bundle, Group, is_complete, load_bundle, save_bundle
-from slidemake.calibration import auroc, fit_temperature, probabilities, youden_threshold
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, fit_member
-from slidemake.prediction import number, predict_bags, prediction_columns, prediction_row, write_predictions
+from slidemake.objectives import make_objective
+from slidemake.outcomes import ClassOutcome, Outcome, Threshold, make_outcome, number
+from slidemake.outcomes_survival import CoxOutcome, SurvivalOutcome
+from slidemake.prediction import predict_bags, prediction_columns, prediction_row, write_predictions
 from slidemake.provenance import file_sums, fingerprint, versions, write_json
 from slidemake.splits import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
+from slidemake.targets import strata
 
 log = logging.getLogger("slidemake")
 
-CURVE_COLUMNS = ("repeat", "fold", "epoch", "train_loss", "val_loss", "val_auroc")
+CURVE_COLUMNS = ("repeat", "fold", "epoch", "train_loss", "val_loss")  # and the validation score
+SCORES = {"auroc": "AUROC", "kappa": "kappa", "pearson": "correlation", "c_index": "C-index"}
 Plan = list[tuple[list[str], list[str]]]
 
 
@@ -50,15 +64,20 @@ class Work:
     name: str
     kind: str  # aggregator | mean_pool_lr | site_only
     settings: dict[str, Any]
-    classes: tuple[str, ...]
+    outcome: Outcome
     bags: Bags
     splits: Splits
     context: dict[str, Any]
     out: Path
 
-    @property
-    def labels(self) -> dict[str, int]:
-        return {p: self.classes.index(name) for p, name in self.splits.labels.items()}
+    @cached_property
+    def labels(self) -> dict[str, Any]:
+        """Encoded label of every patient."""
+        return {p: self.outcome.encode(label) for p, label in self.splits.labels.items()}
+
+    def scale(self, fold: Fold) -> dict[str, Any]:
+        """What is taken from the labels of a fold's training and validation patients."""
+        return self.outcome.scale([self.labels[p] for p in [*fold.train, *fold.val]])
 
 
 @dataclass(frozen=True)
@@ -77,16 +96,6 @@ class Fold:
         return f"repeat{self.repeat}_fold{self.fold}"
 
 
-def class_order(labels: Mapping[str, str], positive: str | None = None) -> tuple[str, ...]:
-    """Class names sorted; with two classes `positive` (default: the last) comes second."""
-    classes = sorted(set(labels.values()))
-    if positive is not None:
-        if str(positive) not in classes:
-            raise RunError(f"The positive class {positive!r} is not among the labels: {', '.join(classes)}.")
-        classes.sort(key=lambda name: name == str(positive))
-    return tuple(classes)
-
-
 def train_model(
     task: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -99,13 +108,13 @@ def train_model(
 ) -> dict[str, Any]:
     """Train a model on every fold and write predictions, curves, bundles and, last, train.json (returned).
 
-    task     {"label", "positive"?}; labels themselves are the splits'
+    task     {"label", "type"?, "positive"?, ...}; labels themselves are the splits'
     options  `fitting.DEFAULTS` overridden; "control": mean_pool_lr, site_only or shuffled_label makes it that control
     context  what a bundle must carry besides (grid, stain with its target, tissue, tiling options)
     threads  folds trained at once; the result does not depend on it
 
-    A fold whose bundle carries the same fingerprint is not trained again. RunError for one class on a training side, a
-    patient in two folds, features that cannot be trained on.
+    A fold whose bundle carries the same fingerprint is not trained again. RunError for a training side that nothing can
+    be learned from (one class, no event), a patient in two folds, features that cannot be trained on.
     """
     started = time.monotonic()
     work = _prepare(task, options, bags, splits, Path(out_dir), context, name)
@@ -140,8 +149,9 @@ def _prepare(
 ) -> Work:
     settings = {**DEFAULTS, **options}
     control = settings.pop("control", None)
+    outcome = make_outcome(task, splits.labels)
     if control == "shuffled_label":
-        splits = permuted_control(splits, settings["seed"])
+        splits = permuted_control(splits, settings["seed"], outcome.kind)
     kind = control if control in ("mean_pool_lr", "site_only") else "aggregator"
     if kind == "aggregator" and settings["aggregator"] == "mean_pool_lr":
         kind = "mean_pool_lr"
@@ -149,20 +159,21 @@ def _prepare(
         known = ", ".join([*AGGREGATORS, "mean_pool_lr"])
         raise RunError(f"Unknown aggregator {settings['aggregator']!r}; one of {known}.")
     check_leakage(split_rows(splits), dict(zip(bags.slides, bags.patients, strict=True)))
-    classes = class_order(splits.labels, task.get("positive"))
+    if kind != "aggregator" and isinstance(outcome, SurvivalOutcome):
+        outcome = CoxOutcome(outcome.horizons, outcome.unit)  # the linear model of survival, whatever the task's own is
     return Work(
-        name or control or settings["aggregator"], kind, settings, classes, bags, splits, dict(context or {}), out
+        name or control or settings["aggregator"], kind, settings, outcome, bags, splits, dict(context or {}), out
     )
 
 
 def _fold(work: Work, repeat: int, fold: str) -> Fold:
     train, val, test = work.splits.parts(repeat, fold)
     has_tiles = [[p for p in part if work.bags.tiles(p)] for part in (train, val)]
-    if len({work.splits.labels[p] for p in has_tiles[0]}) < 2:
+    why = work.outcome.why_untrainable([work.splits.labels[p] for p in has_tiles[0]])
+    if why:
         raise RunError(
-            f"Fold {fold} of repeat {repeat} has {len(has_tiles[0])} training patients with tiles, all of one "
-            "class: no model "
-            "can be trained. Use fewer folds, or see cohort/failures.csv for what was lost."
+            f"Fold {fold} of repeat {repeat}, training patients with tiles: {why}. No model can be trained. Use fewer "
+            "folds, or see cohort/failures.csv for what was lost."
         )
 
     def described(patients: Sequence[str]) -> dict[str, Any]:
@@ -175,7 +186,7 @@ def _fold(work: Work, repeat: int, fold: str) -> Fold:
         "train",
         model=work.kind,
         settings={k: v for k, v in work.settings.items() if k != "device"},
-        classes=work.classes,
+        target=work.outcome.about(),
         encoder=work.bags.encoder,
         stain=work.bags.stain,
         context=work.context,
@@ -195,18 +206,24 @@ def _slides(work: Work, patient: str) -> list[list[Any]]:
 
 
 def member_plan(
-    train: Sequence[str], val: Sequence[str], labels: Mapping[str, int], validation: float, seed: int
+    train: Sequence[str],
+    val: Sequence[str],
+    labels: Mapping[str, Any],
+    validation: float,
+    seed: int,
+    every_stratum: bool = True,
 ) -> Plan:
     """(training, validation) patients of every member of a fold.
 
     With given val patients every member trains on all of `train`. Otherwise `train` is dealt, stratified, to
     1 / validation inner folds, and to fewer when the rarest class has fewer patients; when it has one only, nothing can
-    be held out and a single member without validation is planned.
+    be held out and a single member without validation is planned. labels: class or stratum of every patient; strata
+    that need not be in every inner fold (every_stratum=False) do not limit the number of inner folds.
     """
     members = max(2, round(1 / validation))
     if val:
         return [(list(train), list(val))] * members
-    rarest = min(Counter(labels[p] for p in train).values())
+    rarest = min(Counter(labels[p] for p in train).values()) if every_stratum else len(train) // 2
     if rarest < 2:
         return [(list(train), [])]
     people = [Patient(p, str(labels[p]), "", "", ()) for p in train]
@@ -242,12 +259,10 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
         fold=fold.fold,
     )
     info = bundle.info
-    figures = {
-        "temperature": info["groups"][0]["temperature"],
-        "threshold": info["threshold"],
-        **info["training"]["figures"],
-    }
-    text = "" if figures["val_auroc"] is None else f", validation AUROC {figures['val_auroc']:.2f}"
+    link = {key: info["groups"][0][key] for key in ("temperature", "slope") if key in info["groups"][0]}
+    figures = {**link, "threshold": info["threshold"], **info["training"]["figures"]}
+    score = figures[f"val_{work.outcome.score}"]
+    text = "" if score is None else f", validation {SCORES[work.outcome.score]} {score:.2f}"
     how = "already trained" if reused else f"{time.monotonic() - started:.1f} s"
     log.info("%s %d/%d repeat %d fold %s: %s%s", work.name, place, total, fold.repeat, fold.fold, how, text)
     return {
@@ -262,22 +277,21 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
 
 def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
     seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold)
-    plan = member_plan(fold.train, fold.val, work.labels, work.settings["validation"], seed)
+    outcome, labels, scale = work.outcome, work.labels, work.scale(fold)
+    groups = strata(work.splits.labels, outcome.kind)
+    plan = member_plan(fold.train, fold.val, groups, work.settings["validation"], seed, type(outcome) is ClassOutcome)
     curves: list[list[dict[str, Any]]] = []
     figures: dict[str, Any] = {}
     if work.kind == "mean_pool_lr":
-        fitted = fit_mean_pool_lr(work.bags, work.labels, fold.train, plan, len(work.classes))
-        members, val_logits, figures["c"] = [as_aggregator(fitted, len(work.classes))], fitted.val_logits, fitted.c
+        members, val_outputs, figures["c"] = _fit_mean_pool(work, fold, plan, scale)
     else:
-        members, val_logits, curves, figures["epochs"] = _train_members(work, fold, plan)
-    patients = sorted(val_logits)
-    truth = np.array([work.labels[p] for p in patients], int)
-    logits = np.array([val_logits[p] for p in patients]).reshape(len(patients), len(work.classes))
-    temperature = fit_temperature(logits, truth)
-    prob = probabilities(logits, temperature)
-    binary = len(work.classes) == 2
-    threshold = youden_threshold(prob[:, 1], truth == 1) if binary else None
-    figures["val_auroc"] = auroc(prob[:, 1], truth == 1) if binary else None
+        members, val_outputs, curves, figures["epochs"] = _train_members(work, fold, plan, scale)
+    patients = sorted(val_outputs)
+    truth = [labels[p] for p in patients]
+    outputs = np.array([val_outputs[p] for p in patients]).reshape(len(patients), outcome.outputs)
+    link = outcome.link(outputs, truth, scale)
+    values = outcome.predict(outputs, link)
+    figures[f"val_{outcome.score}"] = outcome.score_of(outputs, truth)
     training = {
         "repeat": fold.repeat,
         "fold": fold.fold,
@@ -287,27 +301,47 @@ def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
         "curves": curves,
         "figures": figures,
         "selected_by": "lowest validation loss" if curves else "lowest pooled validation log-loss",
-        "validation_probability": {p: [float(number(v)) for v in row] for p, row in zip(patients, prob, strict=True)},
+        _validation_key(outcome): {p: [float(number(v)) for v in row] for p, row in zip(patients, values, strict=True)},
     }
+    threshold = outcome.threshold(values, truth)
     info = {**_about(work), "fingerprint": fold.fingerprint, "threshold": threshold, "training": training}
-    save_bundle(folder, info, [Group(fold.name, temperature, tuple(members))])
+    save_bundle(folder, info, [Group(fold.name, link, tuple(members))])
 
 
-def _train_members(work: Work, fold: Fold, plan: Plan) -> tuple[list[Any], dict[str, np.ndarray], list[Any], list[int]]:
+def _validation_key(outcome: Outcome) -> str:
+    return "validation_probability" if outcome.classes else "validation_values"
+
+
+def _fit_mean_pool(
+    work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, np.ndarray], float]:
+    """The linear model on mean-pooled features: (one member, outputs of validation patients, C)."""
+    if type(work.outcome) is ClassOutcome:
+        classes = work.outcome.outputs
+        regression = fit_mean_pool_lr(work.bags, work.labels, fold.train, plan, classes)
+        return [as_aggregator(regression, classes)], regression.val_logits, regression.c
+    fitted = fit_linear(work.bags, work.outcome, work.labels, fold.train, plan, scale)
+    return [as_mean_pool(fitted.scaler, fitted.weight, fitted.bias)], fitted.val_outputs, fitted.c
+
+
+def _train_members(
+    work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, np.ndarray], list[Any], list[int]]:
     members, curves, epochs = [], [], []
-    logits: dict[str, list[np.ndarray]] = {}
+    outputs: dict[str, list[np.ndarray]] = {}
     for i, (train, val) in enumerate(plan):
         seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold, i + 1)
-        fitted = fit_member(work.bags, work.labels, train, val, len(work.classes), work.settings, seed)
+        objective = make_objective(work.outcome, work.labels, train, scale, work.settings)
+        fitted = fit_member(work.bags, objective, train, val, work.settings, seed)
         for patient in val:
-            logits.setdefault(patient, []).append(
+            outputs.setdefault(patient, []).append(
                 predict_bag(fitted.model, work.bags.bag(patient), work.bags.sizes(patient))[0]
             )
             work.bags.forget()
         members.append(fitted.model)
         curves.append(fitted.curve)
         epochs.append(fitted.epoch)
-    return members, {p: np.mean(rows, axis=0) for p, rows in logits.items()}, curves, epochs
+    return members, {p: np.mean(rows, axis=0) for p, rows in outputs.items()}, curves, epochs
 
 
 def _about(work: Work) -> dict[str, Any]:
@@ -317,8 +351,9 @@ def _about(work: Work) -> dict[str, Any]:
     return {
         **work.context,
         "model": work.name,
-        "classes": list(work.classes),
-        "positive": work.classes[-1] if len(work.classes) == 2 else None,
+        "target": work.outcome.about(),
+        "classes": list(work.outcome.classes),
+        "positive": work.outcome.classes[-1] if work.outcome.kind == "binary" else None,
         "encoder": work.bags.encoder,
         "stain": {**work.context.get("stain", {}), "method": work.bags.stain["method"]},
         "stain_of_features": work.bags.stain,
@@ -338,30 +373,26 @@ def cohort_fingerprint(work: Work) -> str:
 
 
 def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
-    table, overall = site_prevalence(work.labels, work.splits.sites, fold.train, len(work.classes))
-    threshold = site_threshold(overall)
+    of_site, threshold = _site_model(work, fold)
     slides, patients, without = [], [], []
     for patient in fold.test:
         if work.bags.tiles(patient) == 0:  # tested on the same patients as every other model
             without.append(patient)
             continue
         site = work.splits.sites[patient]
-        prob = predict_site(table, overall, site)
-        about = {
+        outputs, values = of_site(site)
+        about: dict[str, Any] = {
             "patient_id": patient,
             "site": site,
             "label": work.splits.labels[patient],
             "repeat": fold.repeat,
             "fold": fold.fold,
         }
-        logits = np.log(np.maximum(prob, 1e-12))
-        patients.append(prediction_row(work.classes, logits, prob, threshold, work.bags.tiles(patient), **about))
-        slides += [
-            prediction_row(work.classes, logits, prob, threshold, n, slide_id=slide, **about)
-            for slide, _, n in _slides(work, patient)
-            if n
-        ]
-    figures = {"temperature": 1.0, "threshold": threshold, "val_auroc": None}
+        row = (work.outcome, outputs, values, threshold)
+        patients.append(prediction_row(*row, work.bags.tiles(patient), **about))
+        slides += [prediction_row(*row, n, slide_id=slide, **about) for slide, _, n in _slides(work, patient) if n]
+    link = {"temperature": 1.0} if type(work.outcome) is ClassOutcome else {}
+    figures = {**link, "threshold": threshold, f"val_{work.outcome.score}": None}
     return {
         "slides": slides,
         "patients": patients,
@@ -372,15 +403,30 @@ def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
     }
 
 
+def _site_model(work: Work, fold: Fold) -> tuple[Callable[[str], tuple[Any, np.ndarray]], Threshold]:
+    """site -> (outputs, values), and the threshold. Only classes have outputs: the log of the prevalence."""
+    if type(work.outcome) is not ClassOutcome:
+        values, threshold = fit_site(work.outcome, work.labels, work.splits.sites, fold.train)
+        return lambda site: ([None] * work.outcome.outputs, values(site)), threshold
+    table, overall = site_prevalence(work.labels, work.splits.sites, fold.train, work.outcome.outputs)
+
+    def of_site(site: str) -> tuple[np.ndarray, np.ndarray]:
+        prob = predict_site(table, overall, site)
+        return np.log(np.maximum(prob, 1e-12)), prob
+
+    return of_site, site_threshold(overall)
+
+
 def _write_results(
     work: Work, folds: list[Fold], results: list[dict[str, Any]], task: dict[str, Any], started: float
 ) -> dict[str, Any]:
     for level in ("slide", "patient"):
         rows = [row for result in results for row in result[f"{level}s"]]
         rows.sort(key=lambda row: (row["repeat"], row["patient_id"], row.get("slide_id", "")))
-        write_predictions(work.out / f"predictions_{level}s.csv", rows, prediction_columns(work.classes, level))
+        write_predictions(work.out / f"predictions_{level}s.csv", rows, prediction_columns(work.outcome, level))
     bundles = [result["bundle"] for result in results]
-    write_predictions(work.out / "curves.csv", _curve_rows(folds, bundles), CURVE_COLUMNS)
+    curve_columns = (*CURVE_COLUMNS, f"val_{work.outcome.score}")
+    write_predictions(work.out / "curves.csv", _curve_rows(folds, bundles, curve_columns), curve_columns)
     kept = {fold.name for fold in folds} if work.kind != "site_only" else set()
     for old in sorted((work.out / "bundles").glob("repeat*_fold*")):
         if old.name not in kept:
@@ -395,7 +441,7 @@ def _write_results(
         "task": task,
         "model": work.name,
         "kind": work.kind,
-        "classes": list(work.classes),
+        "classes": list(work.outcome.classes),
         "settings": work.settings,
         "folds": [
             {
@@ -420,7 +466,7 @@ def _write_results(
     return record
 
 
-def _curve_rows(folds: list[Fold], bundles: Sequence[Bundle | None]) -> list[dict[str, Any]]:
+def _curve_rows(folds: list[Fold], bundles: Sequence[Bundle | None], columns: Sequence[str]) -> list[dict[str, Any]]:
     """Mean over the members that reached an epoch; each member's own curve is in its bundle.json."""
     rows = []
     for fold, bundle in zip(folds, bundles, strict=True):
@@ -428,7 +474,7 @@ def _curve_rows(folds: list[Fold], bundles: Sequence[Bundle | None]) -> list[dic
         for epoch in range(max(map(len, curves), default=0)):
             at = [curve[epoch] for curve in curves if epoch < len(curve)]
             row: dict[str, Any] = {"repeat": fold.repeat, "fold": fold.fold, "epoch": epoch + 1}
-            for key in CURVE_COLUMNS[3:]:
+            for key in columns[3:]:
                 known = [point[key] for point in at if point[key] is not None]
                 row[key] = number(float(np.mean(known)) if known else None)
             rows.append(row)
@@ -436,15 +482,14 @@ def _curve_rows(folds: list[Fold], bundles: Sequence[Bundle | None]) -> list[dic
 
 
 def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
-    """bundle/: all members of all folds. Its threshold is Youden's on the pooled inner-validation predictions of all
-    folds (never on tested patients); every group keeps the temperature of its fold."""
+    """bundle/: all members of all folds. Its threshold comes from the pooled inner-validation predictions of all folds
+    (never from tested patients); every group keeps the link of its fold."""
     if is_complete(work.out / "bundle", mark):
         return
-    pooled = [(p, row) for b in bundles for p, row in sorted(b.info["training"]["validation_probability"].items())]
-    threshold = None
-    if len(work.classes) == 2:
-        prob = np.array([row[1] for _, row in pooled])
-        threshold = youden_threshold(prob, np.array([work.labels[p] for p, _ in pooled], int) == 1)
+    key = _validation_key(work.outcome)
+    pooled = [(p, row) for b in bundles for p, row in sorted(b.info["training"][key].items())]
+    values = np.array([row for _, row in pooled]) if pooled else np.empty((0, work.outcome.outputs + 1))
+    threshold = work.outcome.threshold(values, [work.labels[p] for p, _ in pooled])
     training = {
         "folds": [group.name for b in bundles for group in b.groups],
         "patients": sorted({p for b in bundles for p in b.info["training"]["train"]}),

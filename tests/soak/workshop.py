@@ -251,7 +251,7 @@ class Workshop:
                 "features": "float32",
             },
         }
-        save_bundle(self.results / "tasks/t/m/bundle", info, [Group("a", 1.0, (member,))])
+        save_bundle(self.results / "tasks/t/m/bundle", info, [Group("a", {"temperature": 1.0}, (member,))])
 
     def _bags(self) -> None:
         from slidemake.bags import open_bags

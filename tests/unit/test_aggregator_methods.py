@@ -16,6 +16,7 @@ from slidemake.bags import make_bags
 from slidemake.bundle import Group, bundle_leave_one_out, load_bundle, predict, save_bundle
 from slidemake.calibration import auroc
 from slidemake.fitting import DEFAULTS, fit_member
+from slidemake.objectives import class_objective
 from slidemake.prediction import predict_bags
 from test_aggregators import SMALL, model_of, tiles
 from test_bundle import INFO
@@ -270,7 +271,7 @@ def cohort():
 def area_after_training(cohort, name, labels):
     bags, _, train, test = cohort
     settings = {**DEFAULTS, **QUICK, "aggregator": name, "tile_fraction": 1.0, "bags_per_step": 6}
-    model = fit_member(bags, labels, train, [], 2, settings, seed=1).model
+    model = fit_member(bags, class_objective(labels, train, 2, settings), train, [], settings, seed=1).model
     logits = np.stack([predict_bag(model, bags.bag(p))[0] for p in test])
     return auroc(logits[:, 1] - logits[:, 0], np.array([labels[p] for p in test]) == 1)
 
@@ -332,7 +333,7 @@ def test_attention_over_slides_is_trained_and_kept(tmp_path):
     )
     settings = {**DEFAULTS, **QUICK, "slides": "attention", "epochs": 40, "min_epochs": 40}
     patients = sorted(labels)
-    model = fit_member(bags, labels, patients[:24], [], 2, settings, seed=0).model
+    model = fit_member(bags, class_objective(labels, patients, 2, settings), patients[:24], [], settings, seed=0).model
     weight, scores = [], []
     for p in patients[24:]:
         logits, attention = predict_bag(model, bags.bag(p), bags.sizes(p))
@@ -342,7 +343,7 @@ def test_attention_over_slides_is_trained_and_kept(tmp_path):
     assert auroc(np.array(scores), np.array([labels[p] for p in patients[24:]]) == 1) > 0.85
     assert np.mean(weight) > 0.5  # 1/3 would be no attention to slides
     about = {"name": "abmil_gated", "parameters": {"hidden": 16, "attention": 8, "slides": "attention"}, "features": 8}
-    save_bundle(tmp_path / "bundle", {**INFO, "aggregator": about}, [Group("g", 1.0, (model,))])
+    save_bundle(tmp_path / "bundle", {**INFO, "aggregator": about}, [Group("g", {"temperature": 1.0}, (model,))])
     bundle = load_bundle(tmp_path / "bundle")
     _, rows, _ = predict_bags(bundle, bags, patients[24:])
     np.testing.assert_allclose([float(r["logit_Y"]) - float(r["logit_N"]) for r in rows], scores, rtol=1e-6)
@@ -352,7 +353,7 @@ def test_attention_over_slides_is_trained_and_kept(tmp_path):
 def test_bundles_keep_every_method(name, tmp_path):
     model, x = build_aggregator(name, 8, 2, SMALL, 4).eval(), tiles(6, 8)
     about = {"name": name, "parameters": SMALL, "features": 8}
-    save_bundle(tmp_path / "bundle", {**INFO, "aggregator": about}, [Group("g", 1.0, (model,))])
+    save_bundle(tmp_path / "bundle", {**INFO, "aggregator": about}, [Group("g", {"temperature": 1.0}, (model,))])
     bundle = load_bundle(tmp_path / "bundle")
     logits, attention = predict_bag(model, x)
     found = predict(bundle, x)

@@ -15,13 +15,13 @@ from slidemake.bundle import (
     Group,
     bundle_leave_one_out,
     check_features,
-    decide,
     is_complete,
     load_bundle,
     predict,
     save_bundle,
 )
 from slidemake.failures import RunError, SlideFailure
+from slidemake.outcomes import decide
 from slidemake.prediction import apply_bundle_to_stores
 from slidemake.provenance import write_json
 from slidemake.training import train_model
@@ -59,7 +59,7 @@ def write_store(folder, slide, features, encoder=ENCODER, stain=STAIN, **attrs):
 
 
 def test_two_levels_of_averaging(tmp_path):
-    groups = [Group("a", 2.0, members(1, 2)), Group("b", 0.5, members(3))]
+    groups = [Group("a", {"temperature": 2.0}, members(1, 2)), Group("b", {"temperature": 0.5}, members(3))]
     save_bundle(tmp_path / "b", INFO, groups)
     bundle = load_bundle(tmp_path / "b")
     x = np.random.default_rng(0).normal(size=(7, 8)).astype(np.float32)
@@ -109,7 +109,7 @@ def test_another_stain_is_refused():
 def test_damaged_bundles(tmp_path):
     with pytest.raises(RunError, match="not a model bundle"):
         load_bundle(tmp_path)
-    save_bundle(tmp_path / "b", INFO, [Group("a", 1.0, members(1))])
+    save_bundle(tmp_path / "b", INFO, [Group("a", {"temperature": 1.0}, members(1))])
     path = tmp_path / "b" / "bundle.json"
     info = json.loads(path.read_text())
     for change, says in [
@@ -143,8 +143,8 @@ def test_bundle_applied_to_stores_gives_the_predictions_of_training(tmp_path):
         write_store(folder, slide, bags.slide(i))
     test = splits.parts(0, "1")[2]
     wanted = [{"slide_id": s, "patient_id": p} for s, p in zip(bags.slides, bags.patients, strict=True) if p in test]
-    slides, patients, without, classes = apply_bundle_to_stores(tmp_path / "m/bundles/repeat0_fold1", folder, wanted)
-    assert (without, classes) == ([], ("N", "Y"))
+    slides, patients, without, outcome = apply_bundle_to_stores(tmp_path / "m/bundles/repeat0_fold1", folder, wanted)
+    assert (without, outcome.classes) == ([], ("N", "Y"))
     assert [r["patient_id"] for r in patients] == test
     saved = (tmp_path / "m/predictions_patients.csv").read_text()
     for row in patients:

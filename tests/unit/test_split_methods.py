@@ -200,11 +200,7 @@ def test_external_cohort_is_never_trained_on():
 def test_folds_are_balanced_by_the_strata_of_a_task():
     rows = [{**r, "label": f"{i / 7:.3f}"} for i, r in enumerate(cohort(40))]  # a number: each label once
 
-    def quartiles(patients):
-        order = sorted(patients, key=lambda p: float(p.label))
-        return {p.patient_id: f"q{4 * i // len(order)}" for i, p in enumerate(order)}
-
-    splits = make_splits(rows, "label", {"folds": 5}, strata=quartiles)
+    splits = make_splits(rows, {"label": "label", "type": "regression"}, {"folds": 5})
     for fold in splits.tested(0):
         quartile = [round(float(splits.labels[p]) * 7) // 10 for p in splits.parts(0, fold)[2]]
         assert sorted(Counter(quartile).values()) == [2, 2, 2, 2]

@@ -14,10 +14,12 @@ from sklearn.metrics import roc_auc_score
 from slidemake.bags import make_bags
 from slidemake.calibration import auroc, fit_temperature, probabilities, youden_threshold
 from slidemake.failures import RunError
-from slidemake.fitting import DEFAULTS, class_weights, feature_statistics, fit_member, sample_batch
+from slidemake.fitting import DEFAULTS, feature_statistics, fit_member, sample_batch
+from slidemake.objectives import class_objective, class_weights
+from slidemake.outcomes import class_order
 from slidemake.provenance import read_json
 from slidemake.splits import Splits
-from slidemake.training import class_order, member_plan, train_model
+from slidemake.training import member_plan, train_model
 
 TASK = {"label": "label"}
 FILES = ("predictions_slides.csv", "predictions_patients.csv", "curves.csv")
@@ -173,7 +175,7 @@ def test_wrong_requests():
     with pytest.raises(RunError, match="positive class 'X'"):
         train_model({"label": "label", "positive": "X"}, {}, bags, splits, "unused")
     one = Splits(splits.folds, dict.fromkeys(splits.labels, "N"), splits.sites, {})
-    with pytest.raises(RunError, match="all of one class"):
+    with pytest.raises(RunError, match="all 16 patients have the same class, N"):
         train_model(TASK, {}, bags, one, "unused")
 
 
@@ -196,7 +198,8 @@ def test_inner_folds_are_stratified_and_shrink_with_the_rarest_class():
 def test_a_class_with_one_patient_trains_without_validation():
     bags, splits = planted()
     labels = {p: int(p == "P01") for p in splits.labels}
-    fitted = fit_member(bags, labels, sorted(labels), [], 2, {**DEFAULTS, **QUICK}, 0)
+    settings = {**DEFAULTS, **QUICK}
+    fitted = fit_member(bags, class_objective(labels, sorted(labels), 2, settings), sorted(labels), [], settings, 0)
     assert fitted.epoch == (QUICK["epochs"] + QUICK["min_epochs"]) // 2
     assert fitted.curve[0]["val_loss"] is None
 

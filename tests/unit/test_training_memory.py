@@ -11,6 +11,7 @@ import json, resource, sys
 import numpy as np
 from slidemake.bags import make_bags, open_bags
 from slidemake.fitting import DEFAULTS, fit_member
+from slidemake.objectives import class_objective
 from slidemake.provenance import write_json
 from pathlib import Path
 
@@ -25,7 +26,8 @@ settings = {**DEFAULTS, "epochs": 1, "min_epochs": 1, "tile_fraction": 0.5}
 def peak(count):
     cohort = open_bags(path, in_memory_bytes=1)
     labels = {name: i % 2 for i, name in enumerate(names[:count])}
-    fit_member(cohort, labels, sorted(labels), [], 2, settings, seed=0)
+    objective = class_objective(labels, sorted(labels), 2, settings)
+    fit_member(cohort, objective, sorted(labels), [], settings, seed=0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 print(json.dumps([peak(8), peak(bags)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,29 +62,30 @@ def log_odds(logits: Tensor, target: int) -> Tensor:
 
 
 @torch.inference_mode()
-def leave_one_out(model: Aggregator, features: np.ndarray, target: int = 1) -> np.ndarray:
+def leave_one_out(model: Aggregator, features: np.ndarray, target: int | Callable[[Tensor], Tensor] = 1) -> np.ndarray:
     """How much each tile adds to the log-odds of class `target`: with all tiles minus without that tile, (N,) float64.
 
-    Positive = the tile speaks for the class. Exact and in one pass for methods with a closed form (all but TransMIL,
-    DTFD and ILRA), whose few tiles that it does not hold for are taken away one by one. A bag of one tile is compared
-    with the empty bag, whose pooled vector is 0. Without a closed form, bags up to 64 tiles are exact too; of larger
-    ones the 32 tiles with most attention are taken away one by one and the others in 32 runs of neighbours, each tile
-    with an equal part of its run's effect. Computed in float64.
+    target: a class, or any score of outputs (..., O) -> (...). Positive = the tile speaks for it. Exact and in one
+    pass for methods with a closed form (all but TransMIL, DTFD and ILRA), whose few tiles that it does not hold for are
+    taken away one by one. A bag of one tile is compared with the empty bag, whose pooled vector is 0. Without a closed
+    form, bags up to 64 tiles are exact too; of larger ones the 32 tiles with most attention are taken away one by one
+    and the others in 32 runs of neighbours, each tile with an equal part of its run's effect. Computed in float64.
     """
+    score = target if callable(target) else partial(log_odds, target=target)
     exact = copy.deepcopy(model).double().eval()
     encoded = encode_bag(exact, features)
     pooled, attention = exact.pool(*(e[None] for e in encoded))
-    whole = log_odds(exact.logits(pooled[0]), target)
+    whole = score(exact.logits(pooled[0]))
     n = len(features)
     if n == 1:
-        return (whole - log_odds(exact.logits(torch.zeros_like(pooled[0])), target)).reshape(1).cpu().numpy()
+        return (whole - score(exact.logits(torch.zeros_like(pooled[0])))).reshape(1).cpu().numpy()
 
     def without(gone: Tensor) -> Tensor:
-        """Log-odds of the bag without the tiles `gone`."""
+        """Score of the bag without the tiles `gone`."""
         kept = torch.ones(n, dtype=torch.bool, device=encoded[0].device)
         kept[gone] = False
         rest, _ = exact.pool(*(e[kept][None] for e in encoded))
-        return log_odds(exact.logits(rest[0]), target)
+        return score(exact.logits(rest[0]))
 
     if exact.removed(encoded, slice(0, 1)) is None:
         return _by_repetition(n, attention[0], whole, without)
@@ -93,7 +95,7 @@ def leave_one_out(model: Aggregator, features: np.ndarray, target: int = 1) -> n
     for i in range(0, n, step):
         removed = exact.removed(encoded, slice(i, i + step))
         assert removed is not None
-        left[i : i + step] = log_odds(exact.logits(removed), target)
+        left[i : i + step] = score(exact.logits(removed))
     for i in exact.removed_by_hand(encoded).tolist():
         left[i] = without(torch.tensor([i]))
     return (whole - left).cpu().numpy()
