@@ -41,6 +41,7 @@ include: "rules/report.smk"
 
 onstart:
     mark_results_folder(Path(OUTPUT), PLAN.rack_size if RACKS else None)
+    WATCH.begin([rule.name for rule in workflow.rules if rule.output])
     if hint := rack_size_hint(PLAN, MACHINE):
         print(f"slidemake: {hint}", file=sys.stderr)
     for encoder, corpora in PLAN.contamination.items():
@@ -48,6 +49,7 @@ onstart:
 
 
 onsuccess:
+    WATCH.end()
     if os.path.exists(f"{OUTPUT}/report/index.html"):
         print(
             f"slidemake: the report is {OUTPUT}/report/index.html", file=sys.stderr
@@ -55,6 +57,7 @@ onsuccess:
 
 
 onerror:
+    WATCH.end()
     print(
         "slidemake: not everything could be done; the lines that begin with `rule` or name a log file above say why. "
         "What is finished is kept: mend it and run the same command again.",

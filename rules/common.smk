@@ -7,6 +7,7 @@ from slidemake.adapter import available_cpus
 from slidemake.configuration import stage_options
 from slidemake.contamination import in_words
 from slidemake.failures import RunError
+from slidemake.progress import Watch
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.racks import Machine
 from slidemake.setup import mark_results_folder, plan_run, rack_size_hint
@@ -28,6 +29,9 @@ except RunError as error:
 
 CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
+WATCH = Watch(MACHINE, CONFIG["progress_every"])
+if not IN_JOB:
+    WATCH.attach()
 # CPU stages work on one slide after the other; each job gets several threads where there are fewer racks than cores, and
 # on a cluster, whose jobs do not share `cores` (there they are those of a node).
 RACK_THREADS = max(

@@ -49,7 +49,7 @@ rule write_report:
         },
         encoders={slug: ENCODERS[slug].licence for slug in sorted(ENCODERS)},
         grids=sorted(GRIDS),
-        config=CONFIG,
+        config={key: value for key, value in CONFIG.items() if key != "progress_every"},
         configfiles=[
             os.path.relpath(path) for path in workflow.config_settings.configfiles
         ],

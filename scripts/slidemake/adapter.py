@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slidemake import isolation
+from slidemake import isolation, timings
 from slidemake.failures import RunError, SlideFailure
 
 
@@ -26,9 +26,14 @@ def job(snakemake: Any) -> Iterator[Any]:
     log_file = Path(str(snakemake.log[0])) if snakemake.log else None
     _configure_logging(log_file)
     declared = getattr(snakemake, "resources", {}).get("mem_mb")
-    apart = isolation.supervised(
-        isolation.Job(snakemake.rule, log_file, declared if isinstance(declared, int) else None)
-    )
+    declared = declared if isinstance(declared, int) else None
+    wildcards = dict(getattr(snakemake, "wildcards", {}).items())
+    timings.start(log_file, snakemake.rule, wildcards, getattr(snakemake, "threads", 1), declared)
+    try:
+        apart = isolation.supervised(isolation.Job(snakemake.rule, log_file, declared))
+    except SystemExit as end:  # this is the supervisor, and the work is over
+        timings.end(end.code if isinstance(end.code, int) else 1, forked=True)
+        raise
     code = 1
     try:
         yield snakemake
@@ -41,6 +46,7 @@ def job(snakemake: Any) -> Iterator[Any]:
         code = end.code if isinstance(end.code, int) else 1
     if apart:
         isolation.leave(code)
+    timings.end(code, forked=False)
     if code:
         sys.exit(code)
 
@@ -64,11 +70,12 @@ def _tell(error: Exception, rule: str, log_file: Path | None) -> None:
 
 def _configure_logging(log_file: Path | None) -> None:
     log = logging.getLogger("slidemake")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)  # a line for every slide: in the log file
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
     terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.INFO)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
     if log_file:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slidemake import isolation
+from slidemake import isolation, timings
 from slidemake.failures import Failure, RunError, SlideFailure
 from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
 
@@ -133,18 +133,21 @@ def run_rack(
             "seconds": round(time.perf_counter() - started, 3),
             **figures,
         }
+        outcome = "failed" if failure else "reused" if figures.get("reused") else "ok"
+        why = {"code": failure.code, "message": failure.message} if failure else {}
+        timings.event("slide", slide_id=slide_id, outcome=outcome, seconds=record["seconds"], **why)
         with lock:
             done += 1
-            outcome = "reused" if figures.get("reused") else "done"
-            if failure:
-                outcome = f"{failure.code}: {failure.message}"
+            said = f"{failure.code}: {failure.message}" if failure else outcome
+            level = logging.WARNING if failure else logging.DEBUG  # on the terminal: failures alone
             place = f"{rack} {done}/{len(slides)}"
-            log.info("%s %s %s: %s (%.1f s)", stage, place, slide_id, outcome, record["seconds"])
+            log.log(level, "%s %s %s: %s (%.1f s)", stage, place, slide_id, said, record["seconds"])
         return record
 
     alone = isolation.tried_alone()
     if alone is not None:
         return [one(slide) for slide in slides if slide["slide_id"] == alone]
+    timings.event("rack", stage=stage, slides=sum(s.get("status") != "failed" for s in slides))
     started = time.perf_counter()
     if threads > 1 and len(slides) > 1:
         with ThreadPoolExecutor(threads) as pool:

@@ -14,8 +14,10 @@ from typing import Any
 
 from slidemake import report_figures as figures
 from slidemake.cohort_table import read_table
+from slidemake.progress import duration
 from slidemake.provenance import read_json, read_json_if_whole, versions, write_text
 from slidemake.racks import read_manifests
+from slidemake.report_timeline import timeline_section
 
 STAGE_TITLES = {
     "screen": "screening",
@@ -207,6 +209,7 @@ def write_report(
             tiles=sum(int(float(v)) for row in rows for k, v in row.items() if k.startswith("tiles_") and v),
             tasks=[task_section(results, name, t["models"], t.get("explained")) for name, t in tasks.items()],
             stages=stages,
+            timeline=timeline_section(results),
             stage_figure=figures.throughput([s for s in stages if s["seconds"] > 0]),
             stains=stain_pictures,
             encoders=encoders,
@@ -240,6 +243,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["duration"] = _duration
     environment.filters["interval"] = _interval
     return environment
 
@@ -250,6 +254,12 @@ def _number(value: Any, digits: int = 2) -> str:
         return "–"
     number = float(value)
     return f"{number:,.0f}" if digits == 0 or abs(number) >= 1000 else f"{number:.{digits}f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
 
 
 def _interval(metric: dict[str, Any] | None) -> str:

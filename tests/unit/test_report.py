@@ -1,11 +1,14 @@
 """The report without a run: hostile text is escaped, empty cohorts are legal, large ones stay readable."""
 
+import json
 import re
 
 import pytest
 from slidemake.cohort_table import FAILURE_COLUMNS, write_table
 from slidemake.provenance import write_json
 from slidemake.report import slide_cards, stage_times, write_report
+from slidemake.report_timeline import POINTS, busy_times, running, timeline_section, working_time
+from slidemake.timings import job_runs
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -77,3 +80,62 @@ def test_an_empty_cohort_is_legal(results):
     write_table(results / "cohort" / "failures.csv", [], FAILURE_COLUMNS)
     page = make(results, manifests=[])
     assert "every slide was processed" in page
+
+
+def job_lines(results, name, *runs):
+    """Lines of a job's runs: (rule, start, seconds, exit code or None, memory in MB)."""
+    path = results / "logs" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for n, (rule, start, seconds, code, mb) in enumerate(runs):
+        about = {"rule": rule, "wildcards": {}, "threads": 2, "mem_mb": 1500}
+        lines.append({"event": "start", "run": f"{n}", "time": start, **about})
+        slide = {"event": "slide", "slide_id": "s1", "outcome": "ok", "seconds": 1}
+        lines.append({**slide, "run": f"{n}", "time": start + seconds})
+        if code is not None:
+            ended = {"code": code, "cpu_seconds": seconds, "max_rss_mb": mb}
+            lines.append({"event": "end", "run": f"{n}", "time": start + seconds, **ended})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_timeline_of_two_sessions(results):
+    assert timeline_section(results) is None
+    job_lines(results, "tile_slides/r0", ("tile_slides", 1000, 40, None, 0), ("tile_slides", 90_000, 60, 0, 300))
+    job_lines(results, "tile_slides/r1", ("tile_slides", 1010, 50, 0, 500))
+    job_lines(results, "embed_tiles/r1", ("embed_tiles", 1030, 30, 1, 900))
+    job_lines(results, "write_report", ("write_report", 90_060, 0, None, 0))  # the job that writes this very report
+    section = timeline_section(results)
+    # 1000 to 1060, then 90,000 to 90,060: two sessions of a minute each.
+    assert (section["seconds"], section["sessions"], section["cpu"], section["mb"]) == (120, 2, 140, 900)
+    tiles, embed = section["stages"]
+    wanted = {"rule": "tile_slides", "jobs": 2, "killed": 1, "failed": 0, "slides": 3, "seconds": 150, "median": 55}
+    assert tiles == tiles | wanted | {"longest": 60, "cpu": 110, "use": 0.5, "mb": 500, "typical_mb": 400}
+    assert (embed["jobs"], embed["failed"], embed["declared_mb"]) == (0, 1, 1500)
+    page = make(results)
+    assert 'href="#timeline"' in page
+    assert "<td>55 s, 60 s</td>" in page
+    assert "<td>400, 500, 1,500 MB</td>" in page
+    assert "<td>1, 0</td>" in page
+
+
+def test_jobs_side_by_side_by_hand(results):
+    # 0 to 4 and 2 to 6: one, two, one; a pause of 100 s is cut out; then one from 6 (106) to 8.
+    job_lines(results, "a", ("r", 0, 4, 0, 1), ("r", 2, 4, 0, 1), ("r", 106, 2, 0, 1))
+    runs = job_runs(results)
+    sessions = busy_times(runs)
+    assert sessions == [(0, 6), (106, 108)]
+    assert working_time([1, 6, 50, 106, 107], sessions).tolist() == [1, 6, 6, 6, 7]
+    times, jobs = running(runs, sessions)
+    assert times.tolist() == [0, 2, 4, 6, 6, 8]
+    assert jobs.tolist() == [1, 2, 1, 0, 1, 0]
+
+
+def test_thousands_of_jobs_are_drawn_in_few_steps(results):
+    job_lines(results, "a", *[("r", n * 10, 5, 0, 1) for n in range(4000)])
+    runs = job_runs(results)
+    sessions = busy_times(runs)
+    times, jobs = running(runs, sessions)
+    assert len(times) == len(jobs) == POINTS + 1
+    # The area under the curve is the time that jobs ran: 4,000 times 5 s.
+    assert float((jobs[:-1] * (times[1:] - times[:-1])).sum()) == pytest.approx(20_000, rel=1e-6)
+    assert len(timeline_section(results)["figure"]) < 200_000
