@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidemake.failures import RunError
+from slidemake.json_schemas import validator as json_validator
 
 if TYPE_CHECKING:
     import jsonschema
@@ -59,11 +60,9 @@ def load_configuration(
 
     Raises RunError that lists every problem with its full key and what to write instead.
     """
-    import jsonschema  # here, because rules' scripts import this module for less
-
     root = schema()
     config = _filled(copy.deepcopy(dict(raw)), root)
-    validator = jsonschema.Draft202012Validator(root)
+    validator = json_validator(root)
     problems: dict[str, list[str]] = {}
     for error in validator.iter_errors(config):
         for where, text in _phrase(error):

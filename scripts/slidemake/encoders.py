@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from slidemake.failures import RunError
+from slidemake.json_schemas import validator as json_validator
 from slidemake.provenance import canonical_json, file_sha256
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
@@ -180,12 +181,10 @@ def _overlaid(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problems(raw: dict[str, Any]) -> list[str]:
-    import jsonschema  # here: importing it can cost a second, and an embedding job gets its record ready-made
-
     schema = json.loads(SCHEMA.read_text())
     known = set(schema["$defs"]["encoder"]["properties"]) | set(schema["$defs"]["source"]["properties"])
     found = []
-    for error in jsonschema.Draft202012Validator(schema).iter_errors(raw):
+    for error in json_validator(schema).iter_errors(raw):
         where = ".".join(str(part) for part in error.absolute_path)
         hint = ""
         if error.validator == "additionalProperties" and isinstance(error.instance, dict):

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from slidemake.json_schemas import validator as json_validator
 from slidemake.sheet_table import Problem
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "slides.schema.json"
@@ -28,9 +29,7 @@ _IDS = ("slide_id", "patient_id")
 
 @cache
 def _validator() -> Any:
-    import jsonschema  # here, because rules' scripts import this module for less
-
-    return jsonschema.Draft202012Validator(schema())
+    return json_validator(schema())
 
 
 @cache

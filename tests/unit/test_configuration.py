@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -306,3 +309,12 @@ def test_words_for_values():
     assert describe({"type": "integer", "multipleOf": 256, "minimum": 256}) == "a multiple of 256 of at least 256"
     assert nearest("Macenko", ["macenko", "none"]) == "macenko"
     assert nearest("xyz", ["macenko"]) is None
+
+
+def test_schemas_are_checked_without_compiling_grammars_of_uris():
+    """jsonschema does so at its import where rfc3987_syntax is installed: a second at every start of Snakemake."""
+    code = "import sys; from slidemake.json_schemas import validator as v; print(v({'type': 'object'}).is_valid({}), "
+    code += "v({'type': 'object'}).is_valid([]), 'lark' in sys.modules, 'rfc3987_syntax' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(SCHEMA.parents[2] / "scripts")}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert ended.stdout.split() == ["True", "False", "False", "False"]
