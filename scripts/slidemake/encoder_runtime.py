@@ -79,8 +79,8 @@ def accelerate(
     """Move `model` to `device` and make it fast: -> (callable of the same signature, name of the path).
 
     Path names: "traced" (CPU, fp32, a model with batch normalisation whose traced form agrees with the eager one to
-    `AGREEMENT` on two probe batches of different size), "onednn" (CPU, fp32, linear layers through oneDNN), "compiled" (on
-    request), otherwise "eager".
+    `AGREEMENT` on two probe batches of different size), "onednn" (CPU, fp32, linear layers through oneDNN), "compiled"
+    (on request), otherwise "eager".
     `input_px` is the side of the square input. `model` must be a module (B, 3, px, px) float32 -> (B, D).
     """
     model = model.eval().to(device=device)
