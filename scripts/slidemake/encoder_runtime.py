@@ -134,7 +134,8 @@ _ACTIVATIONS = (
 
 def _convolve_through_onednn(graph: torch._C.Graph) -> None:
     """Let oneDNN do every convolution of a frozen graph, with the activation that follows it, in place."""
-    if any(node.inputsAt(6).toIValue() for node in graph.findAllNodes("aten::_convolution")):
+    convolutions = [node for node in graph.nodes() if node.kind() == "aten::_convolution"]
+    if any(node.inputsAt(6).toIValue() for node in convolutions):
         return  # transposed convolutions take other weights
     for activation, arguments, name in _ACTIVATIONS:
         after = f"%z = aten::{activation}(%y{arguments})" if activation else ""
