@@ -4,6 +4,7 @@ from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.bags import open_bags
+from slidemake.cohort_table import read_table
 from slidemake.encoder_runtime import keep_freed_memory
 from slidemake.provenance import read_json
 from slidemake.splits import read_splits
@@ -12,10 +13,12 @@ from slidemake.training import train_model
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates: weights and gradients would be unmapped at every step
     splits = read_splits(sm.input.splits)
+    column = sm.params.options["invariance"]["domain"]
+    domains = {row["slide_id"]: row.get(column) or "" for row in read_table(sm.input.slides)}
     train_model(
         sm.params.task,
         sm.params.options,
-        open_bags(sm.input.bags[0]).of_patients(splits.labels),
+        open_bags(sm.input.bags[0]).of_patients(splits.labels).with_domains(domains),
         splits,
         Path(sm.output.manifest).parent,
         {**sm.params.context, "stain_target": read_json(sm.input.target)},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Bags:
     mpp: float | None
     fingerprints: dict[str, str]  # slide -> fingerprint of its store
     where: dict[str, tuple[int, int]]  # patient -> (first slide, one past the last)
+    domains: dict[str, str] = field(default_factory=dict)  # slide -> its scanner or site, where a model asks for it
 
     @property
     def dim(self) -> int:
@@ -62,9 +63,17 @@ class Bags:
         first, last = self.where.get(patient, (0, 0))
         return np.diff(self.offsets[first : last + 1]).tolist()
 
+    def slide_of(self, rows: np.ndarray) -> np.ndarray:
+        """Index of the slide of each row of `features`."""
+        return np.searchsorted(self.offsets, rows, side="right") - 1
+
     def of_patients(self, patients: Iterable[str]) -> Bags:
         """The same array for some of the patients; those without slides are left out."""
         return replace(self, where={p: self.where[p] for p in patients if p in self.where})
+
+    def with_domains(self, domains: Mapping[str, str]) -> Bags:
+        """The same with a scanner or site for each slide."""
+        return replace(self, domains=dict(domains))
 
     def forget(self) -> None:
         """Give back the pages of a mapped file that were touched: otherwise they count as this process's memory until

@@ -58,6 +58,16 @@ class Bundle:
         """What values are compared with: for two classes the second is predicted at this probability or above."""
         return self.info["threshold"]
 
+    @property
+    def domain(self) -> str | None:
+        """Column of the sheet by which the model harmonises features; None: it does not."""
+        return (self.info.get("harmonised") or {}).get("column")
+
+    def domain_number(self, name: str) -> int:
+        """Place of a scanner or site among those that training knew; -1 for others, whose features stay as they are."""
+        names = (self.info.get("harmonised") or {}).get("names", [])
+        return names.index(name) if name in names else -1
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -179,14 +189,21 @@ def check_features(
         )
 
 
-def predict(bundle: Bundle, features: np.ndarray, sizes: Sequence[int] | None = None) -> Prediction:
+def predict(
+    bundle: Bundle,
+    features: np.ndarray,
+    sizes: Sequence[int] | None = None,
+    domains: Sequence[str] | None = None,
+) -> Prediction:
     """Apply a bundle to the (N, D) features of one bag, N >= 1. The caller has checked them (`check_features`).
 
-    sizes: tiles of each of the bag's slides, in order; None: one slide.
+    sizes: tiles of each of the bag's slides, in order; None: one slide. domains: scanner or site of each slide, for
+    models that harmonise features (`Bundle.domain`).
     """
+    numbers = None if domains is None else [bundle.domain_number(name) for name in domains]
     outputs, values, attention = [], [], []
     for group in bundle.groups:
-        parts = [predict_bag(member, features, sizes) for member in group.members]
+        parts = [predict_bag(member, features, sizes, numbers) for member in group.members]
         mean = np.mean([p[0] for p in parts], axis=0)
         outputs.append(mean)
         values.append(bundle.outcome.predict(mean, group.link))
@@ -194,10 +211,10 @@ def predict(bundle: Bundle, features: np.ndarray, sizes: Sequence[int] | None = 
     return Prediction(np.mean(outputs, axis=0), np.mean(values, axis=0), np.mean(attention, axis=0))
 
 
-def bundle_leave_one_out(bundle: Bundle, features: np.ndarray) -> np.ndarray:
+def bundle_leave_one_out(bundle: Bundle, features: np.ndarray, domain: str = "") -> np.ndarray:
     """(N,) what each tile adds to the score that `Outcome.direction` names, mean over all members.
 
     For classes that is the log-odds of the positive, or last, one.
     """
-    score = bundle.outcome.direction
-    return np.mean([leave_one_out(m, features, score) for g in bundle.groups for m in g.members], axis=0)
+    score, number = bundle.outcome.direction, bundle.domain_number(domain)
+    return np.mean([leave_one_out(m, features, score, number) for g in bundle.groups for m in g.members], axis=0)

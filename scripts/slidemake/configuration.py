@@ -334,6 +334,7 @@ def _cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator
             yield f"models.{name}: this name belongs to a control that always runs; choose another name"
         if model.get("aggregator") == "mean_pool_lr" and model.get("slides") == "attention":
             yield f"models.{name}.slides: the regression mean_pool_lr has no attention over slides; write pool"
+        yield from _check_invariance(name, model)
         if encoders is not None and isinstance(encoder, str) and encoder.partition(":")[0] not in encoders:
             yield f"models.{name}.encoder: {_no_such(encoder, 'encoder', encoders)}"
     for name, task in tasks.items():
@@ -359,6 +360,15 @@ def _check_splits(name: str, task: dict[str, Any]) -> Iterator[str]:
         yield f"{where}.file: there is no file or folder {splits['file']}"
     if method == "external" and not splits.get("test"):
         yield f"{where}.test: method external needs it; name the values of column {splits.get('column')} to be tested"
+
+
+def _check_invariance(name: str, model: dict[str, Any]) -> Iterator[str]:
+    options = model["invariance"] if isinstance(model.get("invariance"), dict) else {}
+    used = [key for key, value in options.items() if key != "domain" and value not in (0, False, "none")]
+    if used and model.get("aggregator") == "mean_pool_lr":
+        yield f"models.{name}.invariance: the regression mean_pool_lr knows no {used[0]}; leave it out"
+    if options.get("v_rex") and options.get("group_dro"):
+        yield f"models.{name}.invariance: group_dro and v_rex weigh the same losses; choose one"
 
 
 def _check_explain(config: dict[str, Any], models: dict[str, Any], tasks: dict[str, Any]) -> Iterator[str]:

@@ -62,7 +62,7 @@ class Explainer:
         if attrs.get("fingerprint") != record["fingerprint"]:
             raise damaged(stored, f"is not the store that the embedding stage made of slide {slide_id}")
         features = read_array({"features": features}, "features", stored).astype(np.float32)
-        attention, change, probability = self._scores(bundles, features, attrs, slide_id)
+        attention, change, probability = self._scores(bundles, features, attrs, row)
         store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
         truth = None
         if truth_file is not None:
@@ -92,17 +92,18 @@ class Explainer:
         return [self.bundle(repeat, fold) for repeat, fold in folds if fold not in ("train", "val")]
 
     def _scores(
-        self, bundles: list[Bundle], features: np.ndarray, attrs: dict[str, Any], slide_id: str
+        self, bundles: list[Bundle], features: np.ndarray, attrs: dict[str, Any], row: dict[str, str]
     ) -> tuple[np.ndarray, np.ndarray, float | None]:
         if not len(features) or not bundles:
             empty = np.zeros(len(features))
             return empty, empty, None
         attention, change, probability = [], [], []
         for bundle in bundles:
-            check_features(bundle.info, attrs["encoder"], attrs["stain"], slide_id)
-            prediction = predict(bundle, features)
+            check_features(bundle.info, attrs["encoder"], attrs["stain"], row["slide_id"])
+            domain = row.get(bundle.domain or "", "")
+            prediction = predict(bundle, features, None, [domain])
             attention.append(prediction.attention)
-            change.append(bundle_leave_one_out(bundle, features))
+            change.append(bundle_leave_one_out(bundle, features, domain))
             probability.append(bundle.outcome.headline(prediction.values))
         return np.mean(attention, axis=0), np.mean(change, axis=0), float(np.mean(probability))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from slidemake.aggregators import Aggregator, build_aggregator, slide_numbers
 from slidemake.bags import Bags
+from slidemake.batches import sample_batch
+from slidemake.invariance import OPTIONS, Robust, make_robust
+from slidemake.invariance.guard import choose
 from slidemake.objectives import Objective
 
 STATISTICS_TILES = 512  # tiles per patient, evenly spaced, for the mean and deviation of features
@@ -23,6 +26,7 @@ VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an
 DEFAULTS: dict[str, Any] = {
     "aggregator": "abmil_gated",
     "slides": "pool",  # all tiles of a patient together, or "attention" over the patient's slides
+    "invariance": dict(OPTIONS),
     "hidden": 128,
     "attention": 64,
     "dropout": 0.25,
@@ -51,6 +55,7 @@ class Fitted:
     model: Aggregator
     curve: list[dict[str, float | int | None]]
     epoch: int
+    invariance: dict[str, Any] | None = None  # what the guard of robust training found (`invariance.guard`)
 
 
 def every_tile(bag: np.ndarray, most: int) -> np.ndarray:
@@ -63,12 +68,20 @@ def spread(rows: np.ndarray, most: int) -> np.ndarray:
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 
-def feature_statistics(bags: Bags, patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of the tiles of these patients, patients weighing by their tiles (up to 512)."""
+def feature_statistics(
+    bags: Bags, patients: Sequence[str], change: Callable[[np.ndarray, str], np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (D,) of the tiles of these patients, patients weighing by their tiles (up to 512).
+
+    change: (tiles, patient) -> tiles as the model sees them, where it harmonises them.
+    """
     total, squares, n = np.zeros(bags.dim), np.zeros(bags.dim), 0
     shift = every_tile(bags.bag(patients[0]), 1)[0].astype(np.float64)  # keeps the difference of squares accurate
     for patient in patients:
-        tiles = every_tile(bags.bag(patient), STATISTICS_TILES) - shift
+        tiles = every_tile(bags.bag(patient), STATISTICS_TILES)
+        if change is not None:
+            tiles = change(tiles, patient)
+        tiles = tiles - shift
         total += tiles.sum(0, dtype=np.float64)
         squares += np.einsum("nd,nd->d", tiles, tiles, dtype=np.float64)
         n += len(tiles)
@@ -76,38 +89,6 @@ def feature_statistics(bags: Bags, patients: Sequence[str]) -> tuple[np.ndarray,
     std = np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0))
     std[std < 1e-6] = 1.0  # a constant feature stays constant
     return total / n + shift, std
-
-
-def sample_batch(
-    bags: Bags, patients: Sequence[str], settings: Mapping[str, Any], rng: np.random.Generator
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Random tiles of several patients, padded: features (B, N, D) float32, and mask (B, N) or None where nothing had
-    to be padded. A single bag of which all tiles are wanted is not copied. Third, number (B, N) of each tile's slide
-    within its bag where the settings ask for attention over slides, else None.
-    """
-    by_slide = settings.get("slides") == "attention"
-    drawn = []
-    for patient in patients:
-        start, stop = bags.rows(patient)
-        size = stop - start
-        want = round(settings["tile_fraction"] * size)
-        count = min(size, max(want, settings["min_tiles"]), settings["max_tiles"] or size)
-        drawn.append(np.arange(start, stop) if count == size else start + np.sort(rng.permutation(size)[:count]))
-    counts = [len(rows) for rows in drawn]
-    if len(drawn) == 1 and counts[0] == len(bags.bag(patients[0])):
-        slides = slide_numbers(bags.sizes(patients[0]))[None] if by_slide else None
-        return torch.from_numpy(bags.bag(patients[0])).float()[None], None, slides
-    rows = np.full((len(drawn), max(counts)), drawn[0][0])  # padded with a tile that is there: the mask hides it
-    for i, chosen in enumerate(drawn):
-        rows[i, : len(chosen)] = chosen
-    features = torch.from_numpy(np.take(bags.features, rows, axis=0)).float()
-    slides = None
-    if by_slide:
-        first = np.array([bags.where[p][0] for p in patients])[:, None]
-        slides = torch.from_numpy(np.searchsorted(bags.offsets, rows, side="right") - 1 - first)
-    if min(counts) == max(counts):
-        return features, None, slides
-    return features, torch.arange(max(counts)) < torch.tensor(counts)[:, None], slides
 
 
 def fit_member(
@@ -123,23 +104,49 @@ def fit_member(
     Without validation patients no epoch can be chosen, and midway between `min_epochs` and `epochs` it ends. The result
     depends on the arguments only, not on threads or on what ran before.
     """
+    robust = make_robust(bags, objective, train, settings, seed)
+    if robust is None:
+        return _fit(bags, objective, train, val, settings, seed, None)
+    plain = _fit(bags, copy.deepcopy(objective), train, val, settings, seed, None)
+    fitted = _fit(bags, objective, train, val, settings, seed, robust)
+    robust.complete(plain.model)
+    kept, report = choose(fitted, plain, robust, [*train, *val])
+    return Fitted(kept.model, kept.curve, kept.epoch, report)
+
+
+def _fit(
+    bags: Bags,
+    objective: Objective,
+    train: Sequence[str],
+    val: Sequence[str],
+    settings: Mapping[str, Any],
+    seed: int,
+    robust: Robust | None,
+) -> Fitted:
     device = torch.device(settings["device"])
     model = build_aggregator(settings["aggregator"], bags.dim, objective.outputs, settings, seed)
-    mean, std = feature_statistics(bags, train)
+    change = None
+    if robust is not None:
+        robust.prepare(model)
+        change = partial(_harmonised, model, bags, robust)
+    mean, std = feature_statistics(bags, train, change)
     model.feature_mean.copy_(torch.from_numpy(mean))
     model.feature_std.copy_(torch.from_numpy(std))
     model.to(device).seed_dropout(seed, device)
     rng = np.random.default_rng(seed)
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"], fused=True
+        [*model.parameters(), *(robust.attach(model) if robust else [])],
+        lr=settings["learning_rate"],
+        weight_decay=settings["weight_decay"],
+        fused=True,
     )  # fused: one call instead of a dozen per parameter, half of a step's time in models this small
     epochs = settings["epochs"] if val else (settings["epochs"] + settings["min_epochs"]) // 2
     best, kept, state = float("inf"), 0, None
     curve: list[dict[str, float | int | None]] = []
     for epoch in range(1, epochs + 1):
         order = [train[i] for i in rng.permutation(len(train))]
-        loss = _one_epoch(model, optimiser, bags, objective, order, settings, rng)
-        val_loss, score = _validate(model, bags, objective, val, device) if val else (None, None)
+        loss = _one_epoch(model, optimiser, bags, objective, order, settings, rng, robust, (epoch - 1) / epochs)
+        val_loss, score = _validate(model, bags, objective, val, device, robust) if val else (None, None)
         curve.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, f"val_{objective.score}": score})
         if val_loss is None or epoch < settings["min_epochs"]:
             continue
@@ -161,16 +168,21 @@ def _one_epoch(
     order: Sequence[str],
     settings: Mapping[str, Any],
     rng: np.random.Generator,
+    robust: Robust | None,
+    progress: float,
 ) -> float:
     model.train()
     device = settings["device"]
     total = 0.0
     for start in range(0, len(order), settings["bags_per_step"]):
         batch = order[start : start + settings["bags_per_step"]]
-        features, mask, slides = sample_batch(bags, batch, settings, rng)
-        mask, slides = (None if x is None else x.to(device) for x in (mask, slides))
-        bag_loss = partial(objective.loss, patients=batch)
-        loss = model.step(features.to(device), mask, bag_loss, objective.targets(batch), slides).loss
+        if robust is not None:
+            loss = robust.step(model, batch, progress, rng, objective.loss)
+        else:
+            features, mask, slides = sample_batch(bags, batch, settings, rng)
+            mask, slides = (None if x is None else x.to(device) for x in (mask, slides))
+            bag_loss = partial(objective.loss, patients=batch)
+            loss = model.step(features.to(device), mask, bag_loss, objective.targets(batch), slides).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -179,14 +191,28 @@ def _one_epoch(
     return total / len(order)
 
 
+def _harmonised(model: Aggregator, bags: Bags, robust: Robust, tiles: np.ndarray, patient: str) -> np.ndarray:
+    """Evenly spaced tiles of a patient as the model sees them."""
+    rows = spread(np.arange(*bags.rows(patient)), len(tiles))
+    domains = torch.from_numpy(robust.domain_of[bags.slide_of(rows)])
+    x = torch.from_numpy(tiles).to(model.feature_mean.device)
+    return model.harmonise(x, domains).cpu().numpy()
+
+
 @torch.inference_mode()
 def _validate(
-    model: Aggregator, bags: Bags, objective: Objective, val: Sequence[str], device: torch.device
+    model: Aggregator,
+    bags: Bags,
+    objective: Objective,
+    val: Sequence[str],
+    device: torch.device,
+    robust: Robust | None,
 ) -> tuple[float, float | None]:
     model.eval()
     rows = []
     for patient in val:
-        tiles = torch.from_numpy(every_tile(bags.bag(patient), VALIDATION_TILES))
+        bag = every_tile(bags.bag(patient), VALIDATION_TILES)
+        tiles = torch.from_numpy(bag if robust is None else _harmonised(model, bags, robust, bag, patient))
         slides = None
         if model.slide_scores is not None:
             numbers = slide_numbers(bags.sizes(patient)).numpy()

@@ -54,15 +54,16 @@ def predict_bags(
         if len(bag) == 0:
             without.append(patient)
             continue
-        whole = predict(bundle, bag, bags.sizes(patient))
+        first, last = bags.where[patient]
+        domains = [bags.domains.get(slide, "") for slide in bags.slides[first:last]]
+        whole = predict(bundle, bag, bags.sizes(patient), domains)
         args = (bundle.outcome, whole.logits, whole.values, bundle.threshold, len(bag))
         people.append(prediction_row(*args, patient_id=patient, **facts))
-        first, last = bags.where[patient]
         for i in range(first, last):
             tiles = bags.slide(i)
             if len(tiles) == 0:
                 continue
-            one = whole if len(tiles) == len(bag) else predict(bundle, tiles)
+            one = whole if len(tiles) == len(bag) else predict(bundle, tiles, None, [domains[i - first]])
             args = (bundle.outcome, one.logits, one.values, bundle.threshold, len(tiles))
             slides.append(prediction_row(*args, slide_id=bags.slides[i], patient_id=patient, **facts))
         bags.forget()
@@ -93,6 +94,8 @@ def apply_bundle_to_stores(
     slide_rows, patient_rows, without = [], [], []
     for patient, rows in sorted(by_patient.items()):
         bags = load_bags(embeddings, [(row["slide_id"], patient) for row in rows])
+        if bundle.domain:
+            bags = bags.with_domains({row["slide_id"]: str(row.get(bundle.domain) or "") for row in rows})
         facts = {key: "+".join(sorted({str(r.get(key) or "") for r in rows} - {""})) for key in ("site", "label")}
         found = predict_bags(bundle, bags, [patient], **facts, repeat="", fold="")
         slide_rows += found[0]

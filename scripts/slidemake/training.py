@@ -42,6 +42,13 @@ from slidemake.baselines_site import fit_site
 from slidemake.bundle import Bundle, Group, is_complete, load_bundle, save_bundle
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, fit_member
+from slidemake.invariance import (
+    active,
+    domain_names,
+    domain_numbers,
+    options_of,
+    warn_where_label_and_domain_coincide,
+)
 from slidemake.objectives import make_objective
 from slidemake.outcomes import ClassOutcome, Outcome, Threshold, make_outcome, number
 from slidemake.outcomes_survival import CoxOutcome, SurvivalOutcome
@@ -69,6 +76,11 @@ class Work:
     splits: Splits
     context: dict[str, Any]
     out: Path
+
+    @cached_property
+    def domain_of(self) -> np.ndarray:
+        """(S,) scanner or site of every slide as a number; -1 where it is not known or not asked for."""
+        return domain_numbers(self.bags, domain_names(self.bags))
 
     @cached_property
     def labels(self) -> dict[str, Any]:
@@ -159,6 +171,11 @@ def _prepare(
         known = ", ".join([*AGGREGATORS, "mean_pool_lr"])
         raise RunError(f"Unknown aggregator {settings['aggregator']!r}; one of {known}.")
     check_leakage(split_rows(splits), dict(zip(bags.slides, bags.patients, strict=True)))
+    if kind == "aggregator" and active(settings):
+        if outcome.classes:
+            warn_where_label_and_domain_coincide(bags, splits.labels, options_of(settings)["domain"])
+    else:
+        bags = bags.with_domains({})  # nothing here looks at scanners
     if kind != "aggregator" and isinstance(outcome, SurvivalOutcome):
         outcome = CoxOutcome(outcome.horizons, outcome.unit)  # the linear model of survival, whatever the task's own is
     return Work(
@@ -175,6 +192,8 @@ def _fold(work: Work, repeat: int, fold: str) -> Fold:
             f"Fold {fold} of repeat {repeat}, training patients with tiles: {why}. No model can be trained. Use fewer "
             "folds, or see cohort/failures.csv for what was lost."
         )
+
+    parts = {"domains": work.bags.domains} if work.bags.domains else {}
 
     def described(patients: Sequence[str]) -> dict[str, Any]:
         return {
@@ -194,6 +213,7 @@ def _fold(work: Work, repeat: int, fold: str) -> Fold:
         val=described(has_tiles[1]),
         repeat=repeat,
         fold=fold,
+        **parts,
     )
     return Fold(repeat, fold, has_tiles[0], has_tiles[1], test, mark)
 
@@ -285,7 +305,8 @@ def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
     if work.kind == "mean_pool_lr":
         members, val_outputs, figures["c"] = _fit_mean_pool(work, fold, plan, scale)
     else:
-        members, val_outputs, curves, figures["epochs"] = _train_members(work, fold, plan, scale)
+        members, val_outputs, curves, found = _train_members(work, fold, plan, scale)
+        figures |= found
     patients = sorted(val_outputs)
     truth = [labels[p] for p in patients]
     outputs = np.array([val_outputs[p] for p in patients]).reshape(len(patients), outcome.outputs)
@@ -326,28 +347,37 @@ def _fit_mean_pool(
 
 def _train_members(
     work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, np.ndarray], list[Any], list[int]]:
-    members, curves, epochs = [], [], []
+) -> tuple[list[Any], dict[str, np.ndarray], list[Any], dict[str, Any]]:
+    members, curves, epochs, guards = [], [], [], []
     outputs: dict[str, list[np.ndarray]] = {}
     for i, (train, val) in enumerate(plan):
         seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold, i + 1)
         objective = make_objective(work.outcome, work.labels, train, scale, work.settings)
         fitted = fit_member(work.bags, objective, train, val, work.settings, seed)
         for patient in val:
+            domains = work.domain_of[slice(*work.bags.where[patient])].tolist()
             outputs.setdefault(patient, []).append(
-                predict_bag(fitted.model, work.bags.bag(patient), work.bags.sizes(patient))[0]
+                predict_bag(fitted.model, work.bags.bag(patient), work.bags.sizes(patient), domains)[0]
             )
             work.bags.forget()
         members.append(fitted.model)
         curves.append(fitted.curve)
         epochs.append(fitted.epoch)
-    return members, {p: np.mean(rows, axis=0) for p, rows in outputs.items()}, curves, epochs
+        if fitted.invariance is not None:
+            guards.append(fitted.invariance)
+    found: dict[str, Any] = {"epochs": epochs, **({"invariance": guards} if guards else {})}
+    return members, {p: np.mean(rows, axis=0) for p, rows in outputs.items()}, curves, found
 
 
 def _about(work: Work) -> dict[str, Any]:
     """The part of bundle.json that all bundles of a model share."""
     aggregator = "mean_pool" if work.kind == "mean_pool_lr" else work.settings["aggregator"]
     parameters = model_parameters(aggregator, {} if work.kind == "mean_pool_lr" else work.settings)
+    harmonised = None
+    if work.kind == "aggregator" and options_of(work.settings)["combat"]:
+        names = domain_names(work.bags)
+        parameters["domains"] = len(names)
+        harmonised = {"column": options_of(work.settings)["domain"], "names": names}
     return {
         **work.context,
         "model": work.name,
@@ -361,6 +391,7 @@ def _about(work: Work) -> dict[str, Any]:
         "mpp": work.bags.mpp,
         "aggregator": {"name": aggregator, "parameters": parameters, "features": work.bags.dim},
         "settings": work.settings,
+        "harmonised": harmonised,
         "cohort_fingerprint": cohort_fingerprint(work),
         "versions": versions(),
     }

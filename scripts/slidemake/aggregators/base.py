@@ -62,6 +62,8 @@ class Aggregator(nn.Module):
 
     feature_mean: Tensor  # (D,)
     feature_std: Tensor  # (D,)
+    domain_scale: Tensor | None
+    domain_shift: Tensor | None
     classifier: nn.Linear
 
     def __init__(self, features: int, outputs: int):
@@ -70,6 +72,19 @@ class Aggregator(nn.Module):
         self.slide_scores: nn.Module | None = None  # attention over slides, see `slides.py`
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("domain_scale", None)  # (K + 1, D), see `set_domains`
+        self.register_buffer("domain_shift", None)
+
+    def set_domains(self, scale: Tensor, shift: Tensor) -> None:
+        """Scale and shift (K, D) that harmonise the features of K domains; kept with a last row for all others."""
+        self.domain_scale = torch.cat([scale, torch.ones_like(scale[:1])]).to(self.feature_mean.device)
+        self.domain_shift = torch.cat([shift, torch.zeros_like(shift[:1])]).to(self.feature_mean.device)
+
+    def harmonise(self, x: Tensor, domains: Tensor) -> Tensor:
+        """x (..., D) of domains (...): x scale + shift; -1, an unknown domain, and models without them: as it is."""
+        if self.domain_scale is None or self.domain_shift is None:
+            return x
+        return x * self.domain_scale[domains] + self.domain_shift[domains]
 
     def standardise(self, x: Tensor) -> Tensor:
         return (x - self.feature_mean) / self.feature_std

@@ -57,7 +57,7 @@ def build_aggregator(
     """A freshly initialised aggregator; the same seed gives the same weights and leaves torch's global state alone.
 
     parameters: settings of a model; those of PARAMETERS[name] are taken, and `slides: attention` adds attention over
-    the slides of a patient.
+    the slides of a patient; `domains: K` makes room for the harmonisation of K scanners or sites.
     """
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}; one of {', '.join(AGGREGATORS)}")
@@ -70,6 +70,9 @@ def build_aggregator(
             pooled, _ = model.pool(*model.encode(torch.zeros(1, 1, features)))
         model.slide_scores = GatedScores(pooled.shape[1], SLIDE_ATTENTION)
         _initialise(model.slide_scores, seed)
+    if parameters.get("domains"):
+        shape = (parameters["domains"], features)
+        model.set_domains(torch.ones(shape), torch.zeros(shape))
     model.seed_dropout(seed)
     return model
 
@@ -77,7 +80,9 @@ def build_aggregator(
 def model_parameters(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model's settings from which `build_aggregator` makes the same architecture again."""
     kept = {k: settings[k] for k in PARAMETERS[name]}
-    return kept | ({"slides": "attention"} if settings.get("slides") == "attention" else {})
+    if settings.get("slides") == "attention":
+        kept["slides"] = "attention"
+    return kept
 
 
 def _initialise(model: nn.Module, seed: int) -> None:
