@@ -131,6 +131,8 @@ rule evaluate:
             f"{OUTPUT}/tasks/{wildcards.task}/{model}/predictions_patients.csv"
             for model in PLAN.models_of(wildcards.task)
         ],
+        slides=rules.cohort_table.output.slides,
+        splits=rules.split_cohort.output.splits,
     output:
         metrics=f"{OUTPUT}/tasks/{{task}}/metrics.json",
         table=report(
@@ -150,6 +152,7 @@ rule evaluate:
     params:
         models=lambda wildcards: PLAN.models_of(wildcards.task),
         options=stage_options(CONFIG, "evaluate"),
+        graded=lambda wildcards: PLAN.tasks[wildcards.task]["type"] == "ordinal",
         contamination=lambda wildcards: PLAN.contamination_of(wildcards.task),
         version=STAGE_VERSIONS["evaluate"],
     message:

@@ -16,6 +16,9 @@ with job(snakemake) as sm:  # noqa: F821
         table=Path(sm.output.table),
         curves=Path(sm.output.curves),
         contamination=dict(sm.params.contamination),
+        slides=Path(sm.input.slides),
+        splits=Path(sm.input.splits),
+        graded=sm.params.graded,
     )
     for finding in result["verdict"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])

@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "config.schema.json"
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label", "prevalence")  # names that models may not take
 
+EVALUATED = (
+    "bootstrap",
+    "seed",
+    "ece_bins",
+    "level",
+    "stratify",
+    "specificity",
+    "abstention_alpha",
+    "subgroups",
+    "subgroup_patients",
+    "subgroup_class",
+)
+
 # stage -> the part of the configuration that its results depend on: a section, or some of its keys.
 STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "screen": ("screening", ("default_mpp", "reader")),
@@ -34,7 +47,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "tiles": ("tiling", None),
     "embed": ("embedding", None),
     "train": ("models", None),
-    "evaluate": ("evaluation", ("bootstrap", "seed", "ece_bins", "level", "stratify")),
+    "evaluate": ("evaluation", EVALUATED),
     "explain": ("explain", ("slides", "truth", "top_tiles")),
     "report": ("report", None),
 }
@@ -99,7 +112,8 @@ def sheet_columns(config: dict[str, Any]) -> list[str]:
     """Columns that the tasks need in the sheet: their labels, and those that their folds are made of."""
     tasks = config["tasks"].values()
     splits = [column for task in tasks if (column := split_column(task["splits"])) not in (None, "site")]
-    return sorted({task["label"] for task in tasks} | {str(column) for column in splits})
+    groups = set(config["evaluation"]["subgroups"] or ()) if tasks else set()
+    return sorted({task["label"] for task in tasks} | {str(column) for column in splits} | groups)
 
 
 def split_column(splits: Mapping[str, Any]) -> str | None:

@@ -5,8 +5,11 @@ the plain figure, B = 2,000 with bootstrap counts gives the interval (`bootstrap
 and a resample costs a few array operations instead of a call to scikit-learn.
 
 Conventions. Labels are class indices 0..C-1; with two classes, class 1 is the positive one. With more classes AUROC,
-AUPRC, F1, sensitivity and specificity are macro averages of one-versus-rest. A figure that is not defined (one class
-only) is NaN here and None with a reason in files; it is never replaced by 0 or 0.5.
+AUPRC, F1, sensitivity, specificity and sensitivity at specificity are macro averages of one-versus-rest. A figure that
+is not defined (one class only) is NaN here and None with a reason in files; it is never replaced by 0 or 0.5.
+
+MCC is R_k (Gorodkin 2004), 0 when all decisions are the same class, as in scikit-learn; Cohen's kappa is
+1 - sum w o / sum w e over the confusion matrix o and its expectation e, w = 1 off the diagonal or (i - j)^2 for grades.
 
 Formulas: AUROC is the Mann-Whitney statistic with ties counted half; AUPRC is average precision (no interpolation);
 Brier is mean (p - y)^2 for two classes and mean sum_c (p_c - y_c)^2 for more (as in scikit-learn); log loss clips at
@@ -26,6 +29,9 @@ METRICS = (
     "sensitivity",
     "specificity",
     "accuracy",
+    "mcc",
+    "kappa",  # with quadratic weights when the classes are grades
+    "sensitivity_at_specificity",  # read off the ROC curve: what the model could do, not what its threshold does
     "brier",
     "log_loss",
     "ece",  # equal-mass bins
@@ -67,6 +73,20 @@ def auroc_auprc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) ->
     return auroc, auprc
 
 
+def sensitivity_at(positive: np.ndarray, score: np.ndarray, weights: np.ndarray, specificity: float) -> np.ndarray:
+    """Highest sensitivity (B,) of a threshold whose specificity is at least `specificity`; NaN with one class only."""
+    if not len(score):
+        return np.full(len(weights), np.nan)
+    pos, neg = _ordered_groups(positive.astype(bool), np.asarray(score, float), weights)
+    tp, fp = np.cumsum(pos, axis=1), np.cumsum(neg, axis=1)
+    n_pos, n_neg = tp[:, -1], fp[:, -1]
+    allowed = fp <= (1 - specificity) * n_neg[:, None] + 1e-9
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.where(allowed, tp, 0.0).max(1) / n_pos
+    found[n_neg == 0] = np.nan
+    return found
+
+
 def auroc(positive: np.ndarray, score: np.ndarray) -> float | None:
     """AUROC of one sample, None when only one class is present. NaN scores are left out."""
     positive, score = np.asarray(positive, bool), np.asarray(score, float)
@@ -82,7 +102,26 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int, weights: 
     return (weights @ cell).reshape(-1, classes, classes)
 
 
-def _decisions(matrix: np.ndarray) -> dict[str, np.ndarray]:
+def _mcc(matrix: np.ndarray) -> np.ndarray:
+    total, right = matrix.sum((1, 2)), np.trace(matrix, axis1=1, axis2=2)
+    actual, called = matrix.sum(2), matrix.sum(1)
+    spread_actual, spread_called = total**2 - (actual**2).sum(1), total**2 - (called**2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (right * total - (actual * called).sum(1)) / np.sqrt(spread_actual * spread_called)
+    return np.where(spread_actual <= 0, np.nan, np.where(spread_called <= 0, 0.0, found))
+
+
+def _kappa(matrix: np.ndarray, graded: bool) -> np.ndarray:
+    classes, actual = matrix.shape[1], matrix.sum(2)
+    grade = np.arange(classes)
+    cost = (grade[:, None] - grade[None, :]) ** 2 if graded else 1 - np.eye(classes)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = actual[:, :, None] * matrix.sum(1)[:, None, :] / matrix.sum((1, 2))[:, None, None]
+        found = 1 - (cost * matrix).sum((1, 2)) / (cost * expected).sum((1, 2))
+    return np.where((actual > 0).sum(1) < 2, np.nan, found)
+
+
+def _decisions(matrix: np.ndarray, graded: bool) -> dict[str, np.ndarray]:
     """Thresholded metrics of confusion matrices (B, C, C)."""
     classes, total = matrix.shape[1], matrix.sum((1, 2))
     tp = np.diagonal(matrix, axis1=1, axis2=2)
@@ -96,6 +135,7 @@ def _decisions(matrix: np.ndarray) -> dict[str, np.ndarray]:
     figures["f1"] = f1[:, which].mean(1)
     figures["sensitivity"] = recall[:, which].mean(1)
     figures["specificity"] = specificity[:, which].mean(1)
+    figures |= {"mcc": _mcc(matrix), "kappa": _kappa(matrix, graded)}
     return figures
 
 
@@ -143,17 +183,27 @@ def _probabilistic(labels: np.ndarray, prob: np.ndarray, bins: int, weights: np.
 
 
 def _metrics_of_chunk(
-    labels: np.ndarray, prob: np.ndarray, predicted: np.ndarray | None, bins: int, weights: np.ndarray
+    labels: np.ndarray,
+    prob: np.ndarray,
+    predicted: np.ndarray | None,
+    bins: int,
+    weights: np.ndarray,
+    specificity: float,
+    graded: bool,
 ) -> dict[str, np.ndarray]:
     classes = prob.shape[1]
-    ranked = [auroc_auprc(labels == c, prob[:, c], weights) for c in (range(classes) if classes > 2 else [1])]
+    which = range(classes) if classes > 2 else [1]
+    ranked = [auroc_auprc(labels == c, prob[:, c], weights) for c in which]
     found = {
         "auroc": np.mean([auroc for auroc, _ in ranked], axis=0),
         "auprc": np.mean([auprc for _, auprc in ranked], axis=0),
+        "sensitivity_at_specificity": np.mean(
+            [sensitivity_at(labels == c, prob[:, c], weights, specificity) for c in which], axis=0
+        ),
         **_probabilistic(labels, prob, bins, weights),
     }
     if predicted is not None:
-        found |= _decisions(confusion(labels, predicted, classes, weights))
+        found |= _decisions(confusion(labels, predicted, classes, weights), graded)
     return {name: found[name] for name in METRICS if name in found}
 
 
@@ -163,18 +213,23 @@ def metrics_over(
     predicted: np.ndarray | None,
     bins: int = 15,
     weights: np.ndarray | None = None,
+    specificity: float = 0.9,
+    graded: bool = False,
 ) -> dict[str, np.ndarray]:
     """All metrics for every row of `weights`.
 
     labels (n,) int; prob (n, C) rows summing to 1; predicted (n,) int, the decisions at the thresholds that the models
-    brought along, or None to leave the thresholded metrics out; weights (B, n), default one row of ones.
+    brought along, or None to leave the thresholded metrics out; weights (B, n), default one row of ones; specificity
+    at which sensitivity is read off the ROC curve; graded: the classes are grades in their order.
     Returns {metric: (B,) float64}, NaN where undefined.
     """
     labels, prob = np.asarray(labels, int), np.asarray(prob, float)
     weights = np.ones((1, len(labels))) if weights is None else weights
     step = max(1, CHUNK // max(1, len(labels)))
     parts = [
-        _metrics_of_chunk(labels, prob, predicted, bins, weights[start : start + step].astype(float))
+        _metrics_of_chunk(
+            labels, prob, predicted, bins, weights[start : start + step].astype(float), specificity, graded
+        )
         for start in range(0, len(weights), step)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from slidemake.failures import RunError
-from slidemake.provenance import check_file, read_json
+from slidemake.provenance import check_file, read_json, read_json_if_whole
 
 NEEDED = ("patient_id", "label", "repeat", "fold")
 
@@ -28,6 +29,9 @@ class Predictions:
     prob: np.ndarray  # (R, n, C) float, NaN where a repeat has no prediction for a patient
     predicted: np.ndarray  # (R, n) int, the decision at the row's own threshold, -1 where missing
     fold: np.ndarray  # (R, n) int, -1 where missing
+    logits: np.ndarray | None = None  # (R, n, C) before temperature, where the file has them
+    # (repeat, fold) -> P (m, C) and labels (m,) of validation patients, predicted by members not fitted to them
+    validation: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def cohort(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """What two models must share to be compared patient by patient."""
@@ -87,6 +91,7 @@ def read_predictions(path: str | Path, name: str) -> Predictions:
     at_repeat = {repeat: i for i, repeat in enumerate(repeats)}
     shape = (len(repeats), len(patients))
     prob = np.full((*shape, len(classes)), np.nan)
+    logits = prob.copy() if all(f"logit_{name}" in columns for name in classes) else None
     predicted, fold = np.full(shape, -1), np.full(shape, -1)
     labels, sites = np.full(len(patients), -1), [""] * len(patients)
     for number, row in enumerate(rows, start=2):
@@ -103,4 +108,23 @@ def read_predictions(path: str | Path, name: str) -> Predictions:
         fold[r, i] = int(_number(row, "fold", where))
         prob[r, i] = _probabilities(row, classes, where)
         predicted[r, i] = _decision(row, list(prob[r, i]), classes, where)
-    return Predictions(name, classes, patients, tuple(sites), labels, repeats, prob, predicted, fold)
+        if logits is not None:
+            logits[r, i] = [_number(row, f"logit_{name}", where) for name in classes]
+    return Predictions(name, classes, patients, tuple(sites), labels, repeats, prob, predicted, fold, logits)
+
+
+def read_validation(path: str | Path, p: Predictions, truth: Mapping[str, str]) -> Predictions:
+    """The same predictions with those of validation patients, which the folds' bundles beside the file carry.
+
+    truth: {patient: label}. Patients without a label, and folds without a bundle, are left out.
+    """
+    found = {}
+    for repeat, row in zip(p.repeats, p.fold, strict=True):
+        for fold in sorted(set(row.tolist()) - {-1}):
+            info = read_json_if_whole(Path(path).with_name("bundles") / f"repeat{repeat}_fold{fold}" / "bundle.json")
+            kept = ((info or {}).get("training") or {}).get("validation_probability") or {}
+            known = [patient for patient in sorted(kept) if truth.get(patient) in p.classes]
+            if known:
+                prob = np.array([kept[patient] for patient in known], float)
+                found[repeat, fold] = (prob, np.array([p.classes.index(truth[patient]) for patient in known]))
+    return replace(p, validation=found or None)

@@ -34,7 +34,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "bags": 1,
     "splits": 2,
     "train": 4,
-    "evaluate": 1,
+    "evaluate": 2,
     "explain": 1,
     "predict": 1,
     "report": 1,

@@ -17,6 +17,7 @@ from slidemake.cohort_table import read_table
 from slidemake.progress import duration
 from slidemake.provenance import read_json, read_json_if_whole, versions, write_text
 from slidemake.racks import read_manifests
+from slidemake.report_evaluation import evaluation_section
 from slidemake.report_timeline import timeline_section
 
 STAGE_TITLES = {
@@ -34,6 +35,9 @@ METRIC_TITLES = {
     "f1": "F1",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
+    "mcc": "MCC",
+    "kappa": "kappa",
+    "sensitivity_at_specificity": "sensitivity at {specificity:.0%} specificity",
     "brier": "Brier",
     "ece": "ECE",
 }
@@ -108,6 +112,12 @@ def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[d
     return cards
 
 
+def titles(metrics: dict[str, Any], pooled: dict[str, Any]) -> dict[str, str]:
+    """{metric: head of its column}; AUPRC says what it would be without skill."""
+    found = {k: v.format(**metrics["options"]) for k, v in METRIC_TITLES.items() if k in pooled["metrics"]}
+    return found | {"auprc": f"AUPRC (prevalence {pooled['prevalence']:.2f})"}
+
+
 def task_section(results: Path, task: str, models: list[str], explained: str | None) -> dict[str, Any]:
     """Metrics, curves, pictures and warnings of one task."""
     folder = results / "tasks" / task
@@ -121,7 +131,6 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
         pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics), ""))
         patients = read_table(folder / main / "predictions_patients.csv")
         pictures.append(("Predictions by site and truth", figures.scores(patients, metrics["positive"], main), ""))
-    pictures.append(("Calibration", figures.calibration(curves, metrics, main), ""))
     learning = folder / main / "curves.csv"
     if learning.exists() and (trained := figures.training(read_table(learning), main)):
         pictures.append(("Training", trained, ""))
@@ -130,9 +139,10 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
         "name": task,
         "metrics": metrics,
         "main": main,
-        "titles": {k: v for k, v in METRIC_TITLES.items() if k in scopes["pooled"]["metrics"]},
+        "titles": titles(metrics, scopes["pooled"]),
         "pictures": pictures,
         "splits": splits,
+        "evaluation": evaluation_section(metrics, splits, main),
         "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
         "folds": {name.removeprefix("fold:"): s for name, s in scopes.items() if name.startswith("fold:")},
         "explained": explanations(results, task, explained) if explained else None,
@@ -245,6 +255,7 @@ def _environment() -> Any:
     environment.filters["number"] = _number
     environment.filters["duration"] = _duration
     environment.filters["interval"] = _interval
+    environment.filters["cell"] = _cell
     return environment
 
 
@@ -260,6 +271,19 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)
+
+
+def _cell(metric: dict[str, Any] | None) -> Any:
+    """A figure above its interval, for tables of many columns."""
+    from markupsafe import Markup
+
+    if not metric or metric["value"] is None:
+        return "–"
+    if metric["low"] is None:
+        return f"{metric['value']:.2f}"
+    return Markup('{:.2f}<br><span class="range">{:.2f} to {:.2f}</span>').format(
+        metric["value"], metric["low"], metric["high"]
+    )
 
 
 def _interval(metric: dict[str, Any] | None) -> str:

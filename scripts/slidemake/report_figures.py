@@ -126,26 +126,6 @@ def _pairs(
     return _svg(figure)
 
 
-def calibration(curves: dict[str, Any], metrics: dict[str, Any], model: str) -> str:
-    """Observed against predicted probability of one model, with the number of patients in each bin."""
-    points = curves["models"][model]["calibration"]
-    figure, axes = _figure(3.5, 3.3)
-    axes.plot([0, 1], [0, 1], ":", color="#9aa0a6", linewidth=1)
-    colour = _colours(metrics["models"])[model]
-    for point in points:
-        if point["observed"] is None:
-            continue
-        axes.plot([point["predicted"]] * 2, [point["low"], point["high"]], color=colour, alpha=0.45, linewidth=2)
-        axes.plot(point["predicted"], point["observed"], "o", color=colour, markersize=5)
-        note = f"{point['count']}"
-        axes.annotate(note, (point["predicted"], point["observed"]), (6, -3), textcoords="offset points", fontsize=7)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel(f"predicted probability ({model})")
-    axes.set_ylabel("observed frequency (n beside each bin)")
-    return _svg(figure)
-
-
 def training(curves: list[dict[str, str]], model: str) -> str | None:
     """Training and validation loss over epochs: every fold thin, the median of the folds still training thick."""
     runs: dict[tuple[str, str], list[tuple[float, float, float]]] = {}

@@ -205,6 +205,39 @@ def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]
     return [_say("note", "calibration", f"{text}: no evidence against calibration.")]
 
 
+def _about_groups(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Columns whose groups differ in AUROC by more than chance makes them."""
+    said = []
+    for column, found in result["models"][name]["subgroups"].items():
+        gap = found["gaps"].get("auroc")
+        if gap is None or gap["gap_by_chance"] is None or gap["gap"]["value"] <= gap["gap_by_chance"]:
+            continue
+        text = (
+            f"{name}: by {column}, AUROC is {_interval(gap['worst_value'])} for {gap['worst']} and "
+            f"{_interval(gap['best_value'])} for {gap['best']}, a gap of {_interval(gap['gap'])}; groups of these "
+            f"sizes differ by up to {gap['gap_by_chance']:.2f} by chance."
+        )
+        said.append(_say("warning", "subgroup_gap", text))
+    return said
+
+
+def _about_coverage(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Sites where conformal sets hold the truth less often than promised."""
+    sets = result["models"][name]["conformal"]
+    if not sets or not sets["pooled"]:
+        return []
+    promise = 1 - sets["alpha"]
+    short = [
+        f"{site} ({_interval(found['coverage'])})"
+        for site, found in sets["sites"].items()
+        if found["coverage"]["high"] is not None and found["coverage"]["high"] < promise
+    ]
+    if not short:
+        return []
+    text = f"{name}: sets that promise to hold the truth for {promise:.0%} of patients hold it less often at "
+    return [_say("warning", "coverage", f"{text}{', '.join(short)}: do not rely on its certainty there.")]
+
+
 def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
     """Findings as {level: good | note | warning, code, text}, most general first."""
     said = _about_size(result)
@@ -217,7 +250,7 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
         said += _against_controls(name, result)
     said += _about_shuffled(result) + _about_sites(result)
     for name in names:
-        said += _about_calibration(name, result)
+        said += _about_calibration(name, result) + _about_groups(name, result) + _about_coverage(name, result)
     if result["repeats"] > 1:
         text = (
             "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from slidemake.bootstrap import bootstrap_indices, percentile_interval, scope_seed
-from slidemake.evaluation import bins_for, evaluate, evaluate_models, metrics_table
+from slidemake.calibration_report import bins_for
+from slidemake.evaluation import evaluate, evaluate_models, metrics_table
 from slidemake.failures import RunError
 from slidemake.prediction_table import Predictions, read_predictions
 from slidemake.verdict import cramers_v

@@ -27,6 +27,11 @@ def sample(n: int, classes: int, seed: int, decimals: int = 12):
     return labels, np.clip(prob, 0, 1), predicted
 
 
+def best_sensitivity(positive, score, specificity):
+    fpr, tpr, _ = sk.roc_curve(positive, score, drop_intermediate=False)
+    return tpr[1 - fpr >= specificity - 1e-12].max()
+
+
 def sklearn_figures(labels, prob, predicted):
     classes = prob.shape[1]
     two = classes == 2
@@ -45,6 +50,11 @@ def sklearn_figures(labels, prob, predicted):
         "sensitivity": sk.recall_score(labels, predicted, average=average),
         "specificity": np.mean(specificity),
         "accuracy": sk.accuracy_score(labels, predicted),
+        "mcc": sk.matthews_corrcoef(labels, predicted),
+        "kappa": sk.cohen_kappa_score(labels, predicted),
+        "sensitivity_at_specificity": np.mean(
+            [best_sensitivity(labels == c, prob[:, c], 0.9) for c in ([1] if two else range(classes))]
+        ),
         "brier": sk.brier_score_loss(labels, prob[:, 1]) if two else ((prob - onehot) ** 2).sum(1).mean(),
         "log_loss": sk.log_loss(labels, prob, labels=list(range(classes))),
     }
@@ -235,3 +245,33 @@ def test_curves_equal_scikit_learn_and_are_thinned():
     assert len(large["fpr"]) == MAX_POINTS
     assert (large["fpr"][0], large["tpr"][-1]) == (0.0, 1.0)
     assert roc_and_pr(np.ones(3, bool), np.arange(3.0)) is None
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_kappa_of_grades_has_quadratic_weights(classes):
+    labels, prob, predicted = sample(60, classes, 3)
+    found = metrics_over(labels, prob, predicted, graded=True)
+    expected = sk.cohen_kappa_score(labels, predicted, weights="quadratic")
+    assert found["kappa"][0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_sensitivity_at_other_specificities_and_with_ties():
+    positive, score = np.array([1, 1, 1, 0, 0, 0, 0]) == 1, np.array([0.9, 0.5, 0.2, 0.5, 0.3, 0.1, 0.1])
+    prob = np.column_stack([1 - score, score])
+    labels = positive.astype(int)
+    # thresholds from the top: 0.9 (tp 1, fp 0), 0.5 (2, 1), 0.3 (2, 2), 0.2 (3, 2), 0.1 (3, 4)
+    for specificity, expected in ((1.0, 1 / 3), (0.75, 2 / 3), (0.74, 2 / 3), (0.5, 1.0), (0.9, 1 / 3)):
+        found = metrics_over(labels, prob, None, specificity=specificity)
+        assert found["sensitivity_at_specificity"][0] == pytest.approx(expected)
+    level = metrics_over(labels, np.full((7, 2), 0.5), None)  # one threshold, which calls everybody
+    assert level["sensitivity_at_specificity"][0] == 0
+
+
+def test_constant_decisions_have_no_skill_and_constant_labels_no_figure():
+    labels = np.array([0, 1, 1, 0, 1])
+    found = metrics_over(labels, np.full((5, 2), 0.5), np.ones(5, int))
+    assert (found["mcc"][0], found["kappa"][0], found["auroc"][0], found["balanced_accuracy"][0]) == (0, 0, 0.5, 0.5)
+    same = metrics_over(np.ones(5, int), np.full((5, 2), 0.5), np.array([1, 1, 0, 1, 1]))
+    for name in ("mcc", "kappa", "auroc", "sensitivity_at_specificity"):
+        assert np.isnan(same[name][0])
+        assert why_undefined(name, np.ones(5, int), ["benign", "tumour"]) == "no patient of class benign among 5"

@@ -1,0 +1,166 @@
+"""Figures by any column of the sheet: groups with enough cases, the worst of them, and the gap to the best.
+
+The worst of several groups is always worse than the whole, by chance alone: so the gap stands beside the gap that
+groups of the same sizes show when patients are dealt to them at random (within their class).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from slidemake.bootstrap import percentile_interval
+from slidemake.calibration_report import bins_for
+from slidemake.metrics import LOWER_IS_BETTER, METRICS, metrics_over
+from slidemake.prediction_table import Predictions
+
+USUAL = ("site", "scanner", "stain")  # columns looked at where none are named
+PARTS = 3  # equal parts of a column of numbers
+DISTINCT = 6  # values up to which a column of numbers is taken as classes
+DEALS = 500  # of patients to groups at random
+_DATE = re.compile(r"(\d{4})-\d{2}(-\d{2})?")
+
+
+def patient_values(slides: Iterable[Mapping[str, Any]], column: str) -> dict[str, str]:
+    """{patient: value} of a column, "" where no slide has one.
+
+    Several values are joined by +; numbers of more than 6 values are averaged and cut into three equal parts; dates
+    become years.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in slides:
+        if row.get("status", "ok") == "ok":
+            found[row.get("patient_id") or row["slide_id"]].add(str(row.get(column) or "").strip())
+    values = {p: sorted(texts - {""}) for p, texts in found.items()}
+    stated = [text for texts in values.values() for text in texts]
+    if stated and all(_DATE.match(text) for text in stated):
+        return {p: "+".join(sorted({text[:4] for text in texts})) for p, texts in values.items()}
+    numbers = {p: [_number(text) for text in texts] for p, texts in values.items()}
+    if len(set(stated)) > DISTINCT and all(n is not None for of in numbers.values() for n in of):
+        return _thirds({p: float(np.mean([n for n in of if n is not None])) for p, of in numbers.items() if of}, values)
+    return {p: "+".join(texts) for p, texts in values.items()}
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+def _thirds(numbers: dict[str, float], everyone: Iterable[str]) -> dict[str, str]:
+    cuts = np.quantile(list(numbers.values()), [i / PARTS for i in range(1, PARTS)])
+    names = [f"up to {cuts[0]:.4g}", *(f"{a:.4g} to {b:.4g}" for a, b in pairwise(cuts))]
+    names.append(f"above {cuts[-1]:.4g}")
+    placed = {p: names[int(np.searchsorted(cuts, value, side="left"))] for p, value in numbers.items()}
+    return {p: placed.get(p, "") for p in everyone}
+
+
+def too_small(labels: np.ndarray, classes: Sequence[str], options: Mapping[str, Any]) -> str | None:
+    """Why a group gets no figures, or None: enough patients, and enough of each class."""
+    if len(labels) < options["subgroup_patients"]:
+        return f"{len(labels)} patients; {options['subgroup_patients']} are needed"
+    counts = np.bincount(labels, minlength=len(classes))
+    few = [
+        f"{count} of class {name}"
+        for name, count in zip(classes, counts, strict=True)
+        if count < options["subgroup_class"]
+    ]
+    return f"{', '.join(few)}; {options['subgroup_class']} of each are needed" if few else None
+
+
+def gaps(
+    p: Predictions,
+    members: Mapping[str, np.ndarray],
+    scopes: Mapping[str, Mapping[str, Any]],
+    draws: Mapping[str, Mapping[str, np.ndarray]],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """{metric: worst, best and their gap with an interval, and the gap that chance makes} over the groups.
+
+    members: {group: (n,) bool}; scopes and draws: the groups' figures and bootstrap draws. Worst and best stay those of
+    the figures in every draw. Fewer than two groups have no gap.
+    """
+    if len(members) < 2:
+        return {}
+    chance = _gaps_by_chance(p, members, options)
+    found = {}
+    for metric in METRICS:
+        values = {g: scopes[g]["metrics"][metric]["value"] for g in members}
+        known = {g: v for g, v in values.items() if v is not None}
+        if len(known) < 2:
+            continue
+        ordered = sorted(known, key=lambda g: (known[g], g), reverse=metric in LOWER_IS_BETTER)
+        worst, best = ordered[0], ordered[-1]
+        sign = -1 if metric in LOWER_IS_BETTER else 1
+        low, high = percentile_interval(sign * (draws[best][metric] - draws[worst][metric]), options["level"])
+        by_chance = chance[metric][np.isfinite(chance[metric])]
+        gap = abs(known[best] - known[worst])
+        found[metric] = {
+            "worst": worst,
+            "best": best,
+            "worst_value": {k: scopes[worst]["metrics"][metric][k] for k in ("value", "low", "high")},
+            "best_value": {k: scopes[best]["metrics"][metric][k] for k in ("value", "low", "high")},
+            "gap": {"value": gap, "low": low, "high": high},
+            "gap_by_chance": float(np.quantile(by_chance, 0.95)) if len(by_chance) else None,
+            "p": float((np.sum(by_chance >= gap - 1e-12) + 1) / (len(by_chance) + 1)) if len(by_chance) else None,
+        }
+    return found
+
+
+def _gaps_by_chance(
+    p: Predictions, members: Mapping[str, np.ndarray], options: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """{metric: (DEALS,) largest minus smallest figure} when patients are dealt to the groups at random.
+
+    Dealt are patients of the same class, so that groups keep their sizes and their prevalence.
+    """
+    names = list(members)
+    group = np.full(len(p.patients), -1)
+    for g, name in enumerate(names):
+        group[members[name]] = g
+    rng = np.random.default_rng(options["seed"])
+    dealt = np.repeat(group[None], DEALS, 0)
+    for label in np.unique(p.labels):
+        of_class = np.flatnonzero((p.labels == label) & (group >= 0))
+        dealt[:, of_class] = rng.permuted(dealt[:, of_class], axis=1)
+    values: dict[str, list[np.ndarray]] = defaultdict(list)
+    for g in range(len(names)):
+        weights = (dealt == g).astype(float)
+        bins = bins_for(int((group == g).sum()), options["ece_bins"])
+        of_repeats = []
+        for r in range(len(p.repeats)):
+            known = np.isfinite(p.prob[r, :, 0])
+            with np.errstate(invalid="ignore", divide="ignore"):
+                of_repeats.append(
+                    metrics_over(
+                        p.labels[known],
+                        p.prob[r, known],
+                        p.predicted[r, known],
+                        bins,
+                        weights[:, known],
+                        options["specificity"],
+                        options["graded"],
+                    )
+                )
+        for metric in METRICS:
+            values[metric].append(np.mean([one[metric] for one in of_repeats], axis=0))
+    return {metric: np.ptp(np.stack(rows), axis=0) for metric, rows in values.items()}
+
+
+def group_members(p: Predictions, values: Mapping[str, str]) -> tuple[dict[str, np.ndarray], int]:
+    """{group: (n,) bool} of the model's patients in order of the groups' names, and how many have no value."""
+    of = np.array([values.get(patient, "") for patient in p.patients])
+    names = sorted(Counter(of.tolist()).keys() - {""}, key=_natural)
+    return {name: of == name for name in names}, int((of == "").sum())
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """The parts of a column of numbers in their order."""
+    return (0 if name.startswith("up to ") else 2 if name.startswith("above ") else 1, name)
