@@ -40,6 +40,12 @@ include: "rules/report.smk"
 
 
 onstart:
+    try:
+        claim_results(Path(OUTPUT))
+    except RunError as error:
+        sys.exit(f"\nslidemake cannot start.\n{error}\n")
+    if not ON_CLUSTER:
+        stop_jobs_on_sigterm()
     mark_results_folder(Path(OUTPUT), PLAN.rack_size if RACKS else None)
     WATCH.begin([rule.name for rule in workflow.rules if rule.output])
     if hint := rack_size_hint(PLAN, MACHINE):

@@ -10,6 +10,7 @@ from slidemake.failures import RunError
 from slidemake.progress import Watch
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.racks import Machine
+from slidemake.running import claim_results, refusal, stop_jobs_on_sigterm
 from slidemake.setup import mark_results_folder, plan_run, rack_size_hint
 
 HAS_GPU = shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
@@ -24,6 +25,11 @@ MACHINE = Machine(
 
 try:
     PLAN = plan_run(config, Path(workflow.basedir), MACHINE, in_job=IN_JOB)
+    if not IN_JOB:
+        if reason := refusal(
+            Path(PLAN.output), Path(".snakemake", "locks"), sys.argv[1:]
+        ):
+            raise RunError(reason)
 except RunError as error:
     sys.exit(f"\nslidemake cannot start.\n{error}\n")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake import isolation, timings
-from slidemake.failures import RunError, SlideFailure
+from slidemake.failures import RunError, SlideFailure, disk_trouble
 
 
 @contextmanager
@@ -24,7 +26,10 @@ def job(snakemake: Any) -> Iterator[Any]:
     file.
     """
     log_file = Path(str(snakemake.log[0])) if snakemake.log else None
-    _configure_logging(log_file)
+    try:
+        _configure_logging(log_file)
+    except OSError as error:
+        sys.exit(str(disk_trouble(error, f"rule {snakemake.rule} opened its log") or error))
     declared = getattr(snakemake, "resources", {}).get("mem_mb")
     declared = declared if isinstance(declared, int) else None
     wildcards = dict(getattr(snakemake, "wildcards", {}).items())
@@ -34,6 +39,7 @@ def job(snakemake: Any) -> Iterator[Any]:
     except SystemExit as end:  # this is the supervisor, and the work is over
         timings.end(end.code if isinstance(end.code, int) else 1, forked=True)
         raise
+    _stop_on_sigterm()
     code = 1
     try:
         yield snakemake
@@ -51,6 +57,19 @@ def job(snakemake: Any) -> Iterator[Any]:
         sys.exit(code)
 
 
+def _stop_on_sigterm() -> None:
+    """Preemption ends the job within seconds, with temporary files removed and finished slides kept."""
+
+    def stop(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the tidying up
+        log = logging.getLogger("slidemake")
+        log.warning("received SIGTERM: stopping; finished slides are kept and the next run goes on from here")
+        sys.exit(143)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
 def _tell(error: Exception, rule: str, log_file: Path | None) -> None:
     log = logging.getLogger("slidemake")
     if isinstance(error, RunError):
@@ -59,12 +78,18 @@ def _tell(error: Exception, rule: str, log_file: Path | None) -> None:
     if isinstance(error, SlideFailure):  # where no slide is worked on alone
         log.error("rule %s stopped: %s. %s", rule, error, error.hint)
         return
-    where = f" (traceback in {log_file})" if log_file else ""
-    if log_file:
+    if trouble := disk_trouble(error, f"rule {rule} worked"):
+        log.error("%s", trouble)
+        return
+    text, where = "".join(traceback.format_exception(error)), f" (traceback in {log_file})"
+    try:
+        if log_file is None:
+            raise FileNotFoundError("there is no log file")
         with open(log_file, "a") as handle:
-            handle.write("".join(traceback.format_exception(error)))
-    else:
-        traceback.print_exception(error)
+            handle.write(text)
+    except OSError:
+        where = ""
+        sys.stderr.write(text)
     log.error("rule %s stopped: %s: %s%s", rule, type(error).__name__, error, where)
 
 
@@ -81,10 +106,21 @@ def _configure_logging(log_file: Path | None) -> None:
     if log_file:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         log_file.write_text("")
-        to_file = logging.FileHandler(log_file, mode="a")
+        to_file = _LogFile(log_file, mode="a")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
     logging.captureWarnings(True)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written (a full disk) is told of once, and does not stop the work."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging calls it so)
+        if not self.told:
+            self.told = True
+            print(f"the log {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 def available_cpus() -> int:

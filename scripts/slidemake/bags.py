@@ -149,7 +149,7 @@ def pack_bags(folder: str | Path, slides: Iterable[tuple[str, str]], path: str |
         header = {"descr": np.lib.format.dtype_to_descr(cohort.dtype), "fortran_order": False, "shape": cohort.shape}
         np.lib.format.write_array_header_2_0(handle, header)
         for values in cohort.values():
-            values.tofile(handle)
+            handle.write(values.data)  # tofile() does not say why it failed
     about = {"slides": cohort.slides, "patients": cohort.patients, "sizes": cohort.sizes, **cohort.about()}
     files = file_sums(Path(path).parent, [Path(path).name])
     write_json(Path(path).with_suffix(".json"), {"format": "slidemake-bags", **about, "files": files})

@@ -23,7 +23,15 @@ from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, lea
 from slidemake.bags import same_encoder, stain_identity
 from slidemake.failures import RunError, SlideFailure
 from slidemake.outcomes import Outcome, Threshold, load_outcome
-from slidemake.provenance import check_file, committed, file_sums, read_json, read_json_if_whole, write_json
+from slidemake.provenance import (
+    check_file,
+    committed,
+    file_sums,
+    may_appear,
+    read_json,
+    read_json_if_whole,
+    write_json,
+)
 
 FORMAT, FORMAT_VERSION = "slidemake-bundle", 1
 JSON, WEIGHTS = "bundle.json", "weights.safetensors"
@@ -107,7 +115,9 @@ def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Gr
 def read_info(folder: str | Path) -> dict[str, Any]:
     """bundle.json of a bundle, checked for format and version; RunError when it is not one that this version reads."""
     path = Path(folder) / JSON
-    if not path.is_file():
+    while not path.is_file():
+        if may_appear(path):
+            continue
         raise RunError(f"{folder} is not a model bundle: it has no {JSON}.")
     try:
         info = read_json(path)

@@ -30,6 +30,7 @@ from slidemake.provenance import (
     file_sha256,
     fingerprint,
     read_json_if_whole,
+    write_image,
     write_json,
     write_text,
 )
@@ -193,8 +194,7 @@ def draw_demo_slide(row: dict[str, str], out_path: str | Path, side: int = 6144,
 def _write_mask(path: Path, mask: np.ndarray) -> None:
     from PIL import Image
 
-    with committed(path) as work:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(work, "PNG")
+    write_image(path, Image.fromarray(mask.astype(np.uint8) * 255), format="PNG")
 
 
 def _finished(row: dict[str, str], folder: Path, side: int, seed: int) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from slidemake import isolation
 from slidemake.failures import SlideFailure
-from slidemake.tiles import TileStore
+from slidemake.tiles import TileStore, store_fingerprint
 
 log = logging.getLogger("slidemake")
 
@@ -218,6 +218,9 @@ class Engine:
         for jobs in self._work:
             if self._stopped.is_set():
                 return
+            jobs = self._unfinished(jobs)
+            if not jobs:
+                continue
             first = next(iter(jobs.values()))
             try:
                 with isolation.working_on(first.slide_id):
@@ -233,6 +236,14 @@ class Engine:
                     return
                 batches.append(self._pool.submit(self._one_batch, first.slide_id, source, start, stains))
             self._writer.submit(self._finish, source, jobs, batches, started)
+
+    def _unfinished(self, jobs: dict[int, SlideJob]) -> dict[int, SlideJob]:
+        """Those that no twin of this job has finished since the rack was looked at."""
+        found = {number: job for number, job in jobs.items() if store_fingerprint(job.out) == job.fingerprint}
+        for number, job in found.items():
+            figures = {"reused": True, "tiles": len(TileStore(job.tiles))}
+            self._results[number, job.slide_id].set_result(figures)
+        return {number: job for number, job in jobs.items() if number not in found}
 
     def _one_batch(
         self, slide_id: str, source: Source, start: int, stains: dict[int, Callable[[Any], Any] | None]

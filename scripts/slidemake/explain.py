@@ -240,7 +240,6 @@ def explain_slide(
     if truth is not None:
         columns["tumour"] = np.asarray(truth, float)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "explain.json").unlink(missing_ok=True)  # it vouches for the files beside it
     _write_scores(folder / "scores.csv", coords, columns)
     write_geojson(coords, tile_level0_px, columns, folder / "heatmap.geojson")
     place: dict[str, Any] = {"sx": sx, "sy": sy, "mpp": mpp, "title": slide_id}

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps, get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-from slidemake.provenance import committed
+from slidemake.provenance import write_image
 
 WIDTH = 1200  # px of the slide in a heatmap; a tall slide is bounded by MAX_HEIGHT instead
 MAX_HEIGHT = 1400
@@ -36,8 +36,7 @@ def save(image: Image.Image, path: str | Path) -> None:
     kind = {".png": "PNG", ".jpg": "JPEG"}[Path(path).suffix.lower()]
     # the smallest PNG (level 9) is a tenth smaller and took three quarters of the time of explaining a slide
     options = {"compress_level": 4} if kind == "PNG" else {"quality": 88, "subsampling": 0}
-    with committed(path) as work:
-        image.save(work, format=kind, **options)
+    write_image(path, image, format=kind, **options)
 
 
 def round_length(longest: float) -> float:

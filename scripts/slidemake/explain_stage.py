@@ -18,7 +18,7 @@ from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_
 from slidemake.explain import explain_slide, tile_truth
 from slidemake.failures import damaged
 from slidemake.integrity import read_array
-from slidemake.provenance import files_are_whole, fingerprint, read_json_if_whole, read_slide_record
+from slidemake.provenance import committed, files_are_whole, fingerprint, read_json_if_whole, read_slide_record
 from slidemake.splits import Splits
 from slidemake.tiles import TileStore
 
@@ -134,20 +134,22 @@ class Explainer:
         slide = read_slide_record(self.results / "slides" / row["slide_id"], "slide.json")
         with open_slide(slide["path"], reader=slide["reader"]) as reader:
             overview, sx, sy = reader.overview_at(max(1.0, max(slide["width"], slide["height"]) / OVERVIEW_PX))
-            return explain_slide(
-                out,
-                slide_id=row["slide_id"],
-                coords=store.coords,
-                tile_level0_px=tuple(store.attrs["tile_level0_px"]),
-                features=features,
-                attention=attention,
-                leave_one_out=change,
-                read_tiles=lambda indices: read_selected(store, slide, reader, indices),
-                overview=overview,
-                sx=sx,
-                sy=sy,
-                mpp=slide["mpp"],
-                k=self.options["top_tiles"],
-                truth=truth,
-                facts=facts,
-            )
+            # a folder at a time: a twin of this job must never find the files of one and the record of the other
+            with committed(out) as work:
+                return explain_slide(
+                    work,
+                    slide_id=row["slide_id"],
+                    coords=store.coords,
+                    tile_level0_px=tuple(store.attrs["tile_level0_px"]),
+                    features=features,
+                    attention=attention,
+                    leave_one_out=change,
+                    read_tiles=lambda indices: read_selected(store, slide, reader, indices),
+                    overview=overview,
+                    sx=sx,
+                    sy=sy,
+                    mpp=slide["mpp"],
+                    k=self.options["top_tiles"],
+                    truth=truth,
+                    facts=facts,
+                )

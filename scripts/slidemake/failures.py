@@ -7,6 +7,8 @@ disk), which is nobody's slide's fault.
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import asdict, dataclass
 
 # code -> what the user can do about it, when the place that raises has nothing more precise to say.
@@ -72,3 +74,37 @@ def damaged(path: object, what: str) -> SlideFailure:
 
 class RunError(Exception):
     """The run cannot go on. The message is the whole story for the user: what is wrong, where, and what to do."""
+
+
+# What the system says that is nobody's slide's fault: errno -> (what is wrong, what to do about it)
+_DISK_TROUBLES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ("No space left on the disk", "Free some space (or raise the quota)")
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ("No permission", "Give this user access")),
+    **dict.fromkeys(
+        (errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+        ("The file system does not answer", "Wait until it does"),
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), ("Too many open files", "Raise the limit (ulimit -n)")),
+}
+
+
+def _number_in(text: str) -> int | None:
+    """The errno that a C library reports in words."""
+    return next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) if os.strerror(n) in text), None)
+
+
+def disk_trouble(error: BaseException | None, doing: str) -> RunError | None:
+    """The RunError for a full disk, a missing permission and their like, also where a library wrapped them; None for
+    any other error. `doing` says what could not be done ("tiles wrote slide a").
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        if number in _DISK_TROUBLES:
+            what, remedy = _DISK_TROUBLES[number]
+            return RunError(
+                f"{what} while {doing} ({error}). {remedy} and run the same command again: finished slides are kept."
+            )
+        error = error.__cause__ or error.__context__
+    return None

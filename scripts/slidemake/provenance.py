@@ -6,8 +6,10 @@ does not match. Files and stores appear under their final name only when complet
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -15,7 +17,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,25 @@ STAGE_VERSIONS: dict[str, int] = {
     "report": 1,
 }
 
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "afs",
+    "9p",
+    "virtiofs",
+    "panfs",
+    "pvfs2",
+    "orangefs",
+    "wekafs",
+}
+LATE = 30.0  # seconds that a process waits, in all, for what network file systems have not shown yet
+_waited = 0.0
 FORMAT_VERSION = 1  # of the results folder as a whole; `check_results_format` refuses others
 
 
@@ -84,9 +105,9 @@ def _remove(path: Path) -> None:
 def committed(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it into place on success, remove it on any exception.
 
-    Works for files and for directories (a Zarr store). What killed jobs left of the same is removed. An older directory
-    under the final name is moved away first; if a twin job committed its own in the meantime, that one stays: both
-    hold the same bytes.
+    Works for files and for directories (a Zarr store). What killed jobs left of the same is removed. A directory that
+    is there already and holds the same bytes stays, because others may be reading it: a twin of this job committed it.
+    Any other is moved away first.
     """
     path = Path(path)
     work = temporary_sibling(path)
@@ -109,6 +130,8 @@ def _replace_directory(work: Path, path: Path) -> None:
         except OSError:
             if not path.exists():
                 raise
+            if same_bytes(work, path):
+                return
             old = temporary_sibling(path)
             try:
                 os.rename(path, old)
@@ -116,6 +139,15 @@ def _replace_directory(work: Path, path: Path) -> None:
                 continue  # a twin moved it first
             _remove(old)
     raise OSError(f"cannot rename {work} to {path}: another process keeps putting it back")
+
+
+def same_bytes(one: Path, two: Path) -> bool:
+    """Whether two folders hold the same files with the same bytes."""
+    names, others = ({p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in (one, two))
+    try:
+        return names == others and all(filecmp.cmp(one / name, two / name, shallow=False) for name in names)
+    except FileNotFoundError:  # a twin moved it
+        return False
 
 
 def remove_leftovers(folder: str | Path, name: str, older_than: float = 86400.0) -> None:
@@ -135,6 +167,37 @@ def remove_leftovers(folder: str | Path, name: str, older_than: float = 86400.0)
                 _remove(left)
         except FileNotFoundError:
             continue
+
+
+def on_network(path: str | Path, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether a path is on a file system that other machines write to, as far as this one knows."""
+    place, best, kind = os.path.abspath(path), "", ""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        point, found = line.split()[1:3]
+        point = point.replace("\\040", " ")
+        if (place + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+            best, kind = point, found
+    return kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse.")
+
+
+def may_appear(path: str | Path, pause: float = 1.0) -> bool:
+    """Wait a moment for something that another machine has written: True when it is worth looking again.
+
+    Network file systems show new files late. Only there anything is waited for, and at most `LATE` seconds in the life
+    of a process, so that what is really missing is soon missed. Listing the folder makes this machine ask for news.
+    """
+    global _waited
+    if _waited >= LATE or not on_network(path):
+        return False
+    _waited += pause
+    time.sleep(pause)
+    with suppress(OSError):
+        os.listdir(Path(path).parent)
+    return True
 
 
 def checksum(value: dict[str, Any]) -> str:
@@ -158,12 +221,31 @@ def write_text(path: str | Path, text: str) -> None:
         work.write_text(text)
 
 
+def write_image(path: str | Path, image: Any, **options: Any) -> None:
+    """Write a Pillow image; whole or not at all. Through memory: on a full disk Pillow leaves half a JPEG and says
+    nothing. `options` are those of its `save`, with `format`.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    with committed(path) as work:
+        work.write_bytes(buffer.getvalue())
+
+
 def read_json(path: str | Path) -> Any:
     """Read JSON that `write_json` wrote, without its checksum.
 
     A file that is missing, broken or not as it was written raises the SlideFailure `damaged`, which names it. One
-    without a checksum (written by hand) is taken as it is.
+    without a checksum (written by hand) is taken as it is. A network file system gets time to show it (`may_appear`).
     """
+    while True:
+        try:
+            return _read_json(path)
+        except SlideFailure:
+            if not may_appear(path):
+                raise
+
+
+def _read_json(path: str | Path) -> Any:
     try:
         value = json.loads(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -177,10 +259,15 @@ def read_json(path: str | Path) -> Any:
     return value
 
 
+def has_checksum(path: str | Path) -> bool:
+    """Whether a JSON object carries a checksum, as all that `write_json` wrote do (one made by hand does not)."""
+    return "checksum" in json.loads(Path(path).read_text())
+
+
 def read_json_if_whole(path: str | Path) -> Any | None:
-    """As `read_json`; None for a file that is absent or damaged, so that the caller makes it again."""
+    """As `read_json`; None for a file that is absent or damaged, so that the caller makes it again. Never waits."""
     try:
-        return read_json(path)
+        return _read_json(path)
     except SlideFailure:
         return None
 
@@ -200,25 +287,25 @@ def file_sums(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def files_are_whole(folder: str | Path, described: dict[str, Any]) -> bool:
-    """Whether all files that `described["files"]` lists are in `folder` as they were written."""
-    try:
-        for name in described.get("files", {}):
-            check_file(Path(folder) / name, described)
-    except SlideFailure:
-        return False
-    return True
+    """Whether all files that `described["files"]` lists are in `folder` as they were written. Never waits."""
+    names = described.get("files", {})
+    return not any(_problem_of_file(Path(folder) / name, described) for name in names)
 
 
 def check_file(path: str | Path, described: dict[str, Any]) -> None:
     """`damaged` unless the file is as `described["files"]` says (where it says anything about it)."""
-    path = Path(path)
+    while problem := _problem_of_file(Path(path), described):
+        if not may_appear(path):
+            raise damaged(path, problem)
+
+
+def _problem_of_file(path: Path, described: dict[str, Any]) -> str | None:
     wanted = described.get("files", {}).get(path.name)
     if wanted is None:
-        return
+        return None
     if not path.is_file():
-        raise damaged(path, "is missing")
-    if file_sha256(path) != wanted:
-        raise damaged(path, "does not match its checksum")
+        return "is missing"
+    return None if file_sha256(path) == wanted else "does not match its checksum"
 
 
 def file_sha256(path: str | Path) -> str:

@@ -8,11 +8,8 @@ stopped.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
-import signal
-import sys
 import threading
 import time
 import traceback
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake import isolation, timings
-from slidemake.failures import Failure, RunError, SlideFailure
+from slidemake.failures import Failure, RunError, SlideFailure, disk_trouble
 from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
 
 log = logging.getLogger("slidemake")
@@ -104,7 +101,6 @@ def run_rack(
     A slide that killed an earlier process of this job gets its failure record without being touched. In a process that
     tries one slide alone, `work` is done for that slide only, and no manifest is written.
     """
-    _stop_on_sigterm()
     done = 0
     lock = threading.Lock()
 
@@ -176,28 +172,9 @@ def run_rack(
 def _as_failure(error: Exception, slide_id: str, stage: str) -> Failure:
     if isinstance(error, SlideFailure):
         return error.record(slide_id, stage)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise RunError(
-            f"No space left on the disk while {stage} wrote slide {slide_id} ({error}). Free some space and run the "
-            "same command again: finished slides are kept."
-        ) from error
-    if isinstance(error, PermissionError):
-        raise RunError(
-            f"No permission while {stage} worked on slide {slide_id} ({error}). Give this user access and run the "
-            "same command again: finished slides are kept."
-        ) from error
+    if trouble := disk_trouble(error, f"{stage} worked on slide {slide_id}"):
+        raise trouble from error
     if isinstance(error, MemoryError):
         return SlideFailure("out_of_memory", f"{stage} ran out of memory").record(slide_id, stage)
     log.error("%s failed on slide %s:\n%s", stage, slide_id, traceback.format_exc())
     return SlideFailure("crashed", f"{type(error).__name__}: {error}").record(slide_id, stage)
-
-
-def _stop_on_sigterm() -> None:
-    """Preemption ends the job within seconds, with temporary files removed and finished slides kept."""
-
-    def stop(signum: int, frame: object) -> None:
-        log.warning("received SIGTERM: stopping; finished slides are kept and the next run goes on from here")
-        sys.exit(143)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.cohort_table import read_table
-from slidemake.provenance import committed, read_json, read_json_if_whole
+from slidemake.provenance import read_json, read_json_if_whole, write_image
 
 PER_SITE = 2
 TILES_SHOWN = 5
@@ -49,8 +49,7 @@ def stain_pictures(results: Path, folder: Path, grid: str, target: str | Path) -
         image = Image.fromarray(sheet)
         image.thumbnail((1000, 1000), Image.Resampling.LANCZOS)
         path = folder / "stain" / f"{row['slide_id']}.jpg"
-        with committed(path) as work:
-            image.save(work, "JPEG", quality=85)
+        write_image(path, image, format="JPEG", quality=85)
         pictures.append({"site": site, "slide_id": row["slide_id"], "method": transform.method, "path": str(path)})
     return sorted(pictures, key=lambda entry: (entry["site"], entry["slide_id"]))
 

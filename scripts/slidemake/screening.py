@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from slidemake.failures import SlideFailure
-from slidemake.provenance import committed, content_identity, fingerprint, read_json_if_whole, write_json
+from slidemake.provenance import content_identity, fingerprint, read_json_if_whole, write_image, write_json
 from slidemake.racks import Record
 from slidemake.reader import SlideReader, choose_reader, open_slide, slide_file
 from slidemake.reader_tiff import check_rgb, check_whole, read_tiff_index
@@ -99,8 +99,7 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], thumbnail: Path
         flags += _mpp_flags(slide, mpp, source)
         picture = slide.thumbnail(THUMBNAIL)
         flags += _check_light(picture, path.name)
-        with committed(thumbnail) as work:
-            Image.fromarray(picture).save(work, "JPEG", quality=85)
+        write_image(thumbnail, Image.fromarray(picture), format="JPEG", quality=85)
         return {
             "vendor": slide.vendor,
             "reader": slide.name,

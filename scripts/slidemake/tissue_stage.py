@@ -14,13 +14,13 @@ from scipy import ndimage as ndi
 from slidemake.failures import SlideFailure
 from slidemake.provenance import (
     check_file,
-    committed,
     file_sha256,
     file_sums,
     files_are_whole,
     fingerprint,
     read_json_if_whole,
     read_slide_record,
+    write_image,
     write_json,
     write_text,
 )
@@ -122,11 +122,9 @@ def _write(
     mask_mpp: float,
     figures: dict[str, Any],
 ) -> None:
-    with committed(folder / "tissue.png") as work:
-        Image.fromarray(found.mask.astype(np.uint8) * 255).save(work, format="PNG")
+    write_image(folder / "tissue.png", Image.fromarray(found.mask.astype(np.uint8) * 255), format="PNG")
     write_text(folder / "tissue.geojson", json.dumps(outline, separators=(",", ":")) + "\n")
-    with committed(folder / "tissue.jpg") as work:
-        draw_preview(rgb, found.mask, mask_mpp).save(work, format="JPEG", quality=88)
+    write_image(folder / "tissue.jpg", draw_preview(rgb, found.mask, mask_mpp), format="JPEG", quality=88)
     figures["files"] = file_sums(folder, FILES[:-1])
     write_json(folder / "tissue.json", figures)
 

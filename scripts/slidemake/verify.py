@@ -23,7 +23,7 @@ from typing import Any
 from slidemake.adapter import available_cpus
 from slidemake.failures import SlideFailure
 from slidemake.integrity import problems
-from slidemake.provenance import check_file, read_json
+from slidemake.provenance import check_file, has_checksum, read_json
 
 STORES = {"tiles": "tiles", "embeddings": "embed"}  # folder -> stage
 SLIDE_FILES = {"slide.json": "screen", "tissue.json": "tissue", "stain.json": "stain"}
@@ -68,6 +68,8 @@ class Results:
         for path in sorted((self.folder / "manifests").rglob("*.json")):
             try:
                 manifest = read_json(path)
+                if not has_checksum(path):
+                    raise SlideFailure("damaged", f"{path} carries no checksum")
                 if path.parent != self.folder / "manifests":
                     _ = [(record["slide_id"], record["status"]) for record in manifest["slides"]]
                     _checked_place(path, manifest, self.folder)
@@ -126,6 +128,8 @@ class Results:
         except SlideFailure as failure:
             yield self.finding(path, str(failure).removeprefix(f"{path} "), *self.remake(path))
             return
+        if isinstance(content, dict) and not has_checksum(path):
+            yield self.finding(path, "carries no checksum", *self.remake(path))
         named = content.get("slide_id") if isinstance(content, dict) else None
         if named is not None and named != path.parent.name:
             yield self.finding(path, f"is of slide {named}", *self.remake(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -92,18 +93,22 @@ def _close(one: np.ndarray, two: np.ndarray) -> bool:
 
 
 def _independent(path: Path, at: list[int], attrs: dict) -> np.ndarray | None:
-    """The tile as OpenSlide and Pillow give it."""
-    w, h = (max(1, round(size)) for size in attrs["tile_level0_px"])
+    """The tile as OpenSlide and Pillow give it, at its exact place: stored coordinates are rounded."""
+    sizes = attrs["tile_level0_px"]
+    exact = [round(a / size) * size for a, size in zip(at, sizes, strict=True)]
+    x, y = (e if abs(e - a) <= 0.5 else a for e, a in zip(exact, at, strict=True))
+    w, h = (size + 2 for size in sizes)
     file = min(path.glob("*.dcm")) if path.is_dir() else path
     try:
         with openslide.OpenSlide(file) as slide:
-            region = slide.read_region((round(at[0]), round(at[1])), 0, (w, h))
+            region = slide.read_region((int(x), int(y)), 0, (math.ceil(w), math.ceil(h)))
     except openslide.OpenSlideError:
         return None
     white = Image.new("RGBA", region.size, (255, 255, 255, 255))
     white.alpha_composite(region)
-    side = attrs["tile_px"]
-    return np.asarray(white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
+    side, fx, fy = attrs["tile_px"], x - int(x), y - int(y)
+    box = (fx, fy, fx + sizes[0], fy + sizes[1])
+    return np.asarray(white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=box))
 
 
 def sheet_is_true(sheet: Path, told: str) -> str:

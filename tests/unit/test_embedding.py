@@ -157,6 +157,22 @@ def test_a_finished_slide_is_not_computed_again_and_the_model_not_loaded(rack):
     assert {name for name in "abcd" if now[name] != inodes[name]} == {"c"}
 
 
+def test_a_twin_of_the_job_finishes_first(rack):
+    """While this job loads its model, another one on the same rack does everything: nothing is computed twice."""
+    encoder, twin = ToyEncoder(), ToyEncoder()
+    folder, records, _ = rack
+
+    def load():
+        run(rack, twin)
+        return encoder
+
+    lane = Lane(load, partial(job, folder), partial(run_rack, "embed", folder / "manifest.json", rack="r0"))
+    (done,) = process_rack(records, [lane], device="cpu", dtype="float32", batch_size=8)
+    assert twin.batches
+    assert not encoder.batches
+    assert [(r["status"], r["reused"], r["tiles"]) for r in done] == [("ok", True, n) for n in (20, 0, 1, 33)]
+
+
 def test_what_is_left_of_a_killed_job_does_not_matter(rack):
     """Slides that were finished stay, and the features of the others are those of an undisturbed run."""
     run(rack, ToyEncoder())

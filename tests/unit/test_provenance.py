@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from slidemake import provenance
 from slidemake.failures import SlideFailure
 from slidemake.provenance import (
     check_file,
@@ -14,12 +18,14 @@ from slidemake.provenance import (
     file_sums,
     files_are_whole,
     fingerprint,
+    on_network,
     read_json,
     read_json_if_whole,
     read_slide_record,
     remove_leftovers,
     temporary_sibling,
     versions,
+    write_image,
     write_json,
 )
 
@@ -101,6 +107,55 @@ def test_a_directory_replaces_an_older_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
 
 
+def test_a_twin_that_commits_the_same_leaves_the_first_in_place(tmp_path):
+    """Others may be reading it: it must not be away for a moment, nor become other files."""
+    store = tmp_path / "s.zarr"
+    inodes = []
+    for content in ("same", "same", "another"):
+        with committed(store) as work:
+            (work / "c").mkdir(parents=True)
+            (work / "c" / "0").write_text(content)
+        inodes.append((store / "c" / "0").stat().st_ino)
+    assert inodes[0] == inodes[1] != inodes[2]
+    assert (store / "c" / "0").read_text() == "another"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.zarr"]
+
+
+def test_what_a_network_file_system_shows_late_is_waited_for(tmp_path, monkeypatch):
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            write_json(tmp_path / "late.json", {"a": 1, "files": {"x": "0"}})
+
+    monkeypatch.setattr(provenance, "on_network", lambda path: True)
+    monkeypatch.setattr(provenance.time, "sleep", nap)
+    monkeypatch.setattr(provenance, "_waited", 0.0)
+    assert read_json_if_whole(tmp_path / "late.json") is None  # only a question
+    assert not naps
+    assert read_json(tmp_path / "late.json")["a"] == 1
+    assert len(naps) == 3
+    with pytest.raises(SlideFailure, match="is missing"):
+        read_json(tmp_path / "never.json")
+    assert sum(naps) == provenance.LATE
+    with pytest.raises(SlideFailure, match="is missing"):  # patience is used up
+        check_file(tmp_path / "x", {"files": {"x": "0"}})
+    assert sum(naps) == provenance.LATE
+
+
+def test_network_file_systems_are_known_by_their_mount(tmp_path):
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "/dev/sda1 / ext4 rw 0 0\nfiler:/x /data nfs4 rw 0 0\ntmpfs /data/local tmpfs rw 0 0\n"
+        "files /my\\040files fuse.sshfs rw 0 0\n"
+    )
+    found = {path: on_network(path, mounts) for path in ("/data/a", "/database/a", "/data/local/a", "/my files/a")}
+    assert found == {"/data/a": True, "/database/a": False, "/data/local/a": False, "/my files/a": True}
+    assert not on_network(tmp_path)
+    assert not on_network("/data", tmp_path / "no_such_file")
+
+
 def test_leftovers_of_dead_jobs_go_and_those_of_live_ones_stay(tmp_path):
     alive = temporary_sibling(tmp_path / "s.zarr")
     alive.mkdir()
@@ -136,3 +191,25 @@ def test_content_identity_is_of_bytes_not_of_names(tmp_path):
 def test_versions_name_what_shapes_results():
     assert versions()["numpy"] == np.__version__
     assert versions()["slidemake"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a device that is always full")
+def test_a_picture_on_a_full_disk_is_an_error(monkeypatch):
+    """Pillow by itself writes the part of a JPEG that fits, and says nothing."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+
+    @contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(provenance, "committed", full)
+    for kind in ("JPEG", "PNG"):
+        with pytest.raises(OSError, match="No space left"):
+            write_image("x", picture, format=kind)
+
+
+def test_a_picture_is_what_pillow_writes(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    write_image(tmp_path / "a.jpg", picture, format="JPEG", quality=88)
+    picture.save(tmp_path / "b.jpg", quality=88)
+    assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()

@@ -76,6 +76,16 @@ def test_whole_results_are_whole(results, capsys):
     assert "All is as it was written: 3 manifests, 2 stores, 1 bundles, 4 other files." in capsys.readouterr().out
 
 
+def test_a_record_whose_checksum_is_gone_is_named(results):
+    """As when a byte of the key itself was lost: the rest may be as it was, and nobody can tell."""
+    paths = [results / "slides" / "a" / "tissue.json", results / "manifests" / "screen" / "r00000.json"]
+    for path in paths:
+        path.write_text(path.read_text().replace('"checksum"', '"checkum"'))
+    findings, _ = verify(results)
+    assert [finding.path for finding in findings] == sorted(paths)
+    assert all("carries no checksum" in finding.what for finding in findings)
+
+
 def test_a_store_is_sealed_byte_by_byte(results):
     """Every byte of every file of a store, one at a time: each flip is found, and the file named."""
     store = results / "tiles" / GRID / "a.zarr"
