@@ -3,7 +3,8 @@
     python tests/soak/kill.py --moments 60 --seed 0
 
 A trial is a run from slides to report that is killed several times, finished, and compared with a run that nobody
-disturbed. How it is killed:
+disturbed. Every other trial starts from the beginning, the others from a copy of the finished run without the results
+of some stage and all that follow it, so that late stages are met as often as early ones. How it is killed:
 
     workflow   SIGKILL to Snakemake and all its jobs, as when a machine goes down
     driver     SIGKILL to Snakemake alone: its jobs go on, beside those of the next run
@@ -44,8 +45,17 @@ from slidemake.verify import verify
 from snakemake_run import ENCODER, GRID, Project, environment, kill_group
 
 KINDS = {"workflow": 0.3, "driver": 0.2, "job": 0.15, "engine": 0.2, "preempt": 0.15}
-MOMENT = (1.0, 14.0)  # s after the start of a run, or after the kill before
-PER_TRIAL = 8  # kills of one run
+MOMENT = 10.0  # s, at most, after the first job of a run has started, or after the kill before
+EARLY = 0.1  # share of the kills that may come before there is a job
+PER_TRIAL = 10  # kills of one run
+STAGES = (  # what a run makes, in order, below results/
+    ("slides", "manifests/screen", "manifests/tissue", "manifests/stain"),
+    ("cohort/stain_target.json", "tiles", "manifests/tiles"),
+    ("embeddings", "manifests/embed"),
+    ("cohort", "tasks"),
+    ("explain", "manifests/explain"),
+    ("report",),
+)
 SECONDS_TO_STOP = 30.0  # of a preempted run; seconds are usual, on a busy machine a few more
 PATIENCE = 900.0
 FINISHED = {  # stage -> (folder, what a slide's result is called)
@@ -129,6 +139,7 @@ class Killer:
     def __init__(self, project: Project, target: str, rng: np.random.Generator, trial: Trial):
         self.project, self.target, self.rng, self.trial = project, target, rng, trial
         self.known: dict[str, tuple[int, int, int]] = {}
+        self.orphans: set[int] = set()  # jobs that a run left behind
         self.spared: set[int] = set()  # processes that supervise an engine that was killed
         self.twins = False  # a job that was left behind may commit what the next run is computing, too
 
@@ -138,7 +149,10 @@ class Killer:
         process = self.project.start(self.target)
         while True:
             kind = str(self.rng.choice(list(KINDS), p=list(KINDS.values())))
-            moment = time.monotonic() + self.rng.uniform(*MOMENT)
+            early, pause = self.rng.random() < EARLY, self.rng.uniform(0, MOMENT)
+            while not early and process.poll() is None and not self.starting_jobs():
+                time.sleep(0.05)
+            moment = time.monotonic() + pause
             while process.poll() is None and time.monotonic() < moment:
                 time.sleep(0.02)
             if process.poll() is not None or not self._kill(kind, process, started):
@@ -148,6 +162,10 @@ class Killer:
         process.wait()
         self.check(f"after {self.trial.moments[-1].kind if self.trial.moments else 'nothing'}")
         return process.returncode == 0
+
+    def starting_jobs(self) -> list[psutil.Process]:
+        """Jobs of this run, not those that an earlier one left behind."""
+        return [job for job in jobs_of(self.project) if job.pid not in self.orphans]
 
     def _kill(self, kind: str, process: subprocess.Popen, started: float) -> bool:
         """Kill; whether somebody was there to be killed."""
@@ -171,6 +189,7 @@ class Killer:
         elif kind == "driver":
             process.kill()
             self.twins = True
+            self.orphans |= {job.pid for job in jobs}
         else:
             process.send_signal(signal.SIGTERM)
         after = round(time.monotonic() - started, 2)
@@ -247,10 +266,18 @@ class Killer:
 def run_trial(number: int, seed: int, folder: Path, reference: Project, moments: int, target: str = "all") -> Trial:
     """One trial with up to `moments` kills. What was wrong keeps its folder."""
     trial, started = Trial(number), time.monotonic()
-    sheet = reference.rows()
-    project = make_project(folder / f"trial{number}", sheet)
-    shutil.copy(reference.folder / "config.yaml", project.folder / "config.yaml")
-    killer = Killer(project, target, np.random.default_rng([seed, number]), trial)
+    rng = np.random.default_rng([seed, number])
+    if number % 2 == 0:
+        project = make_project(folder / f"trial{number}", reference.rows())
+        shutil.copy(reference.folder / "config.yaml", project.folder / "config.yaml")
+    else:
+        project = reference.copy(folder / f"trial{number}")
+        for names in STAGES[int(rng.integers(1, len(STAGES))) :]:
+            for name in names:
+                path = project.results / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    killer = Killer(project, target, rng, trial)
+    killer.known = finished(project)
     while len(trial.moments) < moments:
         if killer.run_and_kill():
             break
