@@ -130,7 +130,8 @@ STOP = """
 import subprocess, sys, time
 from slidemake.running import stop_jobs_on_sigterm
 stop_jobs_on_sigterm()
-job = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); os.write(1, b'ready\\\\n'); time.sleep(600)"
+job = "import os, signal, sys, time; signal.signal(15, lambda *_: sys.exit(7));"
+job += " os.write(1, b'ready\\\\n'); time.sleep(600)"
 jobs = [subprocess.Popen(["bash", "-c", f'"{sys.executable}" -c "$0"; echo ended $?', job]) for _ in range(2)]
 try:
     time.sleep(600)
