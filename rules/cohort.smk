@@ -5,15 +5,15 @@ rule cohort_table:
     """slides.csv (one row a slide: sheet, status, figures) and failures.csv (reason and remedy)."""
     input:
         sheet=CONFIG["sheet"] or [],
-        screen=manifests("screen"),
-        tissue=manifests("tissue"),
-        stain=manifests("stain"),
-        tiles=[manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
-        embed=[
-            manifest("embed", rack, encoder=encoder)
-            for encoder in ENCODERS
-            for rack in RACKS
-        ],
+        screen=of_all_racks(manifests("screen")),
+        tissue=of_all_racks(manifests("tissue")),
+        stain=of_all_racks(manifests("stain")),
+        tiles=of_all_racks(
+            [path for grid in GRIDS for path in manifests("tiles", grid=grid)]
+        ),
+        embed=of_all_racks(
+            [path for e in ENCODERS for path in manifests("embed", encoder=e)]
+        ),
     output:
         slides=f"{OUTPUT}/cohort/slides.csv",
         failures=f"{OUTPUT}/cohort/failures.csv",

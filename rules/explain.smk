@@ -12,7 +12,6 @@ rule explain_slides:
             wildcards.rack,
             encoder=PLAN.encoder_of(wildcards.task, wildcards.model),
         ),
-        slides=rules.cohort_table.output.slides,
     output:
         manifest=manifest("explain", "{rack}", task="{task}", model="{model}"),
     log:
@@ -25,6 +24,8 @@ rule explain_slides:
         runtime=minutes(10, per_slide=5),
     params:
         results=OUTPUT,
+        # No input: that its folds are one says enough, and every job would look through all inputs of the table's job.
+        slides=f"{OUTPUT}/cohort/slides.csv",
         encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),
         task=lambda wildcards: PLAN.task_options(wildcards.task),
         options=stage_options(CONFIG, "explain"),

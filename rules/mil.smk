@@ -95,9 +95,6 @@ rule train_aggregator:
             f"{OUTPUT}/tasks/{wildcards.task}/leakage/"
             f"{PLAN.encoder_of(wildcards.task, wildcards.model)}.json"
         ),
-        embed=lambda wildcards: manifests(
-            "embed", encoder=PLAN.encoder_of(wildcards.task, wildcards.model)
-        ),
         target=rules.make_stain_target.output.target,
     output:
         manifest=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",

@@ -8,11 +8,9 @@ if PLAN.bundle:
             slides=rules.cohort_table.output.slides,
             passed=rules.check_cohort.output.passed,
             bundle=f"{CONFIG['bundle']}/bundle.json",
-            embed=[
-                manifest("embed", rack, encoder=encoder)
-                for encoder in ENCODERS
-                for rack in RACKS
-            ],
+            embed=of_all_racks(
+                [path for e in ENCODERS for path in manifests("embed", encoder=e)]
+            ),
         output:
             slides=f"{OUTPUT}/predictions/slides.csv",
             patients=f"{OUTPUT}/predictions/patients.csv",

@@ -11,23 +11,23 @@ rule write_report:
         failures=rules.cohort_table.output.failures,
         target=rules.make_stain_target.output.target,
         metrics=[f"{OUTPUT}/tasks/{task}/metrics.json" for task in TASKS],
-        explained=[
-            manifest("explain", rack, task=task, model=model)
-            for task, model in EXPLAINED.items()
-            if model
-            for rack in RACKS
-        ],
-        manifests=[
-            *manifests("screen"),
-            *manifests("tissue"),
-            *manifests("stain"),
-            *[manifest("tiles", rack, grid=grid) for grid in GRIDS for rack in RACKS],
-            *[
-                manifest("embed", rack, encoder=encoder)
-                for encoder in ENCODERS
+        explained=of_all_racks(
+            [
+                manifest("explain", rack, task=task, model=model)
+                for task, model in EXPLAINED.items()
+                if model
                 for rack in RACKS
-            ],
-        ],
+            ]
+        ),
+        manifests=of_all_racks(
+            [
+                *manifests("screen"),
+                *manifests("tissue"),
+                *manifests("stain"),
+                *[path for grid in GRIDS for path in manifests("tiles", grid=grid)],
+                *[path for e in ENCODERS for path in manifests("embed", encoder=e)],
+            ]
+        ),
     output:
         html=report(
             f"{OUTPUT}/report/index.html",

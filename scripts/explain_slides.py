@@ -12,7 +12,7 @@ with job(snakemake) as sm:  # noqa: F821
     import torch
 
     torch.set_num_threads(sm.threads)
-    rows = {row["slide_id"]: row for row in read_table(sm.input.slides) if row["status"] == "ok"}
+    rows = {row["slide_id"]: row for row in read_table(sm.params.slides) if row["status"] == "ok"}
     results, trained = Path(sm.params.results), Path(sm.input.trained).parent
     out = results / "explain" / sm.wildcards.task / sm.wildcards.model
     explainer = Explainer(

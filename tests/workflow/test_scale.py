@@ -1,0 +1,111 @@
+"""What a plan costs as cohorts grow, counted and not timed: calls, looks at files, jobs, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from snakemake_run import PER_SLIDE, REPO, Outcome, Project, environment
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+from stand_ins import stand_in_rows, touch_slides, write_sheet
+
+pytestmark = pytest.mark.workflow
+
+SIZES = (64, 128, 256)
+# A dry run of a new cohort, completion by stand-ins, the run with nothing to do, counted: {step: [calls, stats]}
+COUNT = """
+import cProfile, json, os, pstats, subprocess, sys
+from snakemake.cli import main as snakemake
+common = ["--snakefile", sys.argv[1] + "/Snakefile", "--cores", "2", "--configfile", "config.yaml", "--quiet"]
+os.chdir(sys.argv[2])
+found = {}
+def counted(step, arguments):
+    profile = cProfile.Profile()
+    try:
+        profile.runcall(snakemake, [*arguments, *common])
+    except SystemExit as end:
+        assert not end.code, end.code
+    calls = pstats.Stats(profile)
+    files = [row[1] for (_, _, name), row in calls.stats.items() if "posix.stat" in name or "posix.lstat" in name]
+    found[step] = [calls.prim_calls, sum(files)]
+counted("new", ["--dry-run"])
+subprocess.run([sys.executable, sys.argv[1] + "/benchmarks/stand_ins.py", *common], check=True)
+counted("nothing to do", [])
+json.dump(found, open("counts.json", "w"))
+"""
+
+
+def cohort(folder, slides, rack_size, files=True):
+    project = Project(folder)
+    folder.mkdir()
+    task = {"label": "label", "positive": "tumour", "splits": {"folds": 2, "repeats": 1}}
+    project.configure(rack_size=rack_size, tasks={"tumour": None, "outcome": task})
+    rows = stand_in_rows(slides)
+    write_sheet(folder / "slides.csv", rows)
+    if files:
+        touch_slides(folder, rows)
+    return project
+
+
+def counts(project):
+    command = [sys.executable, "-c", COUNT, str(REPO), str(project.folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    return json.loads((project.folder / "counts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """Counts of three cohorts, each twice as large as the one before, in racks of four."""
+    base = tmp_path_factory.mktemp("grown")
+    return [counts(cohort(base / f"of{size}", size, 4)) for size in SIZES]
+
+
+@pytest.mark.parametrize("step", ["new", "nothing to do"])
+@pytest.mark.parametrize("what", ["calls", "looks at files"])
+def test_the_plan_grows_linearly(grown, step, what):
+    """Twice the slides more cost twice the calls more; a part that is quadratic would show (it did, by 7 %)."""
+    small, medium, large = (found[step][what != "calls"] for found in grown)
+    assert medium > small
+    assert (large - medium) / (medium - small) == pytest.approx(2, rel=0.03)
+
+
+def test_few_looks_at_files(grown):
+    """On a network file system a look can cost a millisecond. Here a rack of four slides has six jobs."""
+    for step in ("new", "nothing to do"):
+        looks = (grown[2][step][1] - grown[1][step][1]) / (SIZES[2] - SIZES[1])
+        assert looks <= 12, f"{looks} looks at files for each slide"
+
+
+def test_ten_thousand_slides(tmp_path):
+    """Planned in 157 racks, a job for each and stage, in less than 500 MB."""
+    project = cohort(tmp_path / "large", 10_000, "auto", files=False)
+    with open(tmp_path / "terminal.txt", "w") as out:
+        command = project.command("--dry-run", "--quiet", "rules")
+        process = subprocess.Popen(command, cwd=project.folder, stdout=out, stderr=out, env=environment())
+        _, status, usage = os.wait4(process.pid, 0)
+    text = (tmp_path / "terminal.txt").read_text()
+    assert os.waitstatus_to_exitcode(status) == 0, text[-3000:]
+    jobs = Outcome(0, text).jobs()
+    assert {rule: jobs[rule] for rule in PER_SLIDE} == dict.fromkeys(PER_SLIDE, 157)
+    assert sum(jobs.values()) < 157 * 6 + 20
+    assert usage.ru_maxrss / 1024 < 500
+
+
+def test_appended_slides_concern_the_racks_they_fall_in(tmp_path):
+    """Ten slides more in a finished cohort of 40 in racks of 16: they fill the third rack, and open a fourth."""
+    project = cohort(tmp_path / "cohort", 40, 16)
+    finish = ("--quiet", "--snakefile", str(REPO / "Snakefile"), "--cores", "2", "--configfile", "config.yaml")
+    program = str(REPO / "benchmarks" / "stand_ins.py")
+    subprocess.run([sys.executable, program, *finish], cwd=project.folder, env=environment(), check=True)
+    assert project.planned() == {}
+    rows = stand_in_rows(50)
+    touch_slides(project.folder, rows)
+    write_sheet(project.folder / "slides.csv", rows)
+    jobs = project.planned()
+    assert {rule: jobs[rule] for rule in PER_SLIDE} == dict.fromkeys(PER_SLIDE, 2)
