@@ -110,7 +110,10 @@ def fit_member(
     plain = _fit(bags, copy.deepcopy(objective), train, val, settings, seed, None)
     fitted = _fit(bags, objective, train, val, settings, seed, robust)
     robust.complete(plain.model)
-    kept, report = choose(fitted, plain, robust, [*train, *val])
+    constant = None
+    if val:
+        constant, _ = objective.validation(torch.zeros(len(val), objective.outputs, device=settings["device"]), val)
+    kept, report = choose(fitted, plain, robust, [*train, *val], constant)
     return Fitted(kept.model, kept.curve, kept.epoch, report)
 
 

@@ -386,9 +386,11 @@ def test_a_member_whose_task_suffered_is_not_kept(caplog):
     bags, labels, _ = shifted(n=40)
     patients = sorted(labels)
     with caplog.at_level(logging.WARNING, "slidemake"):
-        fitted = fit(bags, labels, patients[:30], patients[30:], settings(info_nce=1000.0), seed=0)
+        fitted = fit(bags, labels, patients[:30], patients[30:], settings(consistency=1000.0), seed=0)
     report = fitted.invariance
     assert report["kept"] == "plain"
+    assert report["robust"]["inconsistency"] < 0.1 * report["plain"]["inconsistency"]  # bought by constant scores
+    assert report["robust"]["score_spread"] < 0.1
     assert report["robust"]["val_loss"] > report["plain"]["val_loss"]
     assert "cost the task" in caplog.text
     plain = fit(bags, labels, patients[:30], patients[30:], settings(), seed=0)
