@@ -31,8 +31,35 @@ if PLAN.bundle:
         script:
             "../scripts/predict_slides.py"
 
+    rule evaluate_bundle:
+        """Metrics of the bundle on a cohort that it was not trained on; nothing is fitted."""
+        input:
+            patients=rules.predict_slides.output.patients,
+            slides=rules.cohort_table.output.slides,
+            bundle=f"{CONFIG['bundle']}/bundle.json",
+        output:
+            metrics=f"{OUTPUT}/predictions/metrics.json",
+            table=f"{OUTPUT}/predictions/metrics.csv",
+            curves=f"{OUTPUT}/predictions/curves.json",
+        log:
+            log_file("evaluate_bundle"),
+        benchmark:
+            benchmark_file("evaluate_bundle")
+        resources:
+            mem_mb=growing(1500),
+            runtime=minutes(60),
+        params:
+            label=CONFIG["bundle_label"],
+            options=stage_options(CONFIG, "evaluate"),
+            version=STAGE_VERSIONS["evaluate"],
+        message:
+            "Evaluating {CONFIG[bundle]} on {CONFIG[sheet]}"
+        script:
+            "../scripts/evaluate_bundle.py"
+
     rule predict:
         """The target of `snakemake predict --config bundle=DIR sheet=new.csv output=DIR`."""
         input:
             rules.predict_slides.output.slides,
             rules.predict_slides.output.patients,
+            rules.evaluate_bundle.output.metrics if CONFIG["bundle_label"] else [],

@@ -11,6 +11,11 @@ rule write_report:
         failures=rules.cohort_table.output.failures,
         target=rules.make_stain_target.output.target,
         metrics=[f"{OUTPUT}/tasks/{task}/metrics.json" for task in TASKS],
+        external=(
+            rules.evaluate_bundle.output.metrics
+            if PLAN.bundle and CONFIG["bundle_label"]
+            else []
+        ),
         explained=of_all_racks(
             [
                 manifest("explain", rack, task=task, model=model)

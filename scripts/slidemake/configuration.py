@@ -112,7 +112,9 @@ def sheet_columns(config: dict[str, Any]) -> list[str]:
     """Columns that the tasks need in the sheet: their labels, and those that their folds are made of."""
     tasks = config["tasks"].values()
     splits = [column for task in tasks if (column := split_column(task["splits"])) not in (None, "site")]
-    groups = set(config["evaluation"]["subgroups"] or ()) if tasks else set()
+    groups = set(config["evaluation"]["subgroups"] or ()) if tasks or config["bundle_label"] else set()
+    if config["bundle"] and config["bundle_label"]:
+        groups.add(config["bundle_label"])
     return sorted({task["label"] for task in tasks} | {str(column) for column in splits} | groups)
 
 
@@ -361,6 +363,8 @@ def _cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator
         yield from _check_splits(name, task)
         if task.get("type") == "multiclass" and task.get("positive") is not None:
             yield f"tasks.{name}.positive: a multiclass task has no positive class; remove the key"
+    if config.get("bundle_label") and not config.get("bundle"):
+        yield "bundle_label: says what a bundle is to be measured by, and bundle is empty; name its folder"
     yield from _check_explain(config, models, tasks)
     yield from _check_files(config)
 

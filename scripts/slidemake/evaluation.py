@@ -241,7 +241,7 @@ def evaluate(
             m if m.name in CONTROLS and m.name != REFERENCE else read_validation(path, m, truth)
             for path, m in zip(predictions, models, strict=True)
         ]
-    groups = _groups(slides, options.get("subgroups")) if slides is not None else {}
+    groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
     result, points = evaluate_models(models, options, contamination, groups, graded)
     write_text(table, metrics_table(result))
     write_json(curves, points)
@@ -249,9 +249,9 @@ def evaluate(
     return result
 
 
-def _groups(slides: Path, asked: list[str] | None) -> dict[str, dict[str, str]]:
-    """{column: {patient: value}} of the columns asked for; without a list, the usual ones that say something."""
-    rows = read_table(slides)
+def groups_of(rows: list[dict[str, str]], asked: list[str] | None) -> dict[str, dict[str, str]]:
+    """{column: {patient: value}} of the columns of slides.csv asked for; without a list, the usual ones that say
+    something."""
     columns = list(rows[0]) if rows else []
     missing = [column for column in asked or () if column not in columns]
     if missing:

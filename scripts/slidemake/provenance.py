@@ -35,7 +35,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "embed": 3,
     "bags": 1,
     "splits": 2,
-    "train": 4,
+    "train": 5,
     "evaluate": 2,
     "explain": 1,
     "predict": 1,

@@ -149,6 +149,27 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
     }
 
 
+def external_section(folder: Path) -> dict[str, Any] | None:
+    """A bundle's metrics on a cohort of known outcomes; None where there are none."""
+    metrics = read_json_if_whole(folder / "metrics.json")
+    if metrics is None:
+        return None
+    main = metrics["external"]["model"]
+    scopes, curves = metrics["models"][main]["scopes"], read_json(folder / "curves.json")
+    pictures = []
+    if metrics["positive"] is not None:
+        pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics)))
+        pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics)))
+    return {
+        "metrics": metrics,
+        "main": main,
+        "titles": titles(metrics, scopes["pooled"]),
+        "pictures": pictures,
+        "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
+        "evaluation": evaluation_section(metrics, {}, main),
+    }
+
+
 def explanations(results: Path, task: str, model: str, limit: int = 60) -> dict[str, Any]:
     """Heatmaps and tile galleries of the explained slides, and how well attention finds annotated tumour."""
     import statistics
@@ -226,6 +247,7 @@ def write_report(
             config=json.dumps(config, indent=2, sort_keys=True, default=str),
             versions=versions(),
             command=command,
+            external=external_section(results / "predictions"),
             fingerprints=_fingerprints(results, tasks),
         )
     )

@@ -521,11 +521,14 @@ def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
     pooled = [(p, row) for b in bundles for p, row in sorted(b.info["training"][key].items())]
     values = np.array([row for _, row in pooled]) if pooled else np.empty((0, work.outcome.outputs + 1))
     threshold = work.outcome.threshold(values, [work.labels[p] for p, _ in pooled])
-    training = {
+    training: dict[str, Any] = {
         "folds": [group.name for b in bundles for group in b.groups],
         "patients": sorted({p for b in bundles for p in b.info["training"]["train"]}),
         "threshold_from": "pooled inner-validation predictions of all folds",
         "temperature_from": "inner validation of each fold, kept by group",
     }
+    if isinstance(work.outcome, ClassOutcome):  # what conformal sets at another site are calibrated with
+        labels = [work.labels[p] for p, _ in pooled]
+        training["validation"] = {"labels": labels, "values": [row for _, row in pooled]}
     info = {**_about(work), "fingerprint": mark, "threshold": threshold, "training": training}
     save_bundle(work.out / "bundle", info, [group for b in bundles for group in b.groups])

@@ -26,9 +26,9 @@ def predicted(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Pr
         row["slide_id"] = row["slide_id"].replace("P", "N")
         row["patient_id"] = row["patient_id"].replace("P", "N")
     drawn = draw(project.folder / "new", rows, seed=7)
-    project.write_sheet([{key: value for key, value in row.items() if key != "diagnosis"} for row in drawn])
+    project.write_sheet(drawn)
     shutil.copytree(finished.results / "tasks/tumour/abmil/bundle", project.folder / "bundle")
-    project.configure(bundle="bundle", tasks=None, models=None, explain=None, rack_size=2)
+    project.configure(bundle="bundle", bundle_label="diagnosis", tasks=None, models=None, explain=None, rack_size=2)
     project.succeed("predict")
     return project
 
@@ -55,6 +55,19 @@ def test_new_slides_are_processed_as_the_training_slides_were(predicted: Project
     assert attributes["encoder"] == bundle["encoder"]
     assert attributes["stain"]["method"] == bundle["stain"]["method"]
     assert not (predicted.results / "tasks").exists()
+
+
+def test_labelled_sheet_gets_the_metrics_of_the_frozen_bundle(predicted: Project):
+    found = predicted.json("predictions/metrics.json")
+    bundle = json.loads((predicted.folder / "bundle/bundle.json").read_text())
+    assert found["external"]["threshold"] == bundle["threshold"]
+    assert found["external"]["bundle"] == bundle["fingerprint"]
+    assert (found["patients"], found["class_counts"]) == (2, {"benign": 1, "tumour": 1})
+    probability = {row["patient_id"]: float(row["prob_tumour"]) for row in predicted.table("predictions/patients.csv")}
+    truth = {row["patient_id"]: row["diagnosis"] for row in predicted.rows()}
+    [tumour], [benign] = ([p for p in truth if truth[p] == name] for name in ("tumour", "benign"))
+    auroc = found["models"]["abmil"]["scopes"]["pooled"]["metrics"]["auroc"]["value"]
+    assert auroc == float(probability[tumour] > probability[benign])
 
 
 def test_prediction_is_finished_after_one_run(predicted: Project):

@@ -1,0 +1,126 @@
+"""A bundle's predictions on a cohort of known outcomes: metrics with everything frozen."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from slidemake.conformal import conformal_limit
+from slidemake.external import evaluate_external, external_predictions, true_labels
+from slidemake.failures import RunError
+
+BUNDLE = {
+    "classes": ["benign", "tumour"],
+    "target": {"type": "binary", "classes": ["benign", "tumour"]},
+    "model": "abmil",
+    "fingerprint": "f" * 32,
+    "threshold": 0.7,
+    "training": {
+        "patients": ["T1", "T2"],
+        "validation": {"labels": [0, 1] * 20, "values": [[0.8, 0.2], [0.3, 0.7]] * 20},
+    },
+}
+
+
+def files(folder, n=40, seed=0):
+    """predictions/patients.csv and slides.csv of n patients, two slides each; the last patient has no label."""
+    rng = np.random.default_rng(seed)
+    truth = np.arange(n) % 2
+    prob = 1 / (1 + np.exp(-(rng.normal(size=n) + 2 * truth - 1)))
+    with open(folder / "patients.csv", "w", newline="") as handle:
+        out = csv.writer(handle)
+        figures = [f"{kind}_{name}" for kind in ("prob", "logit") for name in BUNDLE["classes"]]
+        out.writerow(["patient_id", "site", "label", "repeat", "fold", *figures, "threshold", "predicted"])
+        for i in range(n):
+            called = ("benign", "tumour")[int(prob[i] >= 0.7)]
+            logit = 2 * np.log(prob[i] / (1 - prob[i]))  # twice too extreme before the temperature
+            out.writerow([f"X{i:02d}", "AB"[i // 2 % 2], "", "", "", 1 - prob[i], prob[i], 0, logit, 0.7, called])
+    with open(folder / "slides.csv", "w", newline="") as handle:
+        out = csv.writer(handle)
+        out.writerow(["slide_id", "patient_id", "site", "status", "outcome"])
+        for i in range(n):
+            for k in range(2):
+                label = "" if i == n - 1 or k else ("benign", "tumour")[truth[i]]
+                out.writerow([f"X{i:02d}-{k}", f"X{i:02d}", "AB"[i // 2 % 2], "ok", label])
+    return truth, prob
+
+
+def run(folder, bundle=BUNDLE):
+    outputs = {name: folder / f"{name}.json" for name in ("metrics", "curves")}
+    options = {"bootstrap": 100}
+    return evaluate_external(
+        folder / "patients.csv", folder / "slides.csv", bundle, "outcome", options, table=folder / "m.csv", **outputs
+    )
+
+
+def test_metrics_are_those_of_the_predictions_with_the_bundles_threshold_and_limit(tmp_path):
+    truth, prob = files(tmp_path)
+    result = run(tmp_path)
+    truth, prob = truth[:-1], prob[:-1]
+    entry = result["models"]["abmil"]
+    pooled = entry["scopes"]["pooled"]["metrics"]
+    assert pooled["auroc"]["value"] == pytest.approx(roc_auc_score(truth, prob))
+    assert pooled["sensitivity"]["value"] == pytest.approx((prob[truth == 1] >= 0.7).mean())
+    assert result["external"] == {
+        "bundle": "f" * 32,
+        "model": "abmil",
+        "label": "outcome",
+        "threshold": 0.7,
+        "trained_on": 2,
+        "without_label": 1,
+    }
+    scores = np.array([0.2, 0.3] * 20)  # 1 - P(true class) of the bundle's validation patients
+    limit = conformal_limit(scores, 0.1)
+    held = 1 - np.where(truth == 1, prob, 1 - prob) <= limit + 1e-9
+    assert entry["conformal"]["pooled"]["coverage"]["value"] == pytest.approx(held.mean())
+    assert set(entry["conformal"]["sites"]) == {"A", "B"}
+    assert entry["calibration"]["before"]["slope"] == pytest.approx(entry["calibration"]["slope"] / 2, rel=1e-3)
+    stored = json.loads((tmp_path / "metrics.json").read_text())
+    assert stored["external"] == result["external"]
+    assert (tmp_path / "m.csv").read_text().startswith("model,metric,scope")
+
+
+def test_patients_that_the_bundle_was_trained_on_stop_the_run(tmp_path):
+    files(tmp_path)
+    seen = {**BUNDLE, "training": {"patients": ["T1", "X03", "X05"]}}
+    with pytest.raises(RunError, match="Leak: the bundle was trained on X03, X05"):
+        run(tmp_path, seen)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"slide_id": "a", "other": "x"}], "no column 'outcome'; it has slide_id, other"),
+        ([{"slide_id": "a", "outcome": "cancer"}], "has cancer, and the bundle tells benign from tumour"),
+        (
+            [
+                {"slide_id": "a", "patient_id": "P", "outcome": "benign"},
+                {"slide_id": "b", "patient_id": "P", "outcome": "tumour"},
+            ],
+            r"more: P \(benign, tumour\)",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_used(rows, message):
+    with pytest.raises(RunError, match=message):
+        true_labels(rows, "outcome", BUNDLE["classes"])
+
+
+def test_nobody_with_a_label_and_a_bundle_without_classes():
+    row = {"patient_id": "a", "prob_benign": "0.5", "prob_tumour": "0.5", "predicted": "benign"}
+    with pytest.raises(RunError, match="none of 1 predicted patients has a label"):
+        external_predictions([row], {}, BUNDLE)
+    with pytest.raises(RunError, match="for bundles that predict classes"):
+        external_predictions([row], {"a": "benign"}, {**BUNDLE, "target": {"type": "survival"}})
+
+
+def test_one_patient_of_one_class_has_reasons(tmp_path):
+    files(tmp_path, n=2)
+    result = run(tmp_path, {**BUNDLE, "training": {"patients": []}})
+    auroc = result["models"]["abmil"]["scopes"]["pooled"]["metrics"]["auroc"]
+    assert auroc["reason"] == "no patient of class tumour among 1"
+    assert result["models"]["abmil"]["conformal"] is None
+    json.dumps(result, allow_nan=False)
