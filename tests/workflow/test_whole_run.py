@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from snakemake_run import ENCODER, GRID, PER_SLIDE, Project
 
@@ -22,6 +24,24 @@ def test_every_rule_ran(finished: Project):
     assert set(PER_SLIDE) <= set(jobs)
     assert jobs["train_aggregator"] == 4  # the model and the three controls
     assert all(jobs[rule] == 1 for rule in PER_SLIDE)
+
+
+def test_every_job_left_its_times(finished: Project):
+    from slidemake.timings import job_runs
+    from snakemake_run import Outcome
+
+    jobs = Outcome(0, (finished.folder / "terminal.txt").read_text()).jobs()
+    runs = job_runs(finished.results)
+    assert Counter(run.rule for run in runs) == {rule: count for rule, count in jobs.items() if rule != "all"}
+    assert all(run.code == 0 and run.mb and run.cpu for run in runs)
+    assert {run.rule: len(run.seen) for run in runs}["screen_slides"] == len(finished.rows())
+    assert 'id="timeline"' in (finished.results / "report" / "index.html").read_text()
+
+
+def test_each_bad_slide_is_told_once(finished: Project):
+    text = (finished.folder / "terminal.txt").read_text()
+    for slide_id, code in SPOILT.items():
+        assert text.count(f"{slide_id}: {code}") == 1
 
 
 def test_each_bad_slide_has_its_code_and_a_hint(finished: Project):
