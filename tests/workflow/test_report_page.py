@@ -42,7 +42,7 @@ def test_page_asks_for_nothing_and_complains_of_nothing(page: Page):
 
 def test_page_has_its_sections(page: Page):
     sections = page.value("[...document.querySelectorAll('section')].map(s => s.id)")
-    assert sections == ["task-1", "maps-1", "cohort", "failures", "quality", "speed", "provenance"]
+    assert sections == ["task-1", "maps-1", "cohort", "failures", "quality", "speed", "timeline", "provenance"]
     links = page.value("[...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))")
     assert sorted(links) == sorted(sections)
     assert page.value("[...document.querySelectorAll('section')].every(s => s.innerText.length > 50)")
