@@ -34,7 +34,9 @@ include: "rules/tiles.smk"
 include: "rules/embed.smk"
 include: "rules/cohort.smk"
 include: "rules/mil.smk"
+include: "rules/compare.smk"
 include: "rules/explain.smk"
+include: "rules/stress.smk"
 include: "rules/predict.smk"
 include: "rules/report.smk"
 
@@ -76,6 +78,11 @@ rule all:
     input:
         f"{OUTPUT}/report/index.html",
         f"{OUTPUT}/predictions/patients.csv" if PLAN.bundle else [],
+        [
+            f"{OUTPUT}/tasks/{task}/{model}/bundle/reference.json"
+            for task in TASKS
+            for model in TASKS[task]["models"]
+        ],
 
 
 rule tiles:

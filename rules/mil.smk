@@ -121,6 +121,31 @@ rule train_aggregator:
         "../scripts/train_aggregator.py"
 
 
+rule describe_training:
+    """What a model's training slides were like, kept with its bundle: new slides are compared with it (`predict`)."""
+    input:
+        train=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",
+        predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
+        slides=rules.cohort_table.output.slides,
+        bags=bags_of,
+    output:
+        reference=f"{OUTPUT}/tasks/{{task}}/{{model}}/bundle/reference.json",
+    log:
+        log_file("describe_training/{task}/{model}"),
+    benchmark:
+        benchmark_file("describe_training/{task}/{model}")
+    resources:
+        mem_mb=growing(1500),
+        runtime=minutes(60),
+    params:
+        results=OUTPUT,
+        version=STAGE_VERSIONS["drift"],
+    message:
+        "Describing the training slides of {wildcards.model} for task {wildcards.task}"
+    script:
+        "../scripts/describe_training.py"
+
+
 rule evaluate:
     """Metrics with patient-level intervals for every model and control of a task, and what they allow to say."""
     input:

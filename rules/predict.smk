@@ -57,9 +57,43 @@ if PLAN.bundle:
         script:
             "../scripts/evaluate_bundle.py"
 
+    rule watch_drift:
+        """Compares the new slides with those that the bundle was trained on: as a whole, by site and by month."""
+        input:
+            slides=rules.cohort_table.output.slides,
+            patients=rules.predict_slides.output.patients,
+            reference=f"{CONFIG['bundle']}/reference.json",
+        output:
+            drift=f"{OUTPUT}/predictions/drift.json",
+            table=f"{OUTPUT}/predictions/drift.csv",
+        log:
+            log_file("watch_drift"),
+        benchmark:
+            benchmark_file("watch_drift")
+        resources:
+            mem_mb=growing(2000),
+            runtime=minutes(60),
+        params:
+            results=OUTPUT,
+            bundle=CONFIG["bundle"],
+            encoder=next(iter(ENCODERS)),
+            version=STAGE_VERSIONS["drift"],
+        message:
+            "Comparing the new slides with the training slides of {params.bundle}"
+        script:
+            "../scripts/watch_drift.py"
+
+    # A bundle that an older slidemake made, or a fold's own, has no reference.
+    DRIFT = (
+        [rules.watch_drift.output.drift]
+        if os.path.exists(rules.watch_drift.input.reference)
+        else []
+    )
+
     rule predict:
         """The target of `snakemake predict --config bundle=DIR sheet=new.csv output=DIR`."""
         input:
             rules.predict_slides.output.slides,
             rules.predict_slides.output.patients,
             rules.evaluate_bundle.output.metrics if CONFIG["bundle_label"] else [],
+            DRIFT,

@@ -11,6 +11,12 @@ rule write_report:
         failures=rules.cohort_table.output.failures,
         target=rules.make_stain_target.output.target,
         metrics=[f"{OUTPUT}/tasks/{task}/metrics.json" for task in TASKS],
+        comparisons=[f"{OUTPUT}/tasks/{task}/comparison.json" for task in TASKS],
+        drift=DRIFT if PLAN.bundle else [],
+        stress=[
+            f"{OUTPUT}/tasks/{task}/{model}/stress.json"
+            for task, model in PLAN.stressed_models().items()
+        ],
         external=(
             rules.evaluate_bundle.output.metrics
             if PLAN.bundle and CONFIG["bundle_label"]

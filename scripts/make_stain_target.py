@@ -11,6 +11,10 @@ with job(snakemake) as sm:  # noqa: F821
     records = read_manifests(sm.input.manifests, "stain")
     slides = [record["slide_id"] for record in records if record["status"] == "ok"]
     target = sm.params.record or make_target(
-        Path(sm.params.results), sm.params.target, sm.params.options["method"], slides
+        Path(sm.params.results),
+        sm.params.target,
+        sm.params.options["method"],
+        slides,
+        sm.params.options.get("also", ()),
     )
     write_json(sm.output.target, target)

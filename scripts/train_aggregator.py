@@ -8,6 +8,7 @@ from slidemake.cohort_table import read_table
 from slidemake.encoder_runtime import keep_freed_memory
 from slidemake.provenance import read_json
 from slidemake.splits import read_splits
+from slidemake.stain_stage import target_of
 from slidemake.training import train_model
 
 with job(snakemake) as sm:  # noqa: F821
@@ -15,13 +16,14 @@ with job(snakemake) as sm:  # noqa: F821
     splits = read_splits(sm.input.splits)
     column = sm.params.options["invariance"]["domain"]
     domains = {row["slide_id"]: row.get(column) or "" for row in read_table(sm.input.slides)}
+    method = sm.params.context["stain"]["method"]
     train_model(
         sm.params.task,
         sm.params.options,
         open_bags(sm.input.bags[0]).of_patients(splits.labels).with_domains(domains),
         splits,
         Path(sm.output.manifest).parent,
-        {**sm.params.context, "stain_target": read_json(sm.input.target)},
+        {**sm.params.context, "stain_target": target_of(read_json(sm.input.target), method)},
         threads=sm.threads,
         name=sm.wildcards.model,
     )

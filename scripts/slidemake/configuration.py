@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidemake.failures import RunError
 from slidemake.json_schemas import validator as json_validator
+from slidemake.sweeps import expand_sweeps, in_sweeps
 
 if TYPE_CHECKING:
     import jsonschema
@@ -48,6 +49,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "embed": ("embedding", None),
     "train": ("models", None),
     "evaluate": ("evaluation", EVALUATED),
+    "stress": ("stress", None),
     "explain": ("explain", ("slides", "truth", "top_tiles")),
     "report": ("report", None),
 }
@@ -74,7 +76,7 @@ def load_configuration(
     Raises RunError that lists every problem with its full key and what to write instead.
     """
     root = schema()
-    config = _filled(copy.deepcopy(dict(raw)), root)
+    config = _filled(expand_sweeps(copy.deepcopy(dict(raw))), root)
     validator = json_validator(root)
     problems: dict[str, list[str]] = {}
     for error in validator.iter_errors(config):
@@ -84,9 +86,10 @@ def load_configuration(
     _locate(config, Path(base))
     _resolve_models(config)
     found += _cross_check(config, None if encoders is None else sorted(encoders))
+    found = sorted(set(in_sweeps(found, raw.get("sweeps"))))
     if found:
         count = "a problem" if len(found) == 1 else f"{len(found)} problems"
-        listed = "\n  ".join(sorted(set(found)))
+        listed = "\n  ".join(found)
         raise RunError(f"The configuration has {count}:\n  {listed}\nEvery key is explained in docs/configuration.md.")
     return config
 
@@ -155,7 +158,8 @@ def describe(part: dict[str, Any]) -> str:
     if "const" in part:
         return str(part["const"])
     if "enum" in part:
-        return _either([str(value) for value in part["enum"]])
+        words = _either([str(value) for value in part["enum"] if value is not None])
+        return f"{words}, or empty" if None in part["enum"] else words
     if "title" in part:
         text = part["title"]
     elif "array" in types:
@@ -302,7 +306,7 @@ def _phrase(error: jsonschema.ValidationError) -> Iterator[tuple[str, str]]:
         fault = "names something twice" if error.validator == "uniqueItems" else "is an empty list"
         yield where, f"{value} {fault}; write {describe(error.schema)}"
     else:
-        words = [str(word) for word in error.schema.get("enum", ())]
+        words = [str(word) for word in error.schema.get("enum", ()) if word is not None]
         near = nearest(error.instance, words) if isinstance(error.instance, str) and words else None
         meant = f"; did you mean {near}?" if near else ""
         if isinstance(error.instance, bool) and "string" in _types(error.schema):
@@ -415,5 +419,8 @@ def _check_files(config: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, str) and not (Path(value).is_file() if kind == "file" else Path(value).is_dir()):
             yield f"{key}: there is no {kind} {value}"
     tiling = config["tiling"] if isinstance(config.get("tiling"), dict) else {}
+    own = [name for name, model in _sections(config, "models").items() if model.get("stain") is not None]
+    if own and tiling.get("pixels") == "normalised":
+        yield f"models.{own[0]}.stain: tiles that are stored normalised have one stain; set tiling.pixels: scanned"
     if tiling.get("store") == "coords" and tiling.get("pixels") == "normalised":
         yield "tiling.pixels: store coords keeps no pixels to normalise; set store: pixels, or pixels: scanned"

@@ -67,7 +67,7 @@ def make_slide_job(
     elif stain_method == "none":
         transform, stain_info = None, stain_description(None)
     else:
-        transform = slide_transform(results, slide_id, target)
+        transform = slide_transform(results, slide_id, target, stain_method)
         stain_info = stain_description(transform)
     return SlideJob(
         slide_id=slide_id,

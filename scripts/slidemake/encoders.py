@@ -76,6 +76,7 @@ class EncoderRecord:
     stain: str
     corpora: tuple[str, ...]
     reference: str
+    normalisation: str | None = None  # stain method of a model that does not take the run's
 
     @property
     def name(self) -> str:
@@ -84,8 +85,8 @@ class EncoderRecord:
 
     @property
     def slug(self) -> str:
-        """`name` fit for a folder: `virchow2-cls`."""
-        return self.name.replace(":", "-")
+        """`name` fit for a folder: `virchow2-cls`; with a stain method of its own `virchow2-cls-reinhard`."""
+        return "-".join([self.name.replace(":", "-"), *filter(None, [self.normalisation])])
 
     @property
     def grid(self) -> str:
@@ -104,7 +105,10 @@ class EncoderRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, for params and JSON; `from_dict` is the inverse."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.normalisation is None:  # as it was before there was one: nothing runs again
+            del plain["normalisation"]
+        return plain
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> EncoderRecord:

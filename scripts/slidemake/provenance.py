@@ -37,8 +37,11 @@ STAGE_VERSIONS: dict[str, int] = {
     "splits": 2,
     "train": 5,
     "evaluate": 2,
+    "compare": 1,
+    "stress": 1,
     "explain": 1,
     "predict": 1,
+    "drift": 1,
     "report": 1,
 }
 

@@ -17,7 +17,10 @@ from slidemake.cohort_table import read_table
 from slidemake.progress import duration
 from slidemake.provenance import read_json, read_json_if_whole, versions, write_text
 from slidemake.racks import read_manifests
+from slidemake.report_comparison import comparison_section
+from slidemake.report_drift import drift_section
 from slidemake.report_evaluation import evaluation_section
+from slidemake.report_stress import stress_section
 from slidemake.report_timeline import timeline_section
 
 STAGE_TITLES = {
@@ -146,6 +149,8 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
         "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
         "folds": {name.removeprefix("fold:"): s for name, s in scopes.items() if name.startswith("fold:")},
         "explained": explanations(results, task, explained) if explained else None,
+        "stress": stress_section(folder / main),
+        "comparison": comparison_section(folder),
     }
 
 
@@ -238,6 +243,7 @@ def write_report(
             sites=sites,
             patients=len({row["patient_id"] for row in rows}),
             tiles=sum(int(float(v)) for row in rows for k, v in row.items() if k.startswith("tiles_") and v),
+            drift=drift_section(results),
             tasks=[task_section(results, name, t["models"], t.get("explained")) for name, t in tasks.items()],
             stages=stages,
             timeline=timeline_section(results),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, 
 from slidemake.racks import Machine, assign_racks, auto_rack_size
 from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
+from slidemake.sweeps import axis_table
 
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
 MARKER = "slidemake.json"  # in the results folder: the version of its format, and the size of its racks
@@ -66,10 +67,16 @@ class Plan:
 
     @cached_property
     def stain_options(self) -> dict[str, Any]:
-        """Options of the stain stage, with `auto` resolved over all encoders of the run."""
+        """Options of the stain stage, with `auto` resolved over all encoders of the run.
+
+        `also`: methods that some models take instead, where there are any.
+        """
         options = dict(stage_options(self.config, "stain"))
-        methods = {self.stain_method_of(key) for key in self.encoders} - {"none"}
+        own = {key for key, record in self.encoders.items() if record.normalisation}
+        methods = {self.stain_method_of(key) for key in set(self.encoders) - own} - {"none"}
         options["method"] = methods.pop() if methods else "none"
+        if also := {self.stain_method_of(key) for key in own} - {"none", options["method"]}:
+            options["also"] = sorted(also)
         options.pop("target", None)  # the target is another rule's, and changes no fit
         return options
 
@@ -83,8 +90,9 @@ class Plan:
         return self.bundle["stain_target"] if self.bundle else None
 
     def stain_method_of(self, encoder: str) -> str:
-        """Stain method for one encoder: the configured one, or for `auto` what its record recommends."""
-        return resolve_method(self.config["stain"]["method"], self.encoders[encoder].stain)
+        """Stain method of a folder of embeddings: a model's own, the configured one, or for `auto` the encoder's."""
+        own = self.encoders[encoder].normalisation
+        return own or resolve_method(self.config["stain"]["method"], self.encoders[encoder].stain)
 
     def screening_rows(self, rack: str) -> list[dict[str, Any]]:
         """What screening depends on, per slide: not the labels, nor who scanned it when."""
@@ -101,7 +109,7 @@ class Plan:
 
     def encoder_of(self, task: str, model: str) -> str:
         """Folder name of the encoder whose features a model of a task reads; controls use the first model's."""
-        return load_record(self._model(task, model)["encoder"], self.registry).slug
+        return features_record(self._model(task, model), self.config, self.registry).slug
 
     def _model(self, task: str, model: str) -> dict[str, Any]:
         name = self.tasks[task]["models"][0] if model in CONTROLS else model
@@ -133,6 +141,7 @@ class Plan:
     def model_options(self, task: str, model: str) -> dict[str, Any]:
         """Settings of a model; a control is the first model's with `control` set."""
         options = self._model(task, model)
+        del options["stain"]  # says which features it reads, and they say it themselves
         if model in CONTROLS:
             options["control"] = model
         return in_order(options)
@@ -157,6 +166,17 @@ class Plan:
             return None
         return self.config["explain"]["model"] or next(iter(self.tasks[task]["models"]), None)
 
+    def sweep_axes(self, task: str) -> dict[str, dict[str, str]]:
+        """{model: {axis: value}} of the models of a task that sweeps made."""
+        table = axis_table(self.config["sweeps"])
+        return {model: table[model] for model in self.tasks[task]["models"] if model in table}
+
+    def stressed_models(self) -> dict[str, str]:
+        """{task: the model that is tested under stress}: the first of each, where the configuration asks for it."""
+        if not self.config["stress"]["tiles"]:
+            return {}
+        return {task: about["models"][0] for task, about in self.tasks.items() if about["models"]}
+
 
 def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in_job: bool = False) -> Plan:
     """Validate everything that can be validated now. Raises RunError with all problems of the first kind that has any.
@@ -176,8 +196,8 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     # write_sheet makes the sheet that is not there yet
     rows = [] if config["slides_folder"] else read_sheet(config["sheet"], sheet_columns(config), tasks)
     encoders = {}
-    for key in used_encoders(config, tasks, bundle):
-        record = load_record(key, known)
+    for model in used_features(config, tasks, bundle):
+        record = features_record(model, config, known)
         check_access(record)
         encoders[record.slug] = record
     check_results_folder(Path(config["output"]))
@@ -221,12 +241,22 @@ def rack_size_hint(plan: Plan, machine: Machine) -> str | None:
     )
 
 
-def used_encoders(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[str]:
-    """Encoders that some model of some task reads (all models' without a task), in a stable order."""
+def used_features(config: dict[str, Any], tasks: dict[str, Any], bundle: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """{encoder, stain} that some model of some task reads (all models' without a task), in a stable order."""
     if bundle:
-        return [f"{bundle['encoder']['key']}:{bundle['encoder']['variant']}"]
+        return [{"encoder": f"{bundle['encoder']['key']}:{bundle['encoder']['variant']}", "stain": None}]
     used = [name for task in tasks.values() for name in task["models"]] if tasks else list(config["models"])
-    return sorted({str(config["models"][name]["encoder"]) for name in used})
+    pairs = {(str(config["models"][name]["encoder"]), config["models"][name]["stain"] or "") for name in used}
+    return [{"encoder": encoder, "stain": stain or None} for encoder, stain in sorted(pairs)]
+
+
+def features_record(model: dict[str, Any], config: dict[str, Any], known: dict[str, Any]) -> EncoderRecord:
+    """The encoder of a model, with a stain method of its own where that is not what the encoder gets anyway."""
+    record = load_record(str(model["encoder"]), known)
+    own = model["stain"]
+    if own is None or own == resolve_method(config["stain"]["method"], record.stain):
+        return record
+    return replace(record, normalisation=own)
 
 
 def read_bundle(folder: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,25 @@ MIN_REGIONS = 50
 OVERVIEW_PX = 1024
 
 
+def stain_file(method: str | None = None) -> str:
+    """Name of the file of a slide's fit: stain.json, and stain_<method>.json of methods that models take instead."""
+    return f"stain_{method}.json" if method else "stain.json"
+
+
 def process_slide(record: dict[str, Any], results: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Fit the stain of one slide and write results/slides/{slide_id}/stain.json; returns its content.
+    """Fit the stain of one slide by the run's method, and by those that `options["also"]` names; returns the first fit.
+
+    A fit that is finished is taken as it is: see `fit_slide`.
+    """
+    for method in options.get("also", ()):
+        fit_slide(record, results, {**options, "method": method}, stain_file(method))
+    return fit_slide(record, results, options, stain_file())
+
+
+def fit_slide(
+    record: dict[str, Any], results: str | Path, options: dict[str, Any], name: str = "stain.json"
+) -> dict[str, Any]:
+    """Fit the stain of one slide and write results/slides/{slide_id}/{name}; returns its content.
 
     `record` is the tissue stage's (slide_id, fingerprint); path, reader and mpp come from slide.json, the mask from
     tissue.png. A stain that cannot be fitted is no failure: status none, with `reason` (a key of stain.REFUSALS) and
@@ -50,7 +67,7 @@ def process_slide(record: dict[str, Any], results: str | Path, options: dict[str
     method = settings["method"]
     parts = {"method": "none"} if method == "none" else {"tissue": record["fingerprint"], "options": settings}
     mark = fingerprint("stain", slide=record["slide_id"], **parts)
-    done = read_json_if_whole(folder / "stain.json")
+    done = read_json_if_whole(folder / name)
     if done and done.get("fingerprint") == mark:
         return {**done, "reused": True}
     stain = {"slide_id": record["slide_id"], "fingerprint": mark, "method": method, "status": "ok", "reason": None}
@@ -68,7 +85,7 @@ def process_slide(record: dict[str, Any], results: str | Path, options: dict[str
         except StainRefused as refused:
             stain |= dict.fromkeys(empty) | {"white_point": white, "pixels": len(pixels)}
             stain |= {"status": "none", "reason": refused.reason, "message": str(refused)}
-    write_json(folder / "stain.json", stain)
+    write_json(folder / name, stain)
     return stain
 
 
@@ -172,25 +189,43 @@ def _white_point(
     return estimate_white_point(overview, covered)
 
 
-def make_target(results: str | Path, target: str, method: str, slide_ids: list[str]) -> dict[str, Any]:
+def make_target(
+    results: str | Path, target: str, method: str, slide_ids: list[str], also: Sequence[str] = ()
+) -> dict[str, Any]:
     """Reference record: `target` is 'tiatoolbox', 'cohort' (median of the slides' fits) or an image file.
 
-    Raises RunError when the image is missing or no H&E. Method none needs no reference.
+    `also`: further methods; the record then has their references under `also`. Raises RunError when the image is
+    missing or no H&E. Method none needs no reference.
     """
+    found = _target(results, target, method, slide_ids, None)
+    if also:
+        found = {**found, "also": {name: _target(results, target, name, slide_ids, name) for name in also}}
+    return found
+
+
+def _target(results: str | Path, target: str, method: str, slide_ids: list[str], suffix: str | None) -> dict[str, Any]:
     if method == "none":
         return no_target("method none")
     if target != "cohort":
         return target_from_image(target, method)
-    fits = [read_slide_record(Path(results) / "slides" / slide_id, "stain.json") for slide_id in slide_ids]
-    return pool_targets(fits, method)
+    folder = Path(results) / "slides"
+    return pool_targets([read_slide_record(folder / slide_id, stain_file(suffix)) for slide_id in slide_ids], method)
 
 
-def slide_transform(results: str | Path, slide_id: str, target: dict[str, Any]) -> dict[str, Any]:
-    """Transform of one slide to the reference, JSON-able, with its `fingerprint`.
+def target_of(target: dict[str, Any], method: str | None = None) -> dict[str, Any]:
+    """The reference of one method out of what `make_target` made; None: of the run's."""
+    others = target.get("also", {})
+    return others[method] if method in others else {key: value for key, value in target.items() if key != "also"}
+
+
+def slide_transform(
+    results: str | Path, slide_id: str, target: dict[str, Any], method: str | None = None
+) -> dict[str, Any]:
+    """Transform of one slide to the reference, JSON-able, with its `fingerprint`; by the run's method or another one.
 
     A slide without a fit gets the transform that leaves pixels as they are; method and target are the cohort's.
     """
-    transform: StainTransform = stain_transform(
-        read_slide_record(Path(results) / "slides" / slide_id, "stain.json"), target
-    )
+    name = stain_file(method if method in target.get("also", {}) else None)
+    fit = read_slide_record(Path(results) / "slides" / slide_id, name)
+    transform: StainTransform = stain_transform(fit, target_of(target, method))
     return transform.as_dict()

@@ -70,6 +70,15 @@ def test_labelled_sheet_gets_the_metrics_of_the_frozen_bundle(predicted: Project
     assert auroc == float(probability[tumour] > probability[benign])
 
 
+def test_new_slides_are_compared_with_the_training_slides(predicted: Project, finished: Project):
+    drift = predicted.json("predictions/drift.json")
+    assert drift["training"]["slides"] == len(finished.table("cohort/slides.csv"))
+    assert drift["groups"][0]["level"] == "not judged"  # two patients
+    assert [row["patient_id"] for row in drift["strangest"]] in (["N01", "N04"], ["N04", "N01"])
+    assert all(0 < row["distance"] < 100 for row in drift["strangest"])
+    assert "at least 5" in predicted.table("predictions/drift.csv")[0]["reason"]
+
+
 def test_prediction_is_finished_after_one_run(predicted: Project):
     assert predicted.planned("predict") == {}
 

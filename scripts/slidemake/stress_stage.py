@@ -1,0 +1,59 @@
+"""The files around `stress`: fold bundles, tile stores and stain fits in, stress.json and stress.csv out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slidemake.bundle import Bundle, check_features, load_bundle
+from slidemake.embedding_engine import SlideJob
+from slidemake.provenance import STAGE_VERSIONS, write_json
+from slidemake.reference import thinned
+from slidemake.splits import TRAIN, VAL, Splits
+from slidemake.stress import Patient
+
+log = logging.getLogger("slidemake")
+
+
+def tested_patients(
+    splits: Splits,
+    slides: Mapping[str, list[dict[str, Any]]],
+    trained: Path,
+    make_job: Callable[[dict[str, Any]], SlideJob],
+    identity: Mapping[str, Any],
+    most: int | None,
+) -> list[Patient]:
+    """The patients that the first repeat tests, with the models of their folds; at most `most`, evenly spaced.
+
+    slides: {patient: records of the tiling stage}. RunError when encoder or stain are not those that a model was
+    trained on.
+    """
+    repeat = min(splits.folds)
+    folds = {p: f for p, f in sorted(splits.folds[repeat].items()) if f not in (TRAIN, VAL) and slides.get(p)}
+    chosen = thinned(list(folds), most or len(folds))
+    bundles: dict[str, Bundle] = {}
+    patients = []
+    for patient in chosen:
+        fold = folds[patient]
+        if fold not in bundles:
+            bundles[fold] = load_bundle(trained / "bundles" / f"repeat{repeat}_fold{fold}")
+        bundle = bundles[fold]
+        jobs = tuple(make_job(record) for record in slides[patient])
+        for job in jobs:
+            check_features(bundle.info, identity, job.stain_info, f"slide {job.slide_id}")
+        patients.append(Patient(patient, bundle.outcome.encode(splits.labels[patient]), bundle, jobs))
+    return patients
+
+
+def write_stress(result: Mapping[str, Any], about: Mapping[str, Any], out: str | Path, table: str | Path) -> None:
+    """Write stress.csv, then stress.json."""
+    from slidemake.cohort_table import write_table
+    from slidemake.stress import COLUMNS, table_rows
+
+    write_table(table, table_rows(result), COLUMNS)
+    first = {"format": "slidemake-stress", "format_version": 1, "version": STAGE_VERSIONS["stress"]}
+    write_json(out, {**first, **about, **result})
+    for line in result["conclusion"]:
+        log.log(logging.INFO if line["level"] == "ok" else logging.WARNING, "stress: %s", line["text"])

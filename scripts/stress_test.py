@@ -1,0 +1,53 @@
+"""Rule stress_test: fold bundles and tiles of the tested patients -> stress.json, stress.csv."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.cohort_table import read_table
+from slidemake.devices import claimed_device
+from slidemake.embedding import BATCH, make_slide_job
+from slidemake.encoder_runtime import effective_precision, keep_freed_memory
+from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
+from slidemake.provenance import read_json
+from slidemake.racks import read_manifests
+from slidemake.splits import read_splits
+from slidemake.stress import judge, stress_cohort
+from slidemake.stress_stage import tested_patients, write_stress
+
+with job(snakemake) as sm:  # noqa: F821
+    keep_freed_memory()  # before torch allocates
+    import torch
+    from slidemake.embedding_engine import Forward
+    from slidemake.encoder_loading import load_encoder
+
+    torch.set_num_threads(1)
+    results, trained, options = Path(sm.params.results), Path(sm.input.trained).parent, dict(sm.params.options)
+    record = EncoderRecord.from_dict(dict(sm.params.encoder))
+    patient_of = {r["slide_id"]: r["patient_id"] for r in read_table(sm.input.slides) if r["status"] == "ok"}
+    slides: dict = {}
+    for found in read_manifests(sm.input.tiles, "tiles"):
+        if found["slide_id"] in patient_of and found["status"] == "ok":
+            slides.setdefault(patient_of[found["slide_id"]], []).append(found)
+    with claimed_device(sm.params.embedding["device"]) as device:
+        precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
+        known = identity(record, weights_sha256(resolve_weights(record)), precision)
+        target = read_json(sm.input.target)
+        batch = BATCH["cpu" if device == "cpu" else "cuda"]
+        make_job = partial(make_slide_job, results, record, known, sm.params.stain, target, "float32")
+        patients = tested_patients(read_splits(sm.input.splits), slides, trained, make_job, known, options["patients"])
+        probabilities = stress_cohort(
+            patients,
+            lambda: Forward(
+                load_encoder(record, device, precision), device, BATCH["cpu" if device == "cpu" else "cuda"]
+            ),
+            options,
+            known,
+            trained / "stress",
+            sm.threads,
+            lambda done, total: logging.getLogger("slidemake").info("stress: %d of %d patients", done, total),
+        )
+    result = judge(patients, probabilities, options["corruptions"], dict(sm.params.evaluation))
+    about = {"model": sm.wildcards.model, "options": options}
+    write_stress(result, about, sm.output.result, sm.output.table)
