@@ -102,6 +102,8 @@ def estimate(samples: list[tuple[float, float]], left: float, side_by_side: int)
     if share <= 0:
         return None
     mean = sum(seconds for _, seconds in samples) / share
+    if mean <= 0:
+        return Estimate(0.0, 0.0, 0.0)
     parallel = min(side_by_side, max(1, math.ceil(left)))
     seconds = left * mean / parallel
     if len(samples) < 2:
@@ -141,6 +143,7 @@ class Watch(logging.Handler):
         self.every = None if every == "auto" else float(every)
         self.stages: dict[str, Stage] = {}
         self.jobs: dict[int, Job] = {}
+        self._failed: set[int] = set()  # jobs, which may be tried again
         self._guard = threading.RLock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -180,6 +183,9 @@ class Watch(logging.Handler):
         name = " ".join([rule, *map(str, dict(about["wildcards"] or {}).values())])
         job = Job(rule, name, int(about["threads"] or 1), where, time.time(), offset)
         stage = self.stages.setdefault(rule, Stage())
+        if int(about["jobid"]) in self._failed:
+            self._failed.remove(int(about["jobid"]))
+            stage.failed -= 1
         stage.running[int(about["jobid"])] = job
         stage.threads, stage.peak = job.threads, max(stage.peak, len(stage.running))
         self.jobs[int(about["jobid"])] = job
@@ -196,6 +202,7 @@ class Watch(logging.Handler):
             stage.seconds.append(run.seconds if run is not None else time.time() - job.began)
         else:
             stage.failed += 1
+            self._failed.add(jobid)
         stage.slides += len(run.seen) if run is not None else 0
         stage.failed_slides += run.failed if run is not None else 0
 

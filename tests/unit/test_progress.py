@@ -37,6 +37,7 @@ def test_nothing_known_is_said():
     assert estimate([], 3, 1) is None
     assert str(estimate([(1, 60)], 3, 1)) == "about 3 min left (judged by one job)"
     assert estimate([(1, 60)], 0, 1) == Estimate(0, 0, 0)
+    assert estimate([(1, 0), (1, 0)], 3, 1) == Estimate(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +159,18 @@ def test_earlier_runs_of_a_job_do_not_count(tmp_path):
     run.write(path, "new", slides=4, every=5, end=1020)
     run.log("job_finished", job_id=1)
     assert "about 20 s left" in run.report()[1]
+
+
+def test_a_job_that_is_tried_again_is_left_to_do(tmp_path):
+    run = Run(tmp_path, Machine(cores=1), tile_slides=2)
+    run.write(run.start(1, "tile_slides", "r0"), "a", slides=4, every=5, end=1020)
+    run.log("job_finished", job_id=1)
+    run.start(2, "tile_slides", "r1")
+    run.log("job_error", jobid=2)
+    assert run.report() == [], "nothing is left that can be done"
+    run.write(run.start(2, "tile_slides", "r1"), "b", slides=2, every=5)
+    run.watch.look()
+    assert run.report()[1].split() == "slidemake: tile_slides 1/2 jobs, 6 slides about 10 s left".split()
 
 
 def test_a_torn_line_is_read_when_it_is_whole(tmp_path):
