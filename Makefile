@@ -10,7 +10,7 @@ help:
 	@echo "make demo    set up .venv if needed, then run the demo cohort to results/report/index.html"
 	@echo "make test    set up .venv if needed, then run the tests"
 	@echo "make lint    ruff, snakefmt and mypy"
-	@echo "make lock    renew envs/requirements.txt from requirements-test.in"
+	@echo "make lock    renew envs/requirements.txt from requirements-test.in, and envs/slidemake.yaml"
 	@echo "make clean   remove the demo's results and slides (not .venv)"
 
 setup: .venv/ready
@@ -43,7 +43,8 @@ lock:
 	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv
 	@cd envs && ../.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
 		--output-file requirements.txt requirements-test.in
+	@$(PYTHON) tests/unit/test_environments.py
 	@rm -rf .venv-lock
 
 clean:
-	@rm -rf results demo_slides .snakemake
+	@rm -rf results demo_slides slurm_logs .snakemake

@@ -24,6 +24,10 @@ if not workflow.config_settings.configfiles:
     configfile: str(Path(workflow.basedir) / "config" / "config.yaml")
 
 
+# With --software-deployment-method apptainer (profiles/apptainer); rules name the environment for conda.
+container: str(Path(workflow.basedir) / "envs" / "slidemake.sif")
+
+
 include: "rules/common.smk"
 include: "rules/sheet.smk"
 include: "rules/demo.smk"
@@ -42,6 +46,7 @@ include: "rules/report.smk"
 
 
 onstart:
+    check_executor()
     try:
         claim_results(Path(OUTPUT))
     except RunError as error:

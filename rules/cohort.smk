@@ -21,6 +21,8 @@ rule cohort_table:
         log_file("cohort_table"),
     benchmark:
         benchmark_file("cohort_table")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1000),
         runtime=minutes(30),
@@ -45,6 +47,9 @@ rule check_cohort:
         log_file("check_cohort"),
     benchmark:
         benchmark_file("check_cohort")
+    localrule: True
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(500),
         runtime=minutes(30),

@@ -3,6 +3,8 @@
 import os
 import shutil
 
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
+
 from slidemake.adapter import available_cpus
 from slidemake.configuration import stage_options
 from slidemake.contamination import in_words
@@ -44,7 +46,13 @@ RACK_THREADS = max(
     1, min(4, MACHINE.cores // (1 if ON_CLUSTER else max(1, len(RACKS))))
 )
 if IN_JOB:
-    RACK_THREADS = int(os.environ.get("SLURM_CPUS_PER_TASK") or available_cpus())
+    # Under a name of our own, because an array's task loses Slurm's variables before its last process reads this.
+    os.environ.setdefault(
+        "SLIDEMAKE_JOB_CPUS",
+        os.environ.get("SLURM_CPUS_PER_TASK") or str(available_cpus()),
+    )
+    RACK_THREADS = int(os.environ["SLIDEMAKE_JOB_CPUS"])
+LARGEST_RACK = max(map(len, RACKS.values()), default=0)
 
 
 def growing(mem_mb):
@@ -53,13 +61,54 @@ def growing(mem_mb):
 
 
 def minutes(base, per_slide=0):
-    """Time limit (used on clusters) of a job: so much, and so much for each slide of its rack; grows with each attempt."""
+    """Time limit (used on clusters) of a job: so much, and so much for each slide of a rack; grows with each attempt.
 
-    def runtime(wildcards, attempt):
-        slides = len(RACKS[wildcards.rack]) if per_slide else 0
-        return (base + per_slide * slides) * attempt
+    The same for all racks, also for one that is not full: the jobs of a Slurm array have one limit for all.
+    """
+    return lambda wildcards, attempt: (base + per_slide * LARGEST_RACK) * attempt
 
-    return runtime
+
+def check_executor():
+    """Refuse what an executor would do to the results, before a job is sent; some settings are known when a run starts."""
+    if SharedFSUsage.INPUT_OUTPUT not in workflow.storage_settings.shared_fs_usage:
+        sys.exit(
+            "\nslidemake cannot start.\nIts jobs need a file system that they all share: stores of tiles and embeddings "
+            "are not among the files that Snakemake moves from node to node (docs/guide.md, Kubernetes).\n"
+        )
+    if problem := array_jobs_problem():
+        sys.exit(f"\nslidemake cannot start.\n{problem}\n")
+
+
+def array_jobs_problem():
+    """Why Slurm's job arrays would hang, or None. The executor plugin loses jobs that are ready and not handed over
+    together with the others of their rule (its issue 473), so nothing may hold some of them back.
+    """
+    if not getattr(workflow.executor_settings, "array_jobs", None):
+        return None
+    ready = max(
+        len(RACKS) * max(1, len(TASKS)),
+        sum(len(PLAN.models_of(task)) for task in TASKS),
+    )
+    scheduling = workflow.scheduling_settings
+    per_timespan = scheduling.max_jobs_per_timespan
+    gpus = workflow.global_resources.get("gpu")
+    limits = {
+        "jobs": workflow.nodes,
+        "max-jobs-per-timespan": per_timespan.max_jobs if per_timespan else None,
+        "scheduler-subsample": scheduling.subsample,
+        "resources gpu": gpus.value if gpus else None,
+    }
+    small = [f"{k}={v}" for k, v in limits.items() if v is not None and int(v) < ready]
+    if not small:
+        return None
+    return (
+        f"slurm-array-jobs: {ready} jobs of one rule can be ready at once here, and {', '.join(small)} would make them "
+        "hang. Raise that, or switch arrays off (--slurm-array-jobs '')."
+    )
+
+
+if not IN_JOB:
+    check_executor()
 
 
 wildcard_constraints:

@@ -12,6 +12,8 @@ if CONFIG["demo"]:
             f"{OUTPUT}/logs/draw_demo_slides.log",
         benchmark:
             f"{OUTPUT}/benchmarks/draw_demo_slides.tsv"
+        conda:
+            "../envs/slidemake.yaml"
         threads: 2
         resources:
             mem_mb=growing(1600),

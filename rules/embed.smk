@@ -1,11 +1,9 @@
 """Embedding: all tiles of a rack through warm encoders, on a GPU or on the CPU."""
 
 DEVICE = CONFIG["embedding"]["device"]
-# A cluster gives the GPU that gpu=1 asks for. A GPU leaves the other half of the cores to the CPU stages.
+# A cluster gives the GPU that gpu=1 asks for.
 ON_GPU = DEVICE != "cpu" and (HAS_GPU or ON_CLUSTER)
-EMBED_THREADS = max(1, MACHINE.cores // 2) if ON_GPU else MACHINE.cores
-if IN_JOB:
-    EMBED_THREADS = RACK_THREADS
+EMBED_THREADS = RACK_THREADS if IN_JOB else MACHINE.embedding_threads(ON_GPU)
 
 # One rule per grid: encoders that take the same tiles share a job, so that each tile is read once for all of them.
 for GRID in GRIDS:
@@ -26,6 +24,8 @@ for GRID in GRIDS:
             log_file(f"embed_tiles/{GRID}/{{rack}}"),
         benchmark:
             benchmark_file(f"embed_tiles/{GRID}/{{rack}}")
+        conda:
+            "../envs/slidemake.yaml"
         threads: EMBED_THREADS
         resources:
             gpu=0 if DEVICE == "cpu" else 1,

@@ -18,6 +18,8 @@ rule explain_slides:
         log_file("explain_slides/{task}/{model}/{rack}"),
     benchmark:
         benchmark_file("explain_slides/{task}/{model}/{rack}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: 1
     resources:
         mem_mb=growing(2000),

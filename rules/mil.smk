@@ -14,6 +14,9 @@ rule split_cohort:
         log_file("split_cohort/{task}"),
     benchmark:
         benchmark_file("split_cohort/{task}")
+    localrule: True
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(500),
         runtime=minutes(30),
@@ -41,8 +44,11 @@ rule pack_bags:
         log_file("pack_bags/{encoder}"),
     benchmark:
         benchmark_file("pack_bags/{encoder}")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
-        mem_mb=1500,
+        mem_mb=growing(1500),
+        runtime=minutes(60),
     params:
         results=OUTPUT,
         version=STAGE_VERSIONS["bags"],
@@ -71,6 +77,8 @@ rule check_leakage:
         log_file("check_leakage/{task}/{encoder}"),
     benchmark:
         benchmark_file("check_leakage/{task}/{encoder}")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1500),
         runtime=minutes(60),
@@ -105,6 +113,8 @@ rule train_aggregator:
         log_file("train_aggregator/{task}/{model}"),
     benchmark:
         benchmark_file("train_aggregator/{task}/{model}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: 1
     resources:
         mem_mb=growing(3000),
@@ -168,6 +178,8 @@ rule evaluate:
         log_file("evaluate/{task}"),
     benchmark:
         benchmark_file("evaluate/{task}")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1500),
         runtime=minutes(60),

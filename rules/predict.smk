@@ -18,6 +18,8 @@ if PLAN.bundle:
             log_file("predict_slides"),
         benchmark:
             benchmark_file("predict_slides")
+        conda:
+            "../envs/slidemake.yaml"
         resources:
             mem_mb=growing(2000),
             runtime=minutes(60),

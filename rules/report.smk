@@ -49,6 +49,8 @@ rule write_report:
         log_file("write_report"),
     benchmark:
         benchmark_file("write_report")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(2000),
         runtime=minutes(60),

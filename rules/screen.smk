@@ -19,6 +19,8 @@ rule screen_slides:
         log_file("screen_slides/{rack}"),
     benchmark:
         benchmark_file("screen_slides/{rack}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: RACK_THREADS
     resources:
         mem_mb=growing(1500),

@@ -8,6 +8,8 @@ rule write_sheet:
     log:
         log_file("write_sheet"),
     localrule: True
+    conda:
+        "../envs/slidemake.yaml"
     params:
         folder=CONFIG["slides_folder"],
         sheet=CONFIG["sheet"],

@@ -11,6 +11,8 @@ rule fit_stain:
         log_file("fit_stain/{rack}"),
     benchmark:
         benchmark_file("fit_stain/{rack}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: RACK_THREADS
     resources:
         mem_mb=growing(2000),
@@ -44,6 +46,9 @@ rule make_stain_target:
         log_file("make_stain_target"),
     benchmark:
         benchmark_file("make_stain_target")
+    localrule: True
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1000),
         runtime=minutes(30),

@@ -22,6 +22,8 @@ rule tile_slides:
         log_file("tile_slides/{grid}/{rack}"),
     benchmark:
         benchmark_file("tile_slides/{grid}/{rack}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: RACK_THREADS
     resources:
         mem_mb=growing(2000),

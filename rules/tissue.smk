@@ -12,6 +12,8 @@ rule detect_tissue:
         log_file("detect_tissue/{rack}"),
     benchmark:
         benchmark_file("detect_tissue/{rack}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: RACK_THREADS
     resources:
         mem_mb=growing(2000),

@@ -37,6 +37,10 @@ class Machine:
     gpus: int = 0
     cluster: bool = False
 
+    def embedding_threads(self, on_gpu: bool) -> int:
+        """Threads of an embedding job: all cores without a GPU; GPUs share half of them, the rest tiles other racks."""
+        return max(1, self.cores // (2 * max(1, self.gpus))) if on_gpu else self.cores
+
 
 def auto_rack_size(slides: int, machine: Machine) -> int:
     """Slides per rack for `rack_size: auto`, when a cohort is run for the first time.

@@ -20,6 +20,14 @@ def test_appending_a_slide_touches_one_rack():
     assert list(before) == ["r00000", "r00001", "r00002"]
 
 
+def test_gpus_share_half_of_the_cores():
+    assert Machine(cores=16).embedding_threads(on_gpu=False) == 16
+    assert Machine(cores=16).embedding_threads(on_gpu=True) == 8
+    assert Machine(cores=16, gpus=1).embedding_threads(on_gpu=True) == 8
+    assert Machine(cores=16, gpus=4).embedding_threads(on_gpu=True) == 2  # all four run at once
+    assert Machine(cores=2, gpus=4).embedding_threads(on_gpu=True) == 1
+
+
 @pytest.mark.parametrize(
     ("slides", "machine", "size", "racks"),
     [
