@@ -17,6 +17,8 @@ rule compare_models:
         log_file("compare_models/{task}"),
     benchmark:
         benchmark_file("compare_models/{task}")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1000),
         runtime=minutes(30),

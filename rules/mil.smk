@@ -144,6 +144,8 @@ rule describe_training:
         log_file("describe_training/{task}/{model}"),
     benchmark:
         benchmark_file("describe_training/{task}/{model}")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1500),
         runtime=minutes(60),

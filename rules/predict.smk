@@ -47,6 +47,8 @@ if PLAN.bundle:
             log_file("evaluate_bundle"),
         benchmark:
             benchmark_file("evaluate_bundle")
+        conda:
+            "../envs/slidemake.yaml"
         resources:
             mem_mb=growing(1500),
             runtime=minutes(60),
@@ -72,6 +74,8 @@ if PLAN.bundle:
             log_file("watch_drift"),
         benchmark:
             benchmark_file("watch_drift")
+        conda:
+            "../envs/slidemake.yaml"
         resources:
             mem_mb=growing(2000),
             runtime=minutes(60),

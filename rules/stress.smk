@@ -20,6 +20,8 @@ rule stress_test:
         log_file("stress_test/{task}/{model}"),
     benchmark:
         benchmark_file("stress_test/{task}/{model}")
+    conda:
+        "../envs/slidemake.yaml"
     threads: EMBED_THREADS
     resources:
         gpu=0 if DEVICE == "cpu" else 1,
