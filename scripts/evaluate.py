@@ -5,20 +5,23 @@ from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.evaluation import evaluate
+from slidemake.evaluation_kinds import KINDS
+from slidemake.evaluation_outcomes import evaluate_outcomes
 
 with job(snakemake) as sm:  # noqa: F821
     files = sm.input.predictions
-    result = evaluate(
-        [files] if isinstance(files, str) else list(files),
-        list(sm.params.models),
-        dict(sm.params.options),
-        metrics=Path(sm.output.metrics),
-        table=Path(sm.output.table),
-        curves=Path(sm.output.curves),
-        contamination=dict(sm.params.contamination),
-        slides=Path(sm.input.slides),
-        splits=Path(sm.input.splits),
-        graded=sm.params.graded,
-    )
+    predictions = [files] if isinstance(files, str) else list(files)
+    models, options, kind = list(sm.params.models), dict(sm.params.options), sm.params.type
+    outputs = {
+        "metrics": Path(sm.output.metrics),
+        "table": Path(sm.output.table),
+        "curves": Path(sm.output.curves),
+        "contamination": dict(sm.params.contamination),
+    }
+    if kind in KINDS:
+        result = evaluate_outcomes(predictions, models, kind, options, **outputs)
+    else:
+        about = {"slides": Path(sm.input.slides), "splits": Path(sm.input.splits), "graded": sm.params.graded}
+        result = evaluate(predictions, models, options, **outputs, **about)
     for finding in result["verdict"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])

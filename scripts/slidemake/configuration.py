@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from slidemake.failures import RunError
 from slidemake.json_schemas import validator as json_validator
 from slidemake.sweeps import expand_sweeps, in_sweeps
+from slidemake.targets import label_columns
 
 if TYPE_CHECKING:
     import jsonschema
@@ -118,7 +119,8 @@ def sheet_columns(config: dict[str, Any]) -> list[str]:
     groups = set(config["evaluation"]["subgroups"] or ()) if tasks or config["bundle_label"] else set()
     if config["bundle"] and config["bundle_label"]:
         groups.add(config["bundle_label"])
-    return sorted({task["label"] for task in tasks} | {str(column) for column in splits} | groups)
+    labels = {column for task in tasks for column in label_columns(task)}
+    return sorted(labels | {str(column) for column in splits} | groups)
 
 
 def split_column(splits: Mapping[str, Any]) -> str | None:
@@ -365,8 +367,7 @@ def _cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator
             elif isinstance(model, str) and model not in models:
                 yield f"tasks.{name}.models: {_no_such(model, 'model', list(models))}"
         yield from _check_splits(name, task)
-        if task.get("type") == "multiclass" and task.get("positive") is not None:
-            yield f"tasks.{name}.positive: a multiclass task has no positive class; remove the key"
+        yield from _check_task(name, task)
     if config.get("bundle_label") and not config.get("bundle"):
         yield "bundle_label: says what a bundle is to be measured by, and bundle is empty; name its folder"
     yield from _check_explain(config, models, tasks)
@@ -391,6 +392,35 @@ def _check_invariance(name: str, model: dict[str, Any]) -> Iterator[str]:
         yield f"models.{name}.invariance: the regression mean_pool_lr knows no {used[0]}; leave it out"
     if options.get("v_rex") and options.get("group_dro"):
         yield f"models.{name}.invariance: group_dro and v_rex weigh the same losses; choose one"
+
+
+# task's key -> types that it is for
+_KEYS_OF_TYPES = {
+    "positive": ("binary",),
+    "labels": ("multilabel",),
+    "order": ("ordinal",),
+    "unit": ("regression", "survival"),
+    "method": ("survival",),
+    "bins": ("survival",),
+    "horizons": ("survival",),
+}
+
+
+def _check_task(name: str, task: dict[str, Any]) -> Iterator[str]:
+    """Keys that a task's type needs, or does not have."""
+    kind, needed = task.get("type"), "labels" if task.get("type") == "multilabel" else "label"
+    defaults = {key: resolved(part).get("default") for key, part in schema()["$defs"]["task"]["properties"].items()}
+    if task.get(needed) is None:
+        yield f"tasks.{name}.{needed}: is missing; write {describe(schema()['$defs']['task']['properties'][needed])}"
+    if kind == "multilabel" and task.get("label") is not None:
+        yield f"tasks.{name}.label: a multilabel task has labels (a list of columns); remove the key"
+    for key, kinds in _KEYS_OF_TYPES.items():
+        if kind not in kinds and isinstance(kind, str) and task.get(key) != defaults[key]:
+            what = "no positive class" if key == "positive" else f"no {key}"
+            yield f"tasks.{name}.{key}: a {kind} task has {what}; remove the key"
+    horizons = task.get("horizons")
+    if isinstance(horizons, list) and all(isinstance(h, float) for h in horizons) and sorted(set(horizons)) != horizons:
+        yield f"tasks.{name}.horizons: {horizons} must be different times in ascending order"
 
 
 def _check_explain(config: dict[str, Any], models: dict[str, Any], tasks: dict[str, Any]) -> Iterator[str]:

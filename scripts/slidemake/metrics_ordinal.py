@@ -28,14 +28,6 @@ def _kappa(matrix: np.ndarray) -> np.ndarray:
         return np.where(chance > 0, 1 - (distance * matrix).sum((1, 2)) / chance, np.nan)
 
 
-def quadratic_kappa(truth: np.ndarray, predicted: np.ndarray, grades: int) -> float | None:
-    """Kappa with quadratic weights of one sample; None where it is not defined."""
-    if not len(truth):
-        return None
-    value = _kappa(confusion(truth, predicted, grades, np.ones((1, len(truth)))))[0]
-    return float(value) if np.isfinite(value) else None
-
-
 def metrics_over(
     truth: np.ndarray,
     expected: np.ndarray,

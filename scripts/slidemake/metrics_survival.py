@@ -132,16 +132,23 @@ def metrics_over(
         used_auc.append(bool(np.isfinite(auc_at(t, time, event, 1 - survival[:, h], ones, plain)[0])))
         used.append(bool(np.isfinite(brier_at(t, time, event, survival[:, h], ones, plain)[0])))
     nothing = np.full(len(weights), np.nan)
-    found["td_auc"] = (
-        np.mean([a for a, u in zip(aucs, used_auc, strict=True) if u], axis=0) if any(used_auc) else nothing
-    )
+    found["td_auc"] = _mean([a for a, u in zip(aucs, used_auc, strict=True) if u], nothing)
     found["ibs"] = _integral(np.array(horizons)[used], [b for b, u in zip(briers, used, strict=True) if u], nothing)
     found |= {at_horizon("td_auc", t): a for t, a in zip(horizons, aucs, strict=True)}
     return found | {at_horizon("brier", t): b for t, b in zip(horizons, briers, strict=True)}
 
 
+def _mean(values: list[np.ndarray], nothing: np.ndarray) -> np.ndarray:
+    """(B,) mean over horizons; in a resample over those that it has cases and controls for."""
+    if not values:
+        return nothing
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0.0).sum(0) / known.sum(0)
+
+
 def _integral(at: np.ndarray, values: list[np.ndarray], nothing: np.ndarray) -> np.ndarray:
-    if not len(at) or nothing is None:
+    if not len(at):
         return nothing
     if len(at) == 1:
         return values[0]

@@ -165,7 +165,7 @@ class OrdinalOutcome(ClassOutcome):
     The grade predicted is the median of the distribution, which minimises the expected number of grades it is off.
     """
 
-    score = "kappa"
+    score = "c_index"  # of the expected grade: needs no calibrated decisions
     higher = "higher grades"
 
     def __init__(self, classes: Sequence[str]):
@@ -180,9 +180,10 @@ class OrdinalOutcome(ClassOutcome):
         return float(-stages(outputs)[np.arange(len(labels)), np.asarray(labels, int)].mean())
 
     def score_of(self, outputs: np.ndarray, labels: Sequence[int]) -> float | None:
-        from slidemake.metrics_ordinal import quadratic_kappa
+        from slidemake.metrics_survival import concordance
 
-        return quadratic_kappa(np.asarray(labels, int), median_grade(np.exp(stages(outputs))), len(self.classes))
+        expected = np.exp(stages(outputs)) @ np.arange(len(self.classes))
+        return concordance(np.asarray(labels, float), np.ones(len(labels), bool), -expected)
 
     def link(self, outputs: np.ndarray, labels: Sequence[int], scale: Mapping[str, Any]) -> dict[str, Any]:
         if not len(labels):

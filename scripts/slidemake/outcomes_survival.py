@@ -154,7 +154,7 @@ class DiscreteOutcome(SurvivalOutcome):
 
 
 def make_survival(task: Mapping[str, Any], labels: Mapping[str, str]) -> SurvivalOutcome:
-    """The outcome of a survival task; horizons that it does not name are deciles of the cohort's event times."""
+    """The outcome of a survival task. Horizons that it does not name are deciles of the event times of `labels`."""
     horizons = [float(h) for h in task.get("horizons") or ()]
     if not horizons:
         parsed = [parse_survival(text) for text in labels.values()]

@@ -20,6 +20,7 @@ from slidemake.racks import read_manifests
 from slidemake.report_comparison import comparison_section
 from slidemake.report_drift import drift_section
 from slidemake.report_evaluation import evaluation_section
+from slidemake.report_outcomes import TITLES, outcome_section
 from slidemake.report_stress import stress_section
 from slidemake.report_timeline import timeline_section
 
@@ -128,6 +129,20 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
     splits = read_json_if_whole(folder / "splits.json") or {}
     binary = metrics.get("positive") is not None
     main = models[0]
+    scopes = metrics["models"][main]["scopes"]
+    common = {
+        "name": task,
+        "metrics": metrics,
+        "main": main,
+        "splits": splits,
+        "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
+        "folds": {name.removeprefix("fold:"): s for name, s in scopes.items() if name.startswith("fold:")},
+        "explained": explanations(results, task, explained) if explained else None,
+        "stress": stress_section(folder / main),
+        "comparison": comparison_section(folder),
+    }
+    if metrics.get("type") in TITLES:
+        return {**common, **outcome_section(folder, metrics, curves, main)}
     pictures = [("Discrimination of every model and control", figures.forest(metrics), "wide")]
     if binary:
         pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics), ""))
@@ -137,20 +152,16 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
     learning = folder / main / "curves.csv"
     if learning.exists() and (trained := figures.training(read_table(learning), main)):
         pictures.append(("Training", trained, ""))
-    scopes = metrics["models"][main]["scopes"]
     return {
-        "name": task,
-        "metrics": metrics,
-        "main": main,
+        **common,
         "titles": titles(metrics, scopes["pooled"]),
+        "headline": ["auroc", "auprc", "balanced_accuracy", "brier"],
+        "positives": "positive",
+        "quantity": "probability",
         "pictures": pictures,
-        "splits": splits,
         "evaluation": evaluation_section(metrics, splits, main),
-        "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
-        "folds": {name.removeprefix("fold:"): s for name, s in scopes.items() if name.startswith("fold:")},
-        "explained": explanations(results, task, explained) if explained else None,
-        "stress": stress_section(folder / main),
-        "comparison": comparison_section(folder),
+        "tables": [],
+        "undefined": [],
     }
 
 

@@ -20,8 +20,8 @@ def permuted_control(splits: Splits, seed: int, kind: str = "multiclass") -> Spl
     proportions (no correlation with the truth), and the folds that chance has made (kfold, monte_carlo) are made again,
     stratified on the permuted labels. Folds that mean something (sites, dates, train/val/test) stay, and labels are
     permuted within each; where they differ between repeats (a file of several splits), within each class. kind: type of
-    the task; where labels are no classes, this is done with their strata, and the labels of a stratum are dealt to its
-    new members.
+    the task; where labels are no classes, this is done with their strata, and the labels are dealt to the strata's new
+    members.
     """
     rng = np.random.default_rng([seed, 7919])
     first = splits.folds[min(splits.folds)]
@@ -38,7 +38,8 @@ def permuted_control(splits: Splits, seed: int, kind: str = "multiclass") -> Spl
     labels = drawn if truth == splits.labels else _dealt_labels(splits.labels, truth, drawn, rng)
     folds = splits.folds
     if dealt:
-        people = [Patient(p, labels[p], splits.sites[p], "", (), drawn[p]) for p in sorted(labels)]
+        groups = strata(labels, kind)
+        people = [Patient(p, labels[p], splits.sites[p], "", (), groups[p]) for p in sorted(labels)]
         sizes = Counter(first.values())
         if method == "kfold":
             folds = {r: deal_patients(people, len(sizes), seed + r) for r in splits.folds}
@@ -50,13 +51,13 @@ def permuted_control(splits: Splits, seed: int, kind: str = "multiclass") -> Spl
 def _dealt_labels(
     labels: Mapping[str, str], truth: Mapping[str, str], drawn: Mapping[str, str], rng: np.random.Generator
 ) -> dict[str, str]:
-    """A label of its drawn stratum for every patient; each stratum's labels are dealt in turn."""
-    found = {}
-    for stratum in sorted(set(drawn.values())):
-        pool = rng.permutation(sorted(labels[p] for p in labels if truth[p] == stratum)).tolist()
-        members = [p for p in sorted(drawn) if drawn[p] == stratum]
-        found.update({p: pool[i % len(pool)] for i, p in enumerate(members)})
-    return found
+    """The same labels dealt anew: those of a stratum to patients for whom it was drawn, but for a few where the numbers
+    of a stratum's labels and of its new members differ by rounding."""
+    people = sorted(labels)
+    shuffled = [people[i] for i in rng.permutation(len(people))]
+    again = [people[i] for i in rng.permutation(len(people))]
+    givers, takers = sorted(shuffled, key=lambda p: truth[p]), sorted(again, key=lambda p: drawn[p])
+    return {taker: labels[giver] for taker, giver in zip(takers, givers, strict=True)}
 
 
 def _proportional(counts: Counter, size: int, rng: np.random.Generator) -> list[str]:

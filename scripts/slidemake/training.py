@@ -55,12 +55,12 @@ from slidemake.outcomes_survival import CoxOutcome, SurvivalOutcome
 from slidemake.prediction import predict_bags, prediction_columns, prediction_row, write_predictions
 from slidemake.provenance import file_sums, fingerprint, versions, write_json
 from slidemake.splits import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
-from slidemake.targets import strata
+from slidemake.targets import CLASSES, strata, task_type
 
 log = logging.getLogger("slidemake")
 
 CURVE_COLUMNS = ("repeat", "fold", "epoch", "train_loss", "val_loss")  # and the validation score
-SCORES = {"auroc": "AUROC", "kappa": "kappa", "pearson": "correlation", "c_index": "C-index"}
+SCORES = {"auroc": "AUROC", "pearson": "correlation", "c_index": "C-index"}
 Plan = list[tuple[list[str], list[str]]]
 
 
@@ -161,7 +161,7 @@ def _prepare(
 ) -> Work:
     settings = {**DEFAULTS, **options}
     control = settings.pop("control", None)
-    outcome = make_outcome(task, splits.labels)
+    outcome = make_outcome(task, splits.labels if task_type(task) in CLASSES else _trained_on(splits))
     if control == "shuffled_label":
         splits = permuted_control(splits, settings["seed"], outcome.kind)
     kind = control if control in ("mean_pool_lr", "site_only") else "aggregator"
@@ -181,6 +181,12 @@ def _prepare(
     return Work(
         name or control or settings["aggregator"], kind, settings, outcome, bags, splits, dict(context or {}), out
     )
+
+
+def _trained_on(splits: Splits) -> dict[str, str]:
+    """Labels of the patients who are on the training side of any fold: an external cohort sets no horizons."""
+    sides = [splits.parts(repeat, fold)[:2] for repeat in splits.folds for fold in splits.tested(repeat)]
+    return {p: splits.labels[p] for p in sorted({p for train, val in sides for p in [*train, *val]})}
 
 
 def _fold(work: Work, repeat: int, fold: str) -> Fold:

@@ -1,0 +1,262 @@
+"""The table of metrics of tasks that are no plain classes: ordinal, multilabel, regression, survival.
+
+Scopes, intervals, controls and files are as in `evaluation.py`: `pooled` is the mean over repeats of a metric on each
+repeat's out-of-fold predictions, with a percentile interval over resamples of patients, the same in all repeats and
+models; `ensemble` is of the prediction averaged over repeats. What is computed comes from `evaluation_kinds.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slidemake.bootstrap import bootstrap_weights, percentile_interval, scope_seed
+from slidemake.contamination import in_words
+from slidemake.evaluation_kinds import KINDS, Kind
+from slidemake.failures import RunError
+from slidemake.outcome_table import OutcomeTable, read_outcomes
+from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
+from slidemake.verdict import CONTROLS, REFERENCE
+from slidemake.verdict_outcomes import outcome_verdict
+
+OPTIONS: dict[str, Any] = {"bootstrap": 2000, "seed": 0, "level": 0.95, "stratify": True}
+MIN_SITE = 5  # patients below which a site gets no figures of its own
+COLUMNS = ("model", "metric", "scope", "value", "low", "high", "n", "positives", "reason")
+
+
+class _Draws:
+    """Bootstrap weights per scope and set of patients, made once and shared by all models."""
+
+    def __init__(self, kind: Kind, options: dict[str, Any]):
+        self.kind, self.options = kind, options
+        self._kept: dict[tuple, np.ndarray] = {}
+
+    def weights(self, scope: str, table: OutcomeTable, chosen: np.ndarray) -> np.ndarray:
+        key = (scope, tuple(table.patients[i] for i in chosen))
+        if key not in self._kept:
+            strata = self.kind.strata(table.truth[chosen])
+            strata = strata if self.options["stratify"] else np.zeros_like(strata)
+            seed = scope_seed(self.options["seed"], scope)
+            self._kept[key] = bootstrap_weights(strata, self.options["bootstrap"], seed)[0]
+        return self._kept[key]
+
+
+def _figures(
+    kind: Kind, values: dict, draws: dict, table: OutcomeTable, repeat: int, chosen: np.ndarray, level: float
+) -> dict[str, dict[str, Any]]:
+    """{metric: {value, low, high, reason}} of point values (1,) and draws (B,)."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if np.isfinite(value[0]):
+            low, high = percentile_interval(draws[name], level)
+            found[name] = {"value": float(value[0]), "low": low, "high": high, "reason": None}
+        else:
+            reason = kind.why(name, table, repeat, chosen) or "undefined in one of the repeats"
+            found[name] = {"value": None, "low": None, "high": None, "reason": f"not defined, because {reason}"}
+    return found
+
+
+def _entry(kind: Kind, table: OutcomeTable, chosen: np.ndarray, metrics: dict, reason: str | None = None) -> dict:
+    positives = kind.positives(table.truth[chosen])
+    return {"n": len(chosen), "positives": positives, "reason": reason, "metrics": metrics}
+
+
+def _mean_over(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
+
+
+def _scope(table: OutcomeTable, chosen: np.ndarray, scope: str, draws: _Draws) -> tuple[dict, dict, dict[str, Any]]:
+    """(draws of the mean over repeats, entries of the repeats, entry of the mean) over the patients `chosen`."""
+    kind, level = draws.kind, draws.options["level"]
+    weights = draws.weights(scope, table, chosen)
+    points, resampled, single, at = [], [], {}, 0
+    for r, repeat in enumerate(table.repeats):
+        known = table.known(r)[chosen]
+        if not known.any():
+            continue
+        part, at = chosen[known], r
+        points.append(kind.over(table, r, part, None))
+        resampled.append(kind.over(table, r, part, weights[:, known]))
+        figures = _figures(kind, points[-1], resampled[-1], table, r, part, level)
+        single[f"repeat:{repeat}"] = _entry(kind, table, part, figures)
+    mean = _mean_over(resampled)
+    figures = _figures(kind, _mean_over(points), mean, table, at, chosen[table.known(at)[chosen]], level)
+    return mean, single, _entry(kind, table, chosen, figures)
+
+
+def _fold_scopes(table: OutcomeTable, draws: _Draws) -> dict[str, Any]:
+    kind, scopes = draws.kind, {}
+    for r, repeat in enumerate(table.repeats):
+        for fold in sorted(set(table.fold[r].tolist()) - {-1}):
+            inside, name = np.flatnonzero(table.fold[r] == fold), f"fold:{repeat}/{fold}"
+            resampled = kind.over(table, r, inside, draws.weights(name, table, inside))
+            values = kind.over(table, r, inside, None)
+            figures = _figures(kind, values, resampled, table, r, inside, draws.options["level"])
+            scopes[name] = _entry(kind, table, inside, figures)
+    return scopes
+
+
+def _site_scopes(table: OutcomeTable, draws: _Draws) -> dict[str, Any]:
+    scopes = {}
+    for site in sorted(set(table.sites) - {""}):
+        chosen = np.flatnonzero(np.array(table.sites) == site)
+        if len(chosen) < MIN_SITE:
+            reason = f"{len(chosen)} patients; figures need at least {MIN_SITE}"
+            scopes[f"site:{site}"] = _entry(draws.kind, table, chosen, {}, reason)
+        else:
+            scopes[f"site:{site}"] = _scope(table, chosen, f"site:{site}", draws)[2]
+    return scopes
+
+
+def _spread(scopes: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Mean, sd and extremes of each metric over the scopes that start with `prefix`; undefined ones are left out."""
+    entries = [scope["metrics"] for name, scope in scopes.items() if name.startswith(prefix)]
+    found = {}
+    for metric in entries[0] if entries else ():
+        values = np.array([e[metric]["value"] for e in entries if e[metric]["value"] is not None])
+        if len(values):
+            sd = float(values.std(ddof=1)) if len(values) > 1 else None
+            row = {"mean": float(values.mean()), "sd": sd, "min": float(values.min()), "max": float(values.max())}
+            found[metric] = {**row, "n": len(values), "undefined": len(entries) - len(values)}
+    return found
+
+
+def _one_model(table: OutcomeTable, draws: _Draws) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    kind, everyone = draws.kind, np.arange(len(table.patients))
+    mean_draws, repeats, pooled = _scope(table, everyone, "pooled", draws)
+    ensemble = _scope(table.mean(), everyone, "pooled", draws)[2]
+    folds, sites = _fold_scopes(table, draws), _site_scopes(table, draws)
+    scopes = {"pooled": pooled, "ensemble": ensemble, **repeats, **folds, **sites}
+    spread = {"repeats": _spread(repeats, "repeat:"), "folds": _spread(folds, "fold:")}
+    control = table.name in CONTROLS or table.name == kind.null
+    return {"control": control, "scopes": scopes, "spread": spread, **kind.extras(table)}, mean_draws
+
+
+def _difference(
+    a: OutcomeTable, b: OutcomeTable, entries: dict[str, Any], draws: dict[str, dict], level: float
+) -> dict[str, Any]:
+    """Paired differences a - b of the pooled metrics, on the same resampled patients."""
+    if a.cohort() != b.cohort():
+        return {"model": a.name, "reference": b.name, "metrics": {}, "reason": "the two models saw different patients"}
+    metrics: dict[str, dict[str, float | None]] = {}
+    for name in entries[a.name]["scopes"]["pooled"]["metrics"]:
+        one, two = (entries[m]["scopes"]["pooled"]["metrics"].get(name, {}).get("value") for m in (a.name, b.name))
+        metrics[name] = {"difference": None, "low": None, "high": None}
+        if one is not None and two is not None:
+            low, high = percentile_interval(draws[a.name][name] - draws[b.name][name], level)
+            metrics[name] = {"difference": one - two, "low": low, "high": high}
+    return {"model": a.name, "reference": b.name, "metrics": metrics, "reason": None}
+
+
+def within_sites(entry: dict[str, Any], metric: str) -> dict[str, Any] | None:
+    """The metric inside sites, weighted by their patients, beside the pooled one; None when no site has a value."""
+    sites = [scope for name, scope in entry["scopes"].items() if name.startswith("site:")]
+    found = [(s["n"], s["metrics"][metric]["value"]) for s in sites if s["metrics"]]
+    found = [(n, value) for n, value in found if value is not None]
+    pooled = entry["scopes"]["pooled"]["metrics"][metric]["value"]
+    if not found or pooled is None:
+        return None
+    patients = sum(n for n, _ in found)
+    within = sum(n * value for n, value in found) / patients
+    return {"within": within, "pooled": pooled, "sites": len(found), "patients": patients}
+
+
+def evaluate_tables(
+    tables: list[OutcomeTable], options: dict[str, Any] | None = None, contamination: dict | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
+
+    The baseline that knows no features (prevalence, mean, kaplan_meier) is added here. Raises RunError without models,
+    or when they are of different tasks.
+    """
+    options = OPTIONS | {key: value for key, value in (options or {}).items() if key in OPTIONS}
+    if not tables:
+        raise RunError("evaluate: no predictions to evaluate; name at least one model under the task's models")
+    if len({(t.kind, t.names) for t in tables}) > 1:
+        raise RunError("evaluate: the models of one task were trained for different labels; train them again")
+    kind, first = KINDS[tables[0].kind], tables[0]
+    tables = [*tables, kind.null_model(first)]
+    draws, entries, resampled = _Draws(kind, options), {}, {}
+    for table in tables:
+        entries[table.name], resampled[table.name] = _one_model(table, draws)
+    controls = [t for t in tables if entries[t.name]["control"]]
+    pairs = [
+        (a, b)
+        for a in tables
+        for b in controls
+        if a.name != b.name and (b.name == REFERENCE or not entries[a.name]["control"])
+    ]
+    result = {
+        "format": "slidemake-metrics",
+        "format_version": 1,
+        "version": STAGE_VERSIONS["evaluate"],
+        "type": kind.kind,
+        "primary": kind.primary,
+        "check": kind.check or kind.primary,
+        "chance": kind.chance,
+        "few": [kind.rare(first), kind.few],
+        "lower_is_better": list(kind.lower_is_better),
+        "options": options,
+        "classes": list(first.names) if kind.kind == "ordinal" else [],
+        "names": list(first.names),
+        "positive": None,
+        "patients": len(first.patients),
+        "class_counts": kind.counts(first),
+        "repeats": len(first.repeats),
+        "models": entries,
+        "comparisons": [_difference(a, b, entries, resampled, options["level"]) for a, b in pairs],
+        "confounding": {
+            "sites": {site: first.sites.count(site) for site in sorted(set(first.sites))},
+            "within_site": {
+                name: within_sites(entry, kind.primary) for name, entry in entries.items() if not entry["control"]
+            },
+        },
+        "contamination": contamination or {},
+    }
+    result["verdict"] = outcome_verdict(result, [in_words(e, c) for e, c in (contamination or {}).items()])
+    curves = {
+        name: {key: entry.pop(key) for key in ("points", "groups") if key in entry} for name, entry in entries.items()
+    }
+    return result, {"type": kind.kind, "positive": None, "models": curves}
+
+
+def outcome_metrics_table(result: dict[str, Any]) -> str:
+    """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
+    for model, entry in result["models"].items():
+        for scope, body in entry["scopes"].items():
+            size = (body["n"], "" if body["positives"] is None else body["positives"])
+            if not body["metrics"]:
+                writer.writerow((model, result["primary"], scope, "", "", "", *size, body["reason"]))
+            for metric, m in body["metrics"].items():
+                figures = (number(m["value"]), number(m["low"]), number(m["high"]))
+                writer.writerow((model, metric, scope, *figures, *size, m["reason"] or ""))
+    return text.getvalue()
+
+
+def evaluate_outcomes(
+    predictions: list[str | Path],
+    names: list[str],
+    kind: str,
+    options: dict[str, Any],
+    metrics: Path,
+    table: Path,
+    curves: Path,
+    contamination: dict[str, list[str]] | None = None,
+) -> dict[str, Any]:
+    """Read the predictions of every model of a task of type `kind` and write metrics.json, metrics.csv, curves.json."""
+    if len(predictions) != len(names):
+        raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
+    tables = [read_outcomes(path, name, kind) for path, name in zip(predictions, names, strict=True)]
+    result, points = evaluate_tables(tables, options, contamination)
+    write_text(table, outcome_metrics_table(result))
+    write_json(curves, points)
+    write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
+    return result

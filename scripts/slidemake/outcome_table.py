@@ -1,0 +1,137 @@
+"""Reading `predictions_patients.csv` of tasks that are no plain classes: a row per patient and repeat, out of fold."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slidemake.failures import RunError
+from slidemake.prediction_table import NEEDED
+from slidemake.provenance import check_file, read_json
+from slidemake.targets import parse_multilabel, parse_survival
+
+
+@dataclass(frozen=True)
+class OutcomeTable:
+    """Predictions of one model; n patients in order of their id, R repeats.
+
+    What truth, values and decisions are depends on the type of the task:
+
+                truth (n, T)                    values (R, n, P)            decisions (R, n, Q)
+    ordinal     grade                           probability of each grade   grade
+    multilabel  1, 0 or -1 (not known)          probability of each label   1 or 0 of each label
+    regression  the number                      the number                  none (Q = 0)
+    survival    time; 1 event, 0 censored       risk, S at each horizon     1 high risk, 0 low
+    """
+
+    name: str
+    kind: str
+    names: tuple[str, ...]  # grades, labels, or horizons as text
+    patients: tuple[str, ...]
+    sites: tuple[str, ...]
+    truth: np.ndarray
+    repeats: tuple[int, ...]
+    values: np.ndarray  # NaN where a repeat has no prediction for a patient
+    decisions: np.ndarray  # NaN likewise
+    fold: np.ndarray  # (R, n) int, -1 where missing
+
+    def known(self, repeat: int) -> np.ndarray:
+        """(n,) whether the repeat (its index) predicts a patient."""
+        return self.fold[repeat] >= 0
+
+    def cohort(self) -> tuple[Any, ...]:
+        """What two models must share to be compared patient by patient."""
+        return self.patients, self.truth.tolist()
+
+    def mean(self) -> OutcomeTable:
+        """The same with values averaged over repeats, as a single repeat; decisions by their majority."""
+        values = np.nanmean(self.values, axis=0, keepdims=True)
+        decisions = np.nanmean(self.decisions, axis=0, keepdims=True)
+        if self.kind == "ordinal":
+            from slidemake.outcomes import median_grade
+
+            decisions = median_grade(values)[..., None].astype(float)
+        else:
+            decisions = (decisions >= 0.5).astype(float)
+        return replace(self, repeats=(0,), values=values, decisions=decisions, fold=self.fold.max(0, keepdims=True))
+
+
+def _columns(kind: str, columns: list[str]) -> tuple[tuple[str, ...], list[str], list[str]]:
+    """(names, columns of values, columns of decisions)."""
+    if kind == "survival":
+        at = [c for c in columns if c.startswith("survival_")]
+        return tuple(c.removeprefix("survival_") for c in at), ["risk", *at], ["predicted"]
+    if kind == "regression":
+        return (), ["predicted"], []
+    prob = [c for c in columns if c.startswith("prob_")]
+    names = tuple(c.removeprefix("prob_") for c in prob)
+    return names, prob, ["predicted"] if kind == "ordinal" else [f"predicted_{name}" for name in names]
+
+
+def _truth(kind: str, names: tuple[str, ...], label: str) -> list[float]:
+    if kind == "survival":
+        time, event = parse_survival(label)
+        return [time, float(event)]
+    if kind == "regression":
+        return [float(label)]
+    if kind == "ordinal":
+        return [names.index(label)]
+    parsed = parse_multilabel(label)
+    return [parsed[name] for name in names]
+
+
+def _decision(kind: str, names: tuple[str, ...], cell: str) -> float:
+    if kind == "survival":
+        return {"low": 0.0, "high": 1.0}[cell]
+    return float(names.index(cell)) if kind == "ordinal" else float(cell)
+
+
+def read_outcomes(path: str | Path, name: str, kind: str) -> OutcomeTable:
+    """Predictions of model `name` for a task of type `kind`.
+
+    Raises RunError (with the row) for missing columns, cells that are no finite numbers or no such class, a patient
+    with two rows in one repeat, or with two labels.
+    """
+    trained = Path(path).with_name("train.json")
+    if trained.exists():
+        check_file(path, read_json(trained))
+    with open(path, newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        columns, rows = list(reader.fieldnames or []), list(reader)
+    names, of_values, of_decisions = _columns(kind, columns)
+    missing = [c for c in (*NEEDED, *of_values, *of_decisions) if c not in columns]
+    if missing or not of_values:
+        raise RunError(f"{path}: columns missing for a {kind} task: {', '.join(missing) or 'prob_<name>'}")
+    if not rows:
+        raise RunError(f"{path}: no predictions; see the log of train_aggregator for why no patient was tested")
+    patients = tuple(sorted({row["patient_id"] for row in rows}))
+    repeats = tuple(sorted({int(row["repeat"]) for row in rows}))
+    shape = (len(repeats), len(patients))
+    values = np.full((*shape, len(of_values)), np.nan)
+    decisions, fold = np.full((*shape, len(of_decisions)), np.nan), np.full(shape, -1)
+    truth: dict[int, list[float]] = {}
+    sites = [""] * len(patients)
+    at_patient = {patient: i for i, patient in enumerate(patients)}
+    for number, row in enumerate(rows, start=2):
+        where = f"{path}, row {number} (patient {row['patient_id']})"
+        i, r = at_patient[row["patient_id"]], repeats.index(int(row["repeat"]))
+        if fold[r, i] >= 0:
+            raise RunError(f"{where}: the patient is tested twice in repeat {row['repeat']}: it leaks between folds")
+        try:
+            label = _truth(kind, names, row["label"])
+            values[r, i] = [float(row[c]) for c in of_values]
+            decisions[r, i] = [_decision(kind, names, row[c]) for c in of_decisions]
+            fold[r, i] = int(row["fold"])
+        except (ValueError, KeyError) as error:
+            raise RunError(f"{where}: not a prediction of a {kind} task ({error})") from None
+        if not np.isfinite(values[r, i]).all():
+            raise RunError(f"{where}: a prediction must be a finite number")
+        if truth.setdefault(i, label) != label:
+            raise RunError(f"{where}: the patient has another label in an earlier row")
+        sites[i] = row.get("site") or ""
+    table = np.array([truth[i] for i in range(len(patients))], float)
+    return OutcomeTable(name, kind, names, patients, tuple(sites), table, repeats, values, decisions, fold)

@@ -1,0 +1,223 @@
+"""Evaluation of numbers, grades, several labels and survival: figures, controls, verdict, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import r2_score, roc_auc_score
+from slidemake.bootstrap import bootstrap_weights, percentile_interval
+from slidemake.evaluation_outcomes import COLUMNS, evaluate_outcomes, evaluate_tables
+from slidemake.failures import RunError
+from slidemake.metrics_survival import concordance, metrics_over
+from slidemake.outcome_table import OutcomeTable, read_outcomes
+from slidemake.report_outcomes import outcome_section
+
+QUICK = {"bootstrap": 200, "seed": 0}
+NAMES = {"ordinal": ("a", "b", "c"), "multilabel": ("er", "pr"), "regression": (), "survival": ("2", "4", "8")}
+
+
+def truth_of(kind, n, rng):
+    """(truth, what a perfect model would say of each patient)."""
+    severity = rng.random(n)
+    if kind == "regression":
+        return severity[:, None] * 10, severity
+    if kind == "ordinal":
+        return np.floor(severity * 3)[:, None], severity
+    if kind == "multilabel":
+        truth = np.stack([severity > 0.5, severity > 0.3], 1).astype(float)
+        truth[::7, 0] = -1
+        return truth, severity
+    died, left = rng.exponential(9 * np.exp(-3 * severity)), rng.exponential(9, n)
+    return np.stack([np.minimum(died, left), died <= left], 1).astype(float), severity
+
+
+def values_of(kind, severity):
+    """Values (n, P) and decisions (n, Q) that follow `severity`."""
+    if kind == "regression":
+        return severity[:, None] * 10, np.empty((len(severity), 0))
+    if kind == "ordinal":
+        centre = np.clip(severity * 3 - 0.5, 0, 2)
+        prob = np.exp(-((np.arange(3) - centre[:, None]) ** 2))
+        prob /= prob.sum(1, keepdims=True)
+        return prob, np.clip(np.floor(severity * 3), 0, 2)[:, None]
+    if kind == "multilabel":
+        prob = np.clip(np.stack([severity, severity + 0.2], 1), 0, 1)
+        return prob, (prob > 0.5).astype(float)
+    survival = np.exp(-np.outer(np.exp(3 * severity), np.array([2, 4, 8.0]) / 12))
+    return np.column_stack([severity, survival]), (severity > 0.5).astype(float)[:, None]
+
+
+def table(kind, name="m", n=60, noise=0.15, repeats=2, seed=0, constant=False):
+    rng = np.random.default_rng(seed)
+    truth, severity = truth_of(kind, n, rng)
+    made = []
+    for r in range(repeats):
+        noisy = np.random.default_rng([seed, r, len(name)]).normal(0, noise, n)
+        made.append(values_of(kind, np.full(n, 0.4) if constant else np.clip(severity + noisy, 0, 1)))
+    fold = np.tile(np.arange(n) % 3, (repeats, 1))
+    sites = tuple(f"s{i % 4}" if i % 4 < 3 else "" for i in range(n))
+    values, decisions = (np.stack([m[k] for m in made]) for k in (0, 1))
+    people = tuple(f"P{i:03d}" for i in range(n))
+    return OutcomeTable(name, kind, NAMES[kind], people, sites, truth, tuple(range(repeats)), values, decisions, fold)
+
+
+def check_no_nan(result, curves):
+    text = json.dumps([result, curves], allow_nan=False)  # raises for NaN
+    assert "NaN" not in text
+
+
+def figures(result, model="m", scope="pooled"):
+    return {k: m["value"] for k, m in result["models"][model]["scopes"][scope]["metrics"].items()}
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_figures_intervals_and_controls(kind):
+    good, bad = table(kind), table(kind, "mean_pool_lr", noise=1.5)
+    result, curves = evaluate_tables([good, bad], QUICK)
+    check_no_nan(result, curves)
+    primary = result["primary"]
+    pooled = result["models"]["m"]["scopes"]["pooled"]["metrics"]
+    assert pooled[primary]["low"] < pooled[primary]["value"] < pooled[primary]["high"]
+    assert pooled[primary]["value"] == pytest.approx(
+        np.mean([figures(result, scope=f"repeat:{r}")[primary] for r in range(2)])
+    )
+    assert any(line["code"] == "better_than_controls" for line in result["verdict"])
+    null = figures(result, {"regression": "mean", "survival": "kaplan_meier"}.get(kind, "prevalence"))
+    assert null[primary] == pytest.approx(result["chance"], abs=1e-9)
+    assert set(result["models"]["m"]["spread"]) == {"repeats", "folds"}
+    assert {"site:s0", "fold:0/0", "fold:1/2", "ensemble"} <= set(result["models"]["m"]["scopes"])
+
+
+def test_pooled_figures_are_those_of_the_libraries():
+    one = table("regression", repeats=1)
+    assert figures(evaluate_tables([one], QUICK)[0])["r2"] == pytest.approx(
+        r2_score(one.truth[:, 0], one.values[0, :, 0])
+    )
+    one = table("survival", repeats=1)
+    found = figures(evaluate_tables([one], QUICK)[0])
+    assert found["c_index"] == pytest.approx(concordance(one.truth[:, 0], one.truth[:, 1] == 1, one.values[0, :, 0]))
+    one = table("multilabel", repeats=1)
+    found = figures(evaluate_tables([one], QUICK)[0])
+    areas = []
+    for k, name in enumerate(one.names):
+        known = one.truth[:, k] >= 0
+        areas.append(roc_auc_score(one.truth[known, k], one.values[0, known, k]))
+        assert found[f"auroc:{name}"] == pytest.approx(areas[-1])
+    assert found["auroc"] == pytest.approx(np.mean(areas))
+
+
+def test_the_bootstrap_covers_the_truth():
+    """95 % intervals of the C-index of uninformative predictions hold 0.5 in 84 of 100 cohorts or more (3 sd)."""
+    inside = 0
+    for seed in range(100):
+        truth, _ = truth_of("survival", 40, np.random.default_rng(seed))
+        noise = np.random.default_rng([seed, 9]).random(40)
+        values, _ = values_of("survival", noise)
+        weights = bootstrap_weights(truth[:, 1].astype(int), 200, seed)[0]
+        drawn = metrics_over(truth[:, 0], truth[:, 1] == 1, values[:, 0], values[:, 1:], (2.0, 4.0, 8.0), weights)
+        low, high = percentile_interval(drawn["c_index"])
+        inside += low <= 0.5 <= high
+    assert inside >= 84
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+@pytest.mark.parametrize("case", ["constant", "three", "one_site", "one_label"])
+def test_bad_input_gives_numbers_or_reasons(kind, case, tmp_path):
+    made = table(kind, n=3 if case == "three" else 24, constant=case == "constant", repeats=1)
+    if case == "one_site":
+        made = OutcomeTable(**{**made.__dict__, "sites": ("s0",) * 24})
+    if case == "one_label":  # all censored, one grade, one value, one class of each label
+        made.truth[:] = made.truth[0]
+        made.truth[:, -1] = 0 if kind == "survival" else made.truth[0, -1]
+    result, curves = evaluate_tables([made], QUICK)
+    check_no_nan(result, curves)
+    for entry in result["models"].values():
+        for scope in entry["scopes"].values():
+            for m in scope["metrics"].values():
+                assert (m["value"] is None) == (m["reason"] is not None)
+                assert m["reason"] is None or m["reason"].startswith("not defined, because ")
+    assert result["verdict"]
+    section = outcome_section(tmp_path, result, curves, "m")
+    assert len(section["pictures"]) >= 1
+    if case == "one_label" and kind == "survival":
+        reasons = {line["code"]: line["text"] for line in result["verdict"]}
+        assert "all 24 patients are censored" in reasons["undefined"]
+    if case == "constant" and kind == "regression":
+        assert "correlation is not defined, because all predictions are the same" in " ".join(section["undefined"])
+
+
+def test_high_and_low_risk_are_compared():
+    result, curves = evaluate_tables([table("survival", n=100)], QUICK)
+    groups = curves["models"]["m"]["groups"]
+    assert groups["high"]["n"] + groups["low"]["n"] == 100
+    assert result["models"]["m"]["log_rank"]["p"] < 0.05
+    assert result["models"]["m"]["log_rank"]["hazard_ratio"] > 1
+    assert len(result["models"]["m"]["log_rank_by_repeat"]) == 2
+    assert "kaplan_meier" in result["models"]
+
+
+def written(path, kind, made):
+    columns = {
+        "regression": ["predicted"],
+        "survival": ["risk", "survival_2", "survival_4", "survival_8", "predicted"],
+        "ordinal": ["prob_a", "prob_b", "prob_c", "predicted"],
+        "multilabel": ["prob_er", "prob_pr", "predicted_er", "predicted_pr"],
+    }[kind]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["patient_id", "site", "label", "repeat", "fold", *columns])
+    for r in range(len(made.repeats)):
+        for i, patient in enumerate(made.patients):
+            truth, decided = made.truth[i].tolist(), made.decisions[r, i].tolist()
+            label = {
+                "regression": lambda t: repr(t[0]),
+                "survival": lambda t: repr(t[0]) + ("" if t[1] else "+"),
+                "ordinal": lambda t: "abc"[int(t[0])],
+                "multilabel": lambda t: ";".join(
+                    f"{n}={'?' if v < 0 else int(v)}" for n, v in zip(("er", "pr"), t, strict=True)
+                ),
+            }[kind](truth)
+            cells = {
+                "regression": list,
+                "survival": lambda d: ["high" if d[0] else "low"],
+                "ordinal": lambda d: ["abc"[int(d[0])]],
+                "multilabel": lambda d: [int(v) for v in d],
+            }[kind](decided)
+            writer.writerow([patient, made.sites[i], label, r, made.fold[r, i], *made.values[r, i].tolist(), *cells])
+    path.write_text(text.getvalue())
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_files(kind, tmp_path):
+    made = table(kind, n=20)
+    written(tmp_path / "p.csv", kind, made)
+    read = read_outcomes(tmp_path / "p.csv", "m", kind)
+    np.testing.assert_array_equal(read.truth, made.truth)
+    np.testing.assert_array_equal(read.values, made.values)
+    np.testing.assert_array_equal(read.decisions, made.decisions)
+    paths = {name: tmp_path / name for name in ("metrics", "table", "curves")}
+    evaluate_outcomes([tmp_path / "p.csv"], ["m"], kind, QUICK, **paths)
+    rows = list(csv.reader(io.StringIO(paths["table"].read_text())))
+    assert tuple(rows[0]) == COLUMNS
+    assert not any(cell.lower() in ("nan", "inf") for row in rows for cell in row)
+
+
+def test_tables_that_are_none(tmp_path):
+    made = table("regression", n=4)
+    written(tmp_path / "p.csv", "regression", made)
+    text = (tmp_path / "p.csv").read_text()
+    (tmp_path / "bad.csv").write_text(text.replace("P001,s1,", "P001,s1,x", 1))
+    with pytest.raises(RunError, match=r"row 3 .patient P001.: not a prediction of a regression task"):
+        read_outcomes(tmp_path / "bad.csv", "m", "regression")
+    with pytest.raises(RunError, match=r"columns missing for a survival task: .*risk"):
+        read_outcomes(tmp_path / "p.csv", "m", "survival")
+    doubled = text + text.splitlines()[1] + "\n"
+    (tmp_path / "twice.csv").write_text(doubled)
+    with pytest.raises(RunError, match="tested twice"):
+        read_outcomes(tmp_path / "twice.csv", "m", "regression")
+    with pytest.raises(RunError, match="no predictions to evaluate"):
+        evaluate_tables([])
