@@ -4,11 +4,12 @@ BIN := .venv/bin
 CORES ?= all
 JOBS ?= 2
 
-.PHONY: help demo test lint lock clean setup
+.PHONY: help demo test soak lint lock clean setup
 
 help:
 	@echo "make demo    set up .venv if needed, then run the demo cohort to results/report/index.html"
 	@echo "make test    set up .venv if needed, then run the tests"
+	@echo "make soak    set up .venv if needed, then run the long harnesses: kills, damage, spoilt disks"
 	@echo "make lint    ruff, snakefmt and mypy"
 	@echo "make lock    renew envs/requirements.txt from requirements-test.in, and envs/slidemake.yaml"
 	@echo "make clean   remove the demo's results and slides (not .venv)"
@@ -28,6 +29,10 @@ demo: setup
 	@echo "slidemake: running the demo cohort on $(CORES) cores"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores $(CORES)
 	@echo "slidemake: open results/report/index.html"
+
+soak: setup
+	@echo "slidemake: killing, fuzzing and spoiling disks for an hour or more (full and forbidden disks only as root)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --folder "$${SOAK:-$$(mktemp -d -t slidemake-soak-XXXXXX)}"
 
 test: setup
 	@echo "slidemake: running the tests (about 10 minutes on 2 cores; real slides are used where SLIDEMAKE_TEST_DATA points)"

@@ -289,9 +289,13 @@ def run_case(good: Workshop, number: int, seed: int, scratch: Path, only: str | 
 
 
 def run(cases: int, seed: int, jobs: int = 1, only: str | None = None, folder: Path | None = None) -> list[Case]:
-    """All cases, on `jobs` processes. What ended wrong keeps its folder (case<number>)."""
+    """All cases, on `jobs` processes. What ended wrong keeps its folder (case<number>). A line of JSON for each goes
+    into `folder`/fuzz.jsonl.
+    """
     folder = folder or Path(tempfile.mkdtemp(prefix="slidemake-fuzz-"))
-    Workshop.make(folder / "good")
+    if not (folder / "good" / "made").exists():
+        Workshop.make(folder / "good")
+        (folder / "good" / "made").touch()
     command = [sys.executable, __file__, "--seed", str(seed), "--folder", str(folder)]
     command += ["--only", only] if only else []
     workers = [
@@ -304,6 +308,8 @@ def run(cases: int, seed: int, jobs: int = 1, only: str | None = None, folder: P
         if worker.returncode:
             raise RuntimeError(f"a fuzzing process ended with {worker.returncode}")
         found += [Case(**json.loads(line)) for line in text.splitlines()]
+    with open(folder / "fuzz.jsonl", "a") as handle:
+        handle.writelines(json.dumps(asdict(case)) + "\n" for case in found)
     return sorted(found, key=lambda case: case.number)
 
 

@@ -295,14 +295,14 @@ def run_trial(number: int, seed: int, folder: Path, reference: Project, moments:
 
 
 def run(moments: int, seed: int, folder: Path, first: int = 0) -> list[Trial]:
-    """Trials until there were as many moments; a line of JSON for each goes into `folder`/trials.jsonl."""
+    """Trials until there were as many moments; a line of JSON for each goes into `folder`/kill.jsonl."""
     reference = reference_run(folder)
     trials: list[Trial] = []
     while sum(len(trial.moments) for trial in trials) < moments:
         left = moments - sum(len(trial.moments) for trial in trials)
         trial = run_trial(first + len(trials), seed, folder, reference, min(PER_TRIAL, left))
         trials.append(trial)
-        with open(folder / "trials.jsonl", "a") as handle:
+        with open(folder / "kill.jsonl", "a") as handle:
             handle.write(json.dumps(asdict(trial)) + "\n")
         told = Counter(moment.kind for moment in trial.moments)
         print(f"trial {trial.number}: {dict(told)}, {trial.seconds:.0f} s", flush=True)
