@@ -8,7 +8,7 @@ all results have to be those from before.
 
     full        a tmpfs without a byte left (ENOSPC)
     read-only   a bind mount (EROFS)
-    forbidden   a folder of root's, and Snakemake run by somebody else (EACCES)
+    forbidden   a folder of another user's, and root without the right to pass over permissions (EACCES)
     slow        every rename, opening and read of a slide takes a random while
     late        what another process has written shows after 2 s, as on a network file system
 """
@@ -33,6 +33,7 @@ from snakemake_run import ENCODER, GRID, Outcome, Project, environment
 
 RACKS = ("r00000", "r00001")
 NOBODY = 65534
+MERE_MORTAL = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner"]  # permissions hold for root, too
 WORDS = {"full": "No space", "read-only": "No permission", "forbidden": "No permission"}
 
 
@@ -86,14 +87,12 @@ class Fault:
     seconds: float
 
 
-def run_in(project: Project, script: str, command: list[str], as_nobody: bool = False) -> tuple[Outcome, Outcome]:
+def run_in(project: Project, script: str, command: list[str]) -> tuple[Outcome, Outcome]:
     """Run a shell script in a mount namespace of its own; $@ is the command, `spoilt` and `mended` keep its output."""
-    runner = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if as_nobody else []
-    home = {"HOME": str(project.folder), "MPLCONFIGDIR": str(project.folder / "mpl")} if as_nobody else {}
     ended = subprocess.run(
-        ["unshare", "-m", "bash", "-ec", script, "bash", *runner, *command],
+        ["unshare", "-m", "bash", "-ec", script, "bash", *command],
         cwd=project.folder,
-        env=environment(**home),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,
@@ -123,11 +122,10 @@ SCRIPTS = {
         umount results/{spoil}
         run mended "$@" """,
     "forbidden": """
-        chown -R 65534:65534 .; chown -R 0:0 results/{spoil}; chmod -R a-w results/{spoil}
+        chown -R {nobody} results/{spoil}; chmod -R a-w,a+rX results/{spoil}
         run spoilt "$@"
-        chmod -R u+w results/{spoil}; chown -R 65534:65534 .
-        run mended "$@"
-        chown -R 0:0 .""",
+        chown -R 0 results/{spoil}; chmod -R u+w results/{spoil}
+        run mended "$@" """,
 }
 
 
@@ -140,8 +138,8 @@ def inject(stage: Stage, kind: str, reference: Project, folder: Path) -> Fault:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (project.results / stage.spoil).mkdir(exist_ok=True)
     command = project.command(*(f"results/{name}" for name in stage.ask))
-    script = RUN_TWICE + SCRIPTS[kind].format(spoil=stage.spoil)
-    first, second = run_in(project, script, command, as_nobody=kind == "forbidden")
+    script = RUN_TWICE + SCRIPTS[kind].format(spoil=stage.spoil, nobody=NOBODY)
+    first, second = run_in(project, script, [*(MERE_MORTAL if kind == "forbidden" else []), *command])
     if first.code == 0 and not stage.may_go_on:
         wrong.append("the run ended well on a spoilt disk")
     if "Traceback" in first.text or (first.code and WORDS[kind] not in first.text):

@@ -247,9 +247,14 @@ class Killer:
         return True
 
     def unlock_if_asked(self) -> None:
-        """Start again after a kill: the message asks for --unlock, or the run may go on at once."""
+        """After a kill the message asks for --unlock, or the run may go on at once. The first time in a trial the
+        command is taken from the message; then its effect is enough.
+        """
         locks = self.project.folder / ".snakemake" / "locks"
-        if any(locks.glob("*.lock")):
+        if self.trial.unlocked:
+            for lock in locks.glob("*.lock"):
+                lock.unlink()
+        elif any(locks.glob("*.lock")):
             outcome = self.project.run(self.target)
             if outcome.code and not self.unlock(outcome.text):
                 self.trial.wrong.append(f"no way out is named: {outcome.text[-1500:]}")
@@ -294,13 +299,13 @@ def run_trial(number: int, seed: int, folder: Path, reference: Project, moments:
     return trial
 
 
-def run(moments: int, seed: int, folder: Path, first: int = 0) -> list[Trial]:
+def run(moments: int, seed: int, folder: Path, first: int = 0, per_trial: int = PER_TRIAL) -> list[Trial]:
     """Trials until there were as many moments; a line of JSON for each goes into `folder`/kill.jsonl."""
     reference = reference_run(folder)
     trials: list[Trial] = []
     while sum(len(trial.moments) for trial in trials) < moments:
         left = moments - sum(len(trial.moments) for trial in trials)
-        trial = run_trial(first + len(trials), seed, folder, reference, min(PER_TRIAL, left))
+        trial = run_trial(first + len(trials), seed, folder, reference, min(per_trial, left))
         trials.append(trial)
         with open(folder / "kill.jsonl", "a") as handle:
             handle.write(json.dumps(asdict(trial)) + "\n")
@@ -330,11 +335,12 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial, to go on in pieces")
+    parser.add_argument("--per-trial", type=int, default=PER_TRIAL)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="slidemake-kill-"))
     os.chdir(TESTS)
-    found = summary(run(options.moments, options.seed, folder, options.first))
+    found = summary(run(options.moments, options.seed, folder, options.first, options.per_trial))
     print(json.dumps(found))
     return int(bool(found["lost"] or found["wrong"]))
 

@@ -34,7 +34,9 @@ def test_killed_at_random_moments(finished: Project, tmp_path: Path):
 
 
 @pytest.mark.skipif(not faults.may_mount(), reason="needs the right to mount in a namespace of its own")
-@pytest.mark.parametrize(("stage", "kind"), [("report", "full"), ("splits", "read-only")])
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("report", "full"), ("splits", "read-only"), ("cohort check", "forbidden")]
+)
 def test_spoilt_disks(finished: Project, tmp_path: Path, stage: str, kind: str):
     (spoilt,) = [found for found in faults.STAGES if found.name == stage]
     fault = faults.inject(spoilt, kind, finished, tmp_path)
