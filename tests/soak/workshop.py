@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,9 @@ class Named(SimpleNamespace):
 
     def get(self, name: str, default: Any = None) -> Any:
         return getattr(self, name, default)
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        return vars(self).items()
 
 
 @dataclass(frozen=True)
