@@ -93,22 +93,18 @@ def _close(one: np.ndarray, two: np.ndarray) -> bool:
 
 
 def _independent(path: Path, at: list[int], attrs: dict) -> np.ndarray | None:
-    """The tile as OpenSlide and Pillow give it, at its exact place: stored coordinates are rounded."""
-    sizes = attrs["tile_level0_px"]
-    exact = [round(a / size) * size for a, size in zip(at, sizes, strict=True)]
-    x, y = (e if abs(e - a) <= 0.5 else a for e, a in zip(exact, at, strict=True))
-    w, h = (size + 2 for size in sizes)
+    """The tile as OpenSlide and Pillow give it: from its stored corner, of its exact size."""
+    w, h = attrs["tile_level0_px"]
     file = min(path.glob("*.dcm")) if path.is_dir() else path
     try:
         with openslide.OpenSlide(file) as slide:
-            region = slide.read_region((int(x), int(y)), 0, (math.ceil(w), math.ceil(h)))
+            region = slide.read_region((at[0], at[1]), 0, (math.ceil(w) + 2, math.ceil(h) + 2))
     except openslide.OpenSlideError:
         return None
     white = Image.new("RGBA", region.size, (255, 255, 255, 255))
     white.alpha_composite(region)
-    side, fx, fy = attrs["tile_px"], x - int(x), y - int(y)
-    box = (fx, fy, fx + sizes[0], fy + sizes[1])
-    return np.asarray(white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=box))
+    side = attrs["tile_px"]
+    return np.asarray(white.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box=(0, 0, w, h)))
 
 
 def sheet_is_true(sheet: Path, told: str) -> str:
