@@ -1,0 +1,30 @@
+"""The page on reliability says what the long harnesses leave out of their comparison."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
+
+from cohort import EXCEPT_FILES, EXCEPT_KEYS, TESTS
+from soak import figures, table
+
+
+def test_the_page_lists_all_exceptions():
+    page = (TESTS.parent / "docs" / "reliability.md").read_text()
+    rows = page.split("<!-- exceptions -->")[1].split("<!-- /exceptions -->")[0].strip().splitlines()[2:]
+    listed = dict(line.strip("| ").split(" | ") for line in rows)
+    assert {name.strip("`"): why for name, why in listed.items()} == EXCEPT_FILES | EXCEPT_KEYS
+
+
+def test_the_table_counts_what_is_wrong(tmp_path):
+    (tmp_path / "kill.jsonl").write_text(
+        '{"moments": [{"kind": "job"}, {"kind": "job"}], "slowest_stop": 1.5, "lost": ["x"], "wrong": []}\n'
+    )
+    (tmp_path / "fuzz.jsonl").write_text('{"outcome": "same"}\n{"outcome": "wrong"}\n')
+    (tmp_path / "faults.jsonl").write_text('{"kind": "full", "lost": [], "wrong": ["y", "z"]}\n')
+    found = figures(tmp_path)
+    assert (found["moments"], found["cases"], found["faults"]) == (2, 2, 1)
+    assert (found["lost"], found["wrong"]) == (1, 3)
+    assert "| moments killed | 2 | 1 runs: 2 job |" in table(found)
