@@ -156,13 +156,14 @@ def process_rack(
     def commit(number: int, job: SlideJob, store: TileStore, features: np.ndarray) -> None:
         model = models[number].encoder
         about = {"path": model.path_name, "device": device, "batch": batch}
-        write_embeddings(job, features.astype(dtype), store, model, {"engine": about})
+        write_embeddings(job, features, store, model, {"engine": about})
 
     engine = Engine(
         work,
         models,
         commit,
         batch=batch,
+        dtype=dtype,
         workers=max(1, threads) if device == "cpu" else max(READERS_PER_GPU, threads),
         progress=Progress(sum(tiles[slide_id] for _, slide_id in pending)).add,
     )

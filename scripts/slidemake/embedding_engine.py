@@ -190,8 +190,10 @@ class Engine:
         batch: int,
         workers: int,
         progress: Callable[[int], None],
+        dtype: str = "float32",
     ):
         self._work, self._models, self._commit, self._batch_size, self._progress = work, models, commit, batch, progress
+        self._dtype = dtype
         self._results: dict[tuple[int, str], Future[dict[str, Any]]] = {
             (number, job.slide_id): Future() for jobs in work for number, job in jobs.items()
         }
@@ -255,7 +257,7 @@ class Engine:
                 tiles = source.read(start, min(start + self._batch_size, len(source)))
                 for number, stain in stains.items():
                     try:
-                        found[number] = self._models[number](tiles, stain)
+                        found[number] = self._models[number](tiles, stain).astype(self._dtype)
                     except Exception as error:  # of this encoder alone
                         found[number] = error
             self._progress(len(tiles) * len(stains))
@@ -274,7 +276,7 @@ class Engine:
         for number, job in jobs.items():
             try:
                 with isolation.working_on(job.slide_id):
-                    features = self._joined(number, [batch[number] for batch in done])
+                    features = self._joined(number, len(source), [batch.pop(number) for batch in done])
                     self._commit(number, job, source.store, features)
             except Exception as error:
                 self._results[number, job.slide_id].set_exception(error)
@@ -283,17 +285,19 @@ class Engine:
             figures = {"tiles": len(features), "tiles_per_second": round(rate, 1)}
             self._results[number, job.slide_id].set_result(figures)
 
-    def _joined(self, number: int, parts: list[np.ndarray | Exception]) -> np.ndarray:
-        """(N, D) features in the order of the tiles."""
+    def _joined(self, number: int, tiles: int, parts: list[np.ndarray | Exception]) -> np.ndarray:
+        """(N, D) features in the order of the tiles. Takes the parts out of the list, so that they are in memory once."""
         record = self._models[number].encoder.record
-        arrays = []
-        for part in parts:
+        features, start = np.zeros((tiles, record.dim), self._dtype), 0
+        parts.reverse()
+        while parts:
+            part = parts.pop()
             if isinstance(part, Exception):
                 raise part
-            arrays.append(part)
-        features = np.concatenate(arrays) if arrays else np.zeros((0, record.dim), np.float32)
-        if not np.isfinite(features).all():
-            raise SlideFailure("crashed", f"{record.key} gave features that are not finite")
+            if not np.isfinite(part).all():
+                raise SlideFailure("crashed", f"{record.key} gave features that are not finite")
+            features[start : start + len(part)] = part
+            start += len(part)
         return features
 
     def _fail(self, jobs: dict[int, SlideJob], error: Exception) -> None:

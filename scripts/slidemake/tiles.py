@@ -27,6 +27,7 @@ from slidemake.integrity import check_store, problems, read_array
 
 FORMAT, FORMAT_VERSION = "slidemake-tiles", 1
 MISSING = 2**64 - 1
+CHUNK_BYTES = 64 << 20  # of arrays beside the pixels: bounds what writing and reading them takes besides
 CODECS = ("jpeg", "zstd", "none")
 
 
@@ -139,8 +140,9 @@ def shard_path(store: Path, shard: int) -> Path:
 
 
 def add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
-    """Store a small array whole, compressed and with a checksum. Empty arrays are legal."""
-    chunks = tuple(max(1, n) for n in values.shape)
+    """Store an array whole, in several chunks above `CHUNK_BYTES`, compressed and with a checksum. Empty is legal."""
+    rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
+    chunks = (max(1, min(rows, len(values))), *(max(1, n) for n in values.shape[1:]))
     array = group.create_array(
         name,
         shape=values.shape,
