@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers as peer_programs
 from inputs import Slide, tile
 from measure import Row, Timed, compare, in_turns
 
 THREADS, BATCH = 2, 16
+PEER_TURNS = 2  # each takes a quarter of a minute
 ENCODER = "efficientnet_lite0"
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 def stain_transform() -> dict[str, Any]:
@@ -106,13 +107,16 @@ def eager(slide: Slide, store: Path, tiles: int, malloc: bool) -> dict[str, floa
     """`eager.py` in a process of its own: {"model": tiles/s, "loop": tiles/s}."""
     command = [sys.executable, str(Path(__file__).with_name("eager.py")), slide.path, str(store), str(tiles)]
     plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    environment = plain | (MALLOC if malloc else {})
+    environment = plain | (peer_programs.MALLOC if malloc else {})
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path) -> list[Row]:
-    """Rows of embedding one slide, and many small ones; the tiles in memory are the first of the one slide."""
+def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path, others: dict[str, Any]) -> list[Row]:
+    """Rows of embedding one slide, and many small ones; the tiles in memory are the first of the one slide.
+
+    `others`: peers that are installed, as `peers.find` gives them.
+    """
     from slidemake.encoder_runtime import keep_freed_memory
 
     keep_freed_memory()
@@ -134,9 +138,11 @@ def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path) -> l
     runs["network"] = partial(network_alone, encoder, tiles)
     runs["intra"] = partial(one_batch_two_threads, encoder, tiles)
     peers: dict[str, Timed] = {f"{w} {m}": Timed() for w in ("model", "loop") for m in (False, True)}
+    others = {name: others[name] for name in peer_programs.TITLES if name in others}
+    programs = {(name, malloc): Timed() for name in others for malloc in (False, True)}
     measured = {name: Timed() for name in runs}
     model_alone(encoder, tiles[: 4 * BATCH])  # the first calls of a traced model optimise it
-    for _ in range(repeats):  # other processes take turns with this one
+    for turn in range(repeats):  # other processes take turns with this one
         for name, timed in in_turns(runs, 1, warm=False).items():
             measured[name].wall += timed.wall
             measured[name].cpu += timed.cpu
@@ -145,6 +151,12 @@ def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path) -> l
             for what in ("model", "loop"):
                 peers[f"{what} {malloc}"].wall.append(found[what])
                 peers[f"{what} {malloc}"].cpu.append(found[f"{what}_cpu"])
+        for (name, malloc), timed in programs.items():
+            if turn < PEER_TURNS and len(timed.wall) == turn:  # one that failed is not tried again
+                try:
+                    peer_programs.embed_once(others, name, large.path, malloc, timed)
+                except peer_programs.PeerFailed as error:
+                    print(error, file=sys.stderr)
 
     rows: list[Row] = []
     n = {s.slide_id: len(TileStore(stores[s.slide_id][0])) for s in (large, small)}
@@ -167,6 +179,13 @@ def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path) -> l
     row("large slide", "eager model alone, same allocator", peers["model True"])
     row("large slide", "OpenSlide + DataLoader + eager, as shipped", peers["loop False"], ">=4")
     row("large slide", "OpenSlide + DataLoader + eager, same allocator", peers["loop True"], ">=2")
+    for (name, malloc), timed in programs.items():
+        if not timed.wall:
+            continue
+        beside = f"{peer_programs.TITLES[name]}, {'same allocator' if malloc else 'as shipped'}"
+        ours = measured["large slide"].first(len(timed.wall))
+        bar = ">=2" if malloc else ">=4"
+        rows.append(compare("embedding", names["large slide"], "tiles/s", ours, beside, timed, bar=bar))
     return rows + stain_rows(encoder, tiles[: min(len(tiles), 256)], repeats)
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers as peer_programs
 import torch
 import torch.nn.functional as F
 from measure import Row, Timed, compare, in_turns
 from slidemake.bags import Bags, make_bags
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.objectives import class_objective
+from slidemake.training import member_plan
 from torch import Tensor, nn
 
 DIM = 1280
@@ -81,8 +87,74 @@ def two_members(work: Callable[[], float]) -> float:
         return sum(future.result() for future in [pool.submit(work), pool.submit(work)])
 
 
-def measure(count: int, tiles: int, epochs: int, repeats: int) -> list[Row]:
-    """Rows for `count` bags of `tiles` tiles."""
+def job_minutes(bags: Bags, labels: dict[str, int], members: int) -> Timed:
+    """Minutes that 5 folds and 5 seeds of four members each take on two threads, from `members` of them, trained as
+    configured by default to their early stop (test predictions and calibration, a matter of seconds, are not in it).
+    """
+    objective, names = class_objective(labels, sorted(labels), 2, DEFAULTS), sorted(labels)
+    plan = member_plan(names[: len(names) * 4 // 5], [], labels, DEFAULTS["validation"], 0)
+    jobs = [(*plan[i % len(plan)], i) for i in range(members)]
+
+    def one(job: tuple[list[str], list[str], int]) -> int:
+        train, val, seed = job
+        return len(fit_member(bags, objective, train, val, DEFAULTS, seed).curve)
+
+    def all_of_them() -> float:
+        with ThreadPoolExecutor(2, initializer=partial(torch.set_num_threads, 1)) as pool:
+            list(pool.map(one, jobs))
+        return members
+
+    rate = in_turns({"job": all_of_them}, 1, warm=False)["job"]
+    fits = 5 * 5 * len(plan)
+    return Timed([fits / rate.wall[0] / 60], [fits / rate.cpu[0] / 60])
+
+
+def memory(folder: Path, count: int, tiles: int, dim: int) -> float:
+    """MB that an epoch over `count` bags of `tiles` tiles in a file of float16 needs, beyond what training on eight
+    small bags took (the features are zeros, so that the file is sparse).
+    """
+    path = str(folder / "features.npy")
+    code = f"""
+import json, resource, sys
+sys.path[:0] = {sys.path[:2]!r}
+import numpy as np, torch, bench_mil
+from slidemake.bags import make_bags
+torch.set_num_threads(1)
+count, tiles, dim = {count}, {tiles}, {dim}
+names = [f"{{i:05d}}" for i in range(count)]
+def largest():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = make_bags(np.zeros((8 * 64, dim), np.float32), names[:8], names[:8], [64] * 8, {{"key": "b"}})
+labels = {{name: i % 2 for i, name in enumerate(names)}}
+bench_mil.ours(small, dict(list(labels.items())[:8]), 1)
+before = largest()
+np.lib.format.open_memmap({path!r}, "w+", np.float16, (count * tiles, dim))
+bags = make_bags(np.load({path!r}, mmap_mode="r"), names, names, [tiles] * count, {{"key": "b"}})
+bench_mil.ours(bags, labels, 1)
+print(json.dumps(largest() - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    Path(path).unlink()
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def torchmil_row(size: str, others: dict[str, Any], count: int, tiles: int, epoch: Timed, repeats: int) -> list[Row]:
+    if "torchmil" not in others:
+        return []
+    theirs = Timed()
+    try:
+        for _ in range(repeats):
+            peer_programs.measure_once(others, "torchmil", [str(count), str(tiles)], False, theirs)
+    except peer_programs.PeerFailed as error:
+        print(error, file=sys.stderr)
+        return []
+    return [compare("mil", f"{size}, every tile, per epoch", "bags/s", epoch, "torchmil, own loop, 1 thread", theirs)]
+
+
+def measure(size: dict[str, Any], repeats: int, folder: Path, others: dict[str, Any]) -> list[Row]:
+    """Rows for the bags of `size`: an epoch beside a plain loop and torchmil, a whole job, memory of a large cohort."""
+    count, tiles, epochs = size["bags"]
+    many = size["many"]
     rng = np.random.default_rng(0)
     features = rng.standard_normal((count * tiles, DIM), np.float32)
     names = [f"{i:04d}" for i in range(count)]
@@ -109,14 +181,41 @@ def measure(count: int, tiles: int, epochs: int, repeats: int) -> list[Row]:
     plain_loop(tensors[:4], [0, 1, 0, 1], 1, 1)  # what is paid once per process
     ours(bags, few, 1)
     times = in_turns(tasks, repeats, warm=False)
-    size = f"{count} bags x {tiles} x {DIM}"
+    what = f"{count} bags x {tiles} x {DIM}"
     row = partial(compare, "mil", unit="bags/s")
     epoch = later_epochs(times["whole"], times["first"], epochs)
     one, two = {"beside": "plain PyTorch, 1 thread"}, {"beside": "plain PyTorch, 2 threads"}
-    return [
-        row(f"{size}, every tile, per epoch", figure=epoch, limit=times["plain 1"], bar=">=1", **one),
-        row(f"{size}, every tile, all in", figure=times["whole"], limit=times["plain 1"], **one),
-        row(f"{size}, every tile, all in, from disk as float16", figure=times["mapped"], limit=times["plain 1"], **one),
-        row(f"{size}, as configured by default, all in", figure=times["default"], limit=times["plain 1"], **one),
-        row(f"{size}, every tile, all in, two members", figure=times["pair"], limit=times["plain 2"], **two),
+    job = job_minutes(bags, labels, size["members"])
+    extra = memory(folder, *many)
+    rows = [
+        row(f"{what}, every tile, per epoch", figure=epoch, limit=times["plain 1"], bar=">=1", **one),
+        row(f"{what}, every tile, all in", figure=times["whole"], limit=times["plain 1"], **one),
+        row(f"{what}, every tile, all in, from disk as float16", figure=times["mapped"], limit=times["plain 1"], **one),
+        row(f"{what}, as configured by default, all in", figure=times["default"], limit=times["plain 1"], **one),
+        row(f"{what}, every tile, all in, two members", figure=times["pair"], limit=times["plain 2"], **two),
     ]
+    rows += torchmil_row(what, others, count, tiles, epoch, repeats)
+    rows.append(
+        compare(
+            "mil",
+            f"{what}: 5 folds, 5 seeds, 2 threads, from {size['members']} of {25 * 4} members",
+            "min",
+            job,
+            "10 minutes",
+            Timed([10.0], [20.0]),
+            bar="<=10",
+            absolute=True,
+        )
+    )
+    batch = DEFAULTS["bags_per_step"] * min(many[1], DEFAULTS["max_tiles"]) * many[2] * 4 / 2**20
+    rows.append(
+        compare(
+            "mil",
+            f"memory of an epoch, {many[0]} bags x {many[1]} x {many[2]} in a file",
+            "MB",
+            Timed([extra], [extra]),
+            "a batch's tiles as float32",
+            Timed([batch], [batch]),
+        )
+    )
+    return rows

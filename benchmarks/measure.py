@@ -53,6 +53,9 @@ class Timed:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
+    def first(self, turns: int) -> Timed:
+        return Timed(self.wall[:turns], self.cpu[:turns])
+
 
 def cpu_seconds() -> float:
     """CPU time of this process with all its threads, and of its children that have ended."""

@@ -1,4 +1,7 @@
-"""A peer embeds a slide with the default encoder's network, in its own environment: PYTHON peer.py NAME SLIDE FOLDER
+"""A peer at the same work, in its own environment: PYTHON peer.py NAME SLIDE FOLDER, or torchmil BAGS TILES
+
+Without arguments: prints which peers are installed. LazySlide, slide2vec and TIAToolbox embed a slide with the default
+encoder's network; torchmil trains gated ABMIL on tensors in memory for an epoch, on one thread.
 
 Prints {"tiles", "seconds", "cpu", "version"} of the part that reads tiles and runs the model; tissue, tiling and
 loading the model are left out where the peer lets them be told apart (slide2vec does not: tissue and tiling, a second
@@ -118,12 +121,44 @@ def tiatoolbox(slide: str, folder: Path) -> Work:
             overwrite=True,
         )
         (store,) = out.values()
-        return len(zarr.open_group(str(store), mode="r")["features"])
+        return int(zarr.open_group(str(store), mode="r")["features"].shape[0])
 
     return work
 
 
-PEERS = {"lazyslide": lazyslide, "slide2vec": slide2vec, "tiatoolbox": tiatoolbox}
+def torchmil(bags: str, tiles: str) -> Work:
+    import torch
+    from torch import nn
+    from torchmil.models import ABMIL
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = [torch.randn(1, int(tiles), DIM) for _ in range(int(bags))]
+    width, attention, drop = 128, 64, 0.25  # slidemake's defaults
+    project = nn.Sequential(nn.Linear(DIM, width), nn.ReLU(), nn.Dropout(drop))
+    model = ABMIL((DIM,), att_dim=attention, gated=True, feat_ext=project).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+
+    def step(index: int) -> None:
+        _, losses = model.compute_loss(torch.tensor([float(index % 2)]), data[index])
+        loss = sum(losses.values())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        loss.item()
+
+    for index in range(min(3, len(data))):
+        step(index)
+
+    def work() -> int:
+        for index in torch.randperm(len(data)).tolist():
+            step(index)
+        return len(data)
+
+    return work
+
+
+PEERS: dict[str, Any] = {"lazyslide": lazyslide, "slide2vec": slide2vec, "tiatoolbox": tiatoolbox, "torchmil": torchmil}
 
 
 def cpu() -> float:
@@ -131,11 +166,21 @@ def cpu() -> float:
     return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
-def main(name: str, slide: str, folder: str) -> dict[str, Any]:
+def installed() -> dict[str, str]:
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main(name: str, first: str, second: str) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    work = PEERS[name](slide, Path(folder))
+    work = torchmil(first, second) if name == "torchmil" else PEERS[name](first, Path(second))
     before, started = cpu(), time.perf_counter()
     tiles = work()
     seconds, busy = time.perf_counter() - started, cpu() - before
@@ -143,4 +188,4 @@ def main(name: str, slide: str, folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(main(*sys.argv[1:])))
+    print("\n" + json.dumps(main(*sys.argv[1:]) if sys.argv[1:] else installed()))

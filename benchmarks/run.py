@@ -1,4 +1,4 @@
-"""Measure slidemake beside its limits and its peers: python benchmarks/run.py [--small] [--out FILE.json]
+"""Measure slidemake beside its limits and its peers: python benchmarks/run.py [--small] [--out FILE.json] [--docs]
 
 Every section runs in a process of its own (allocator and threads are a process's), everything in a section in turns.
 With --sections, results of the other sections that FILE.json has are kept.
@@ -25,6 +25,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
 
+import tables  # noqa: E402
+from peers import find  # noqa: E402
+
 PACKAGES = ("numpy", "torch", "timm", "zarr", "imagecodecs", "openslide-python", "openslide-bin", "pyvips-binary")
 FULL: dict[str, Any] = {
     "repeats": 3,
@@ -37,18 +40,25 @@ FULL: dict[str, Any] = {
     "embed": 384,  # tiles in memory
     "eager": 96,  # tiles
     "bags": (200, 1000, 3),  # bags, tiles, epochs
+    "members": 8,  # trained to their early stop
+    "many": (5000, 5000, 128),  # bags, tiles, features: on disk
+    "large": 25,  # the slide for memory, in copies of the cell: 102,400 px
+    "part": 4096,  # of its tiles are embedded
+    "jpeg": 256,  # tiles
 }
 SMALL = FULL | {"repeats": 1, "cell": 1280, "copies": 1, "one": 1, "small": 1280, "slides": 2}
 SMALL |= {"read": 32, "embed": 16, "eager": 8, "bags": (8, 200, 2)}
-SECTIONS = ("embedding", "reading", "store", "mil", "tiatoolbox")
+SMALL |= {"members": 1, "many": (8, 200, 16), "large": 1, "part": 16, "jpeg": 8}
+SECTIONS = ("embedding", "reading", "store", "mil", "tiatoolbox", "jpeg", "memory")
 
 
-def run_section(name: str, size: dict[str, Any], folder: Path, slides: str) -> dict[str, Any]:
-    """Measure one section (in this process): {"rows": [...], "sizes": [...]}."""
-    from inputs import Slide
+def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> dict[str, Any]:
+    """Measure one section (in this process): {"rows": [...], "sizes": [...], "jpeg": [...]}."""
+    from inputs import Slide, mirror
 
-    large, one, small, *own = [Slide(**{**s, "results": Path(s["results"])}) for s in json.loads(slides)]
-    repeats, rows, sizes = size["repeats"], [], []
+    known = json.loads(given)
+    large, one, small, *own = [Slide(**{**s, "results": Path(s["results"])}) for s in known["slides"]]
+    repeats, rows, sizes, jpeg = size["repeats"], [], [], []
     if name == "reading":
         import bench_reading
 
@@ -63,16 +73,27 @@ def run_section(name: str, size: dict[str, Any], folder: Path, slides: str) -> d
     elif name == "embedding":
         import bench_embedding
 
-        rows = bench_embedding.measure(one, small, size, folder)
+        rows = bench_embedding.measure(one, small, size, folder, known["peers"])
     elif name == "mil":
         import bench_mil
 
-        rows = bench_mil.measure(*size["bags"], repeats)
+        rows = bench_mil.measure(size, repeats, folder, known["peers"])
+    elif name == "jpeg":
+        import bench_jpeg
+
+        jpeg = bench_jpeg.measure(one, size["jpeg"])
+    elif name == "memory":
+        import bench_memory
+
+        path = Path(known["large"] or folder / "large.tiff")
+        if not known["large"]:
+            mirror(Path(known["cell"]), path, size["large"])
+        rows = bench_memory.measure(str(path), folder / "large", size["part"])
     else:
         import bench_tiatoolbox
 
         rows = bench_tiatoolbox.measure(large, repeats, size["read"] // 3)
-    return {"rows": [row.as_dict() for row in rows], "sizes": sizes}
+    return {"rows": [row.as_dict() for row in rows], "sizes": sizes, "jpeg": jpeg}
 
 
 def prepare(size: dict[str, Any], folder: Path, own: str | None) -> list[dict[str, Any]]:
@@ -145,25 +166,6 @@ class Neighbours:
         return round(max(0.0, others) / ((time.monotonic() - self.start) * (psutil.cpu_count() or 1)), 3)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| what | measured | beside | that | ratio | by CPU time | bar |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        bar = "" if not row["bar"] else f"{row['bar']}: {row['verdict']}"
-        lines.append(
-            f"| {row['name']} | {number(row['figure'])} {row['unit']} | {row['beside']} | {number(row['limit'])} "
-            f"| {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {bar} |"
-        )
-    return "\n".join(lines)
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Ratios to limits and peers, on a log axis."""
     import matplotlib
@@ -200,26 +202,53 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "results.json", metavar="FILE.json")
     parser.add_argument("--slide", help="a slide of your own (JPEG TIFF, 0.5 um/px) for reading and stores, besides")
+    parser.add_argument("--large", help="a very large slide for memory, instead of one that is drawn (100 s)")
+    parser.add_argument(
+        "--peers-python",
+        nargs="*",
+        default=[],
+        metavar="PYTHON",
+        help="interpreters of environments that peers are installed in (see docs/performance.md)",
+    )
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/performance.md, too")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--section", nargs=3, help=argparse.SUPPRESS)  # name, folder, slides: one section, as a child
+    parser.add_argument("--section", nargs=3, help=argparse.SUPPRESS)  # name, folder, what is given
     arguments = parser.parse_args()
     size = SMALL if arguments.small else FULL
     if arguments.section:
-        name, folder, slides = arguments.section
-        Path(folder, "found.json").write_text(json.dumps(run_section(name, size, Path(folder), slides)))
+        name, folder, given = arguments.section
+        Path(folder, "found.json").write_text(json.dumps(run_section(name, size, Path(folder), given)))
         return
     sections = [s for s in SECTIONS if s in arguments.sections]
     if "tiatoolbox" in sections and (arguments.small or importlib.util.find_spec("tiatoolbox") is None):
         sections.remove("tiatoolbox")  # its import alone takes 10 s of CPU time
+    peers = find([sys.executable, *arguments.peers_python]) if not arguments.small else {}
+    if "tiatoolbox" not in sections:
+        peers.pop("tiatoolbox", None)
     results = earlier(arguments.out, sections, size) | {"machine": machine(), "size": size}
+    results["peers"] |= {name: entry["version"] for name, entry in peers.items()}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        slides = json.dumps(prepare(size, Path(scratch), arguments.slide))
+        given = json.dumps(
+            {
+                "slides": prepare(size, Path(scratch), arguments.slide),
+                "cell": str(Path(scratch, "cell.tiff")),
+                "large": arguments.large and str(Path(arguments.large).resolve()),
+                "peers": peers,
+            }
+        )
         with ThreadPoolExecutor(2 if arguments.small else 1) as pool:  # figures of a small run mean nothing anyway
-            jobs = [pool.submit(child, name, arguments.small, Path(scratch) / name, slides) for name in sections]
+            jobs = [pool.submit(child, name, arguments.small, Path(scratch) / name, given) for name in sections]
             for name, job in zip(sections, jobs, strict=True):
-                found, seconds = job.result()
+                try:
+                    found, seconds = job.result()
+                except subprocess.CalledProcessError as error:
+                    failed.append(name)  # said at the end; the other sections are worth having
+                    print(f"{name} failed: exit code {error.returncode}", file=sys.stderr)
+                    continue
                 results["rows"] += [{"run": name, **row} for row in found["rows"]]
                 results["sizes"] += found["sizes"]
+                results["jpeg"] = found["jpeg"] or results["jpeg"]
                 results["sections"][name] = seconds
                 print(
                     f"{name}: {seconds['seconds']} s, others used {seconds['others']:.0%} of the machine",
@@ -229,27 +258,28 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     plot(results["rows"], arguments.out.with_suffix(".png"))
-    print(table(results["rows"]))
-    if results["sizes"]:
-        print("\n| slide | codec | kB per tile of 256 px |\n|---|---|---|")
-        for entry in results["sizes"]:
-            print(f"| {entry['slide']} | {entry['codec']} | {entry['bytes_per_tile'] / 1000:.1f} |")
+    print(tables.everything(results))
+    if failed:
+        raise SystemExit(f"sections that failed, see above: {', '.join(failed)}")
+    if arguments.docs:
+        tables.write_docs(results, HERE.parent / "docs" / "performance.md")
 
 
 def earlier(out: Path, sections: list[str], size: dict[str, Any]) -> dict[str, Any]:
     """Results of the other sections of an earlier run of the same size, to which these are added."""
     found = json.loads(out.read_text()) if out.is_file() else {}
     if json.dumps(found.get("size")) != json.dumps(size) or found.get("machine") != machine():
-        return {"rows": [], "sizes": [], "sections": {}}
+        return {"rows": [], "sizes": [], "jpeg": [], "peers": {}, "sections": {}}
     kept = [row for row in found["rows"] if row["run"] not in sections]
     times = {name: seconds for name, seconds in found["sections"].items() if name not in sections}
-    return {"rows": kept, "sizes": [] if "store" in sections else found["sizes"], "sections": times}
+    about = {"jpeg": found.get("jpeg", []), "peers": found.get("peers", {})}
+    return {"rows": kept, "sizes": [] if "store" in sections else found["sizes"], "sections": times, **about}
 
 
-def child(name: str, small: bool, folder: Path, slides: str) -> tuple[dict[str, Any], dict[str, float]]:
+def child(name: str, small: bool, folder: Path, given: str) -> tuple[dict[str, Any], dict[str, float]]:
     """Run a section in a process of its own; returns what it found, and how long and how undisturbed it was."""
     folder.mkdir()
-    command = [sys.executable, str(HERE / "run.py"), "--section", name, str(folder), slides, *(["--small"] * small)]
+    command = [sys.executable, str(HERE / "run.py"), "--section", name, str(folder), given, *(["--small"] * small)]
     started, neighbours = time.monotonic(), Neighbours()
     subprocess.run(command, check=True)
     seconds = {"seconds": round(time.monotonic() - started, 1), "others": neighbours.share()}

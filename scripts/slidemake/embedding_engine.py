@@ -286,7 +286,7 @@ class Engine:
             self._results[number, job.slide_id].set_result(figures)
 
     def _joined(self, number: int, tiles: int, parts: list[np.ndarray | Exception]) -> np.ndarray:
-        """(N, D) features in the order of the tiles. Takes the parts out of the list, so that they are in memory once."""
+        """(N, D) features in the order of the tiles. Takes the parts out of the list: they are in memory once."""
         record = self._models[number].encoder.record
         features, start = np.zeros((tiles, record.dim), self._dtype), 0
         parts.reverse()

@@ -24,15 +24,35 @@ def outcome(tmp_path_factory):
 @pytest.mark.slow
 def test_every_figure_stands_beside_a_limit(outcome):
     results, printed, folder = outcome
-    assert {row["section"] for row in results["rows"]} == {"reading", "store", "embedding", "stain", "mil"}
-    assert set(results["sections"]) == {"reading", "store", "embedding", "mil"}
+    assert {row["section"] for row in results["rows"]} == {"reading", "store", "embedding", "stain", "mil", "memory"}
+    assert set(results["sections"]) == {"reading", "store", "embedding", "mil", "jpeg", "memory"}
     for row in results["rows"]:
         assert row["beside"]
         assert all(math.isfinite(row[key]) for key in ("figure", "limit", "ratio", "cpu_ratio")), row
         assert row["limit"] > 0, row
-        assert len(row["figures"]) == len(row["limits"]) == results["size"]["repeats"]
+        assert len(row["figures"]) == len(row["limits"]) == results["size"]["repeats"]  # one, in the small run
         assert row["name"] in printed
     assert (folder / "small.png").stat().st_size > 10_000
+    assert [(e["quality"], e["subsampling"]) for e in results["jpeg"]][:2] == [(70, "444"), (80, "444")]
+    assert all(0.5 < e["worst_percent"] <= e["median"] <= 1 for e in results["jpeg"])
+
+
+@pytest.mark.slow
+def test_the_page_gets_its_tables(outcome, tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from tables import END, START, write_docs
+
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        write_docs(outcome[0], page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    assert text.count("### Reading tiles") == 1
+    for row in outcome[0]["rows"]:
+        assert row["name"] in text
 
 
 @pytest.mark.slow
