@@ -93,6 +93,32 @@ rule check_leakage:
         "../scripts/check_leakage.py"
 
 
+rule probe_shortcuts:
+    """What the embeddings know of site and scanner, and whether it would help a model with the label."""
+    input:
+        slides=rules.cohort_table.output.slides,
+        splits=rules.split_cohort.output.splits,
+        bags=[
+            f"{OUTPUT}/cohort/bags/{{encoder}}{suffix}" for suffix in (".npy", ".json")
+        ],
+    output:
+        report=f"{OUTPUT}/tasks/{{task}}/shortcuts/{{encoder}}.json",
+    log:
+        log_file("probe_shortcuts/{task}/{encoder}"),
+    benchmark:
+        benchmark_file("probe_shortcuts/{task}/{encoder}")
+    resources:
+        mem_mb=growing(1500),
+        runtime=minutes(60),
+    params:
+        seed=CONFIG["evaluation"]["seed"],
+        version=STAGE_VERSIONS["evaluate"],
+    message:
+        "Probing the embeddings of {wildcards.encoder} for shortcuts in task {wildcards.task}"
+    script:
+        "../scripts/probe_shortcuts.py"
+
+
 rule train_aggregator:
     """Trains a model (or a control) on every fold of every repeat; writes bundles and out-of-fold predictions."""
     input:

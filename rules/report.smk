@@ -17,6 +17,11 @@ rule write_report:
             f"{OUTPUT}/tasks/{task}/{model}/stress.json"
             for task, model in PLAN.stressed_models().items()
         ],
+        shortcuts=[
+            f"{OUTPUT}/tasks/{task}/shortcuts/{encoder}.json"
+            for task in TASKS
+            for encoder in PLAN.probed(task)
+        ],
         external=(
             rules.evaluate_bundle.output.metrics
             if PLAN.bundle and CONFIG["bundle_label"]

@@ -140,6 +140,7 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
         "explained": explanations(results, task, explained) if explained else None,
         "stress": stress_section(folder / main),
         "comparison": comparison_section(folder),
+        "shortcuts": {path.stem: read_json(path) for path in sorted((folder / "shortcuts").glob("*.json"))},
     }
     if metrics.get("type") in TITLES:
         return {**common, **outcome_section(folder, metrics, curves, main)}

@@ -138,6 +138,12 @@ class Plan:
         used = {self.encoder_of(task, model) for model in self.models_of(task)}
         return {encoder: corpora for encoder, corpora in self.contamination.items() if encoder in used}
 
+    def probed(self, task: str) -> list[str]:
+        """Folder names of the encoders that are probed for shortcuts: a task's own, where it has classes."""
+        if self.tasks[task]["type"] not in ("binary", "multiclass", "ordinal"):
+            return []
+        return sorted({self.encoder_of(task, model) for model in self.models_of(task)})
+
     def model_options(self, task: str, model: str) -> dict[str, Any]:
         """Settings of a model; a control is the first model's with `control` set."""
         options = self._model(task, model)

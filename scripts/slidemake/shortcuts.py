@@ -1,0 +1,383 @@
+"""Can a model take a shortcut? What the embeddings know of site and scanner, and whether it would help with the label.
+
+Cheap probes on the mean embedding of every slide, none of which touches the task's own models:
+
+probe          site and scanner from the embedding, patients held out, beside the same with sites dealt to patients at
+               random; and within each class, where the label cannot help. Modern encoders tell the site nearly always:
+               so this describes, and alarms only together with the next.
+association    of label and site or scanner (Cramer's V with a permutation p): a shortcut pays only where the label
+               follows the site.
+optimism       AUROC of a linear model on the mean embeddings under random folds, minus the same under folds that keep
+               sites whole: what is gained by having seen the site.
+null           the same linear model with permuted labels: where it should be, and how often chance does as well.
+robustness     `embedding_robustness`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from slidemake.bags import Bags
+from slidemake.bootstrap import bootstrap_weights, percentile_interval
+from slidemake.embedding_robustness import embedding_robustness
+from slidemake.metrics import auroc_auprc
+from slidemake.near_duplicates import slide_means
+from slidemake.split_site_preserved import assign_sites
+from slidemake.verdict import cramers_v
+
+FOLDS = 5
+COMPONENTS = 32  # principal components that probes see: more than enough for a handful of sites, and fast
+MOST = 2000  # slides that probes look at
+RARE = 4  # slides below which a site or scanner takes no part in a probe
+NULLS = 50  # permutations of a probe and of the labels
+RANDOM = 5  # deals of random folds whose scores are averaged
+DRAWS = 1000  # bootstrap draws of the optimism
+P = 0.05
+TOLD = 0.01  # association's p below which the label follows the site
+
+
+@dataclass(frozen=True)
+class Slides:
+    """Mean embeddings (S, D) of a task's slides and what is known of each."""
+
+    vectors: np.ndarray
+    patients: tuple[str, ...]
+    labels: tuple[str, ...]
+    sites: tuple[str, ...]
+    scanners: tuple[str, ...]
+
+    def take(self, chosen: np.ndarray) -> Slides:
+        index = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        parts = (tuple(of[i] for i in index) for of in (self.patients, self.labels, self.sites, self.scanners))
+        return Slides(self.vectors[index], *parts)
+
+
+def slides_of(bags: Bags, labels: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> Slides:
+    """The slides of the patients in `labels` that have tiles; site and scanner from the rows of slides.csv."""
+    kept, vectors = slide_means(bags.of_patients(labels))
+    about = {row["slide_id"]: row for row in rows}
+    names = [bags.slides[i] for i in kept]
+    patients = tuple(bags.patients[i] for i in kept)
+    columns = (tuple(about.get(name, {}).get(key) or "" for name in names) for key in ("site", "scanner"))
+    return Slides(vectors, patients, tuple(labels[p] for p in patients), *columns)
+
+
+def probe_shortcuts(slides: Slides, seed: int = 0, nulls: int = NULLS) -> dict[str, Any]:
+    """All probes of a task's slides; figures that do not exist are None with a reason. `findings` says it in words."""
+    rng = np.random.default_rng(seed)
+    if len(slides.patients) > MOST:
+        slides = slides.take(np.sort(rng.choice(len(slides.patients), MOST, replace=False)))
+    result: dict[str, Any] = {"slides": len(slides.patients), "patients": len(set(slides.patients)), "columns": {}}
+    reduced = reduce_vectors(slides.vectors)
+    for column in ("site", "scanner"):
+        values = slides.sites if column == "site" else slides.scanners
+        result["columns"][column] = _about_column(slides, reduced, values, seed, nulls)
+    result["null"] = label_null(reduced, slides, seed, nulls)
+    result["optimism"] = optimism(reduced, slides, seed)
+    result["findings"] = findings(result)
+    return result
+
+
+def reduce_vectors(vectors: np.ndarray) -> np.ndarray:
+    """(S, K) standardised principal components; fitted on all slides, without labels."""
+    scaled = StandardScaler().fit_transform(vectors)
+    count = max(1, min(COMPONENTS, len(vectors) - 1, vectors.shape[1]))
+    return StandardScaler().fit_transform(PCA(count, svd_solver="full").fit_transform(scaled))
+
+
+def _about_column(slides: Slides, reduced: np.ndarray, values: Sequence[str], seed: int, nulls: int) -> dict[str, Any]:
+    stated = Counter(value for value in values if value)
+    common = sorted(value for value, count in stated.items() if count >= RARE)
+    if len(common) < 2:
+        reason = f"fewer than two of {RARE} slides or more"
+        return {
+            "values": dict(stated),
+            "association": None,
+            "probe": None,
+            "within_class": None,
+            "robustness": None,
+            "reason": reason,
+        }
+    chosen = np.array([value in common for value in values])
+    kept, named = slides.take(chosen), [value for value in values if value in common]
+    of_patient = {p: (label, value) for p, label, value in zip(kept.patients, kept.labels, named, strict=True)}
+    labels = np.unique([label for label, _ in of_patient.values()], return_inverse=True)[1]
+    return {
+        "values": dict(stated),
+        "association": cramers_v(labels, [value for _, value in of_patient.values()], seed),
+        "probe": probe(reduced[chosen], named, kept.patients, seed, nulls),
+        "within_class": _within_class(reduced[chosen], named, kept, seed, nulls),
+        "robustness": embedding_robustness(kept.vectors, kept.labels, named, kept.patients),
+        "reason": None,
+    }
+
+
+def _logistic() -> Any:
+    return LogisticRegression(C=0.1, class_weight="balanced", max_iter=300)
+
+
+def _nearest() -> Any:
+    return KNeighborsClassifier(5, metric="cosine")
+
+
+def held_out_scores(
+    make: Callable[[], Any], x: np.ndarray, y: np.ndarray, fold: np.ndarray, classes: int
+) -> np.ndarray:
+    """(S, C) probabilities of slides whose fold was held out; NaN where the training side lacks a second class."""
+    scores = np.full((len(y), classes), np.nan)
+    for f in np.unique(fold):
+        train, test = fold != f, fold == f
+        if len(np.unique(y[train])) < 2:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a probe that has not converged is a probe all the same
+            model = make().fit(x[train], y[train])
+        scores[test] = 0.0
+        scores[np.ix_(test, model.classes_)] = model.predict_proba(x[test])
+    return scores
+
+
+def _balanced(y: np.ndarray, scores: np.ndarray) -> float:
+    known = np.isfinite(scores[:, 0])
+    called = scores[known].argmax(1)
+    if not known.any():
+        return float("nan")
+    return float(np.mean([(called[y[known] == c] == c).mean() for c in np.unique(y[known])]))
+
+
+def _grouped_folds(y: np.ndarray, patients: Sequence[str], seed: int) -> np.ndarray:
+    # scikit-learn refuses more folds than the most frequent value has members
+    count = max(2, min(FOLDS, len(set(patients)), int(np.bincount(y).max())))
+    fold = np.zeros(len(y), int)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a site with fewer slides than folds
+        dealer = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+        for f, (_, test) in enumerate(dealer.split(np.zeros(len(y)), y, np.asarray(patients))):
+            fold[test] = f
+    return fold
+
+
+def probe(
+    x: np.ndarray, values: Sequence[str], patients: Sequence[str], seed: int, nulls: int = NULLS
+) -> dict[str, Any] | None:
+    """Balanced accuracy of telling `values` from x (S, K), patients held out; None for fewer than two patients a value.
+
+    `null` is the mean, and `null_high` the 95th percentile, when values are dealt to patients at random; `p` is how
+    often chance does as well.
+    """
+    names, y = np.unique(np.asarray(values), return_inverse=True)
+    if len(names) < 2 or min(len({p for p, v in zip(patients, values, strict=True) if v == n}) for n in names) < 2:
+        return None
+    fold = _grouped_folds(y, patients, seed)
+    found = _balanced(y, held_out_scores(_logistic, x, y, fold, len(names)))
+    if not np.isfinite(found):
+        return None
+    neighbours = _balanced(y, held_out_scores(_nearest, x, y, fold, len(names)))
+    rng = np.random.default_rng(seed)
+    # a patient's slides keep their values together, as re-scans on two scanners do; patients of as many slides swap
+    blocks: dict[int, list[np.ndarray]] = {}
+    of = np.asarray(patients)
+    for patient in dict.fromkeys(patients):
+        rows = np.flatnonzero(of == patient)
+        blocks.setdefault(len(rows), []).append(rows)
+    chance = []
+    for _ in range(nulls):
+        dealt = y.copy()
+        for alike in blocks.values():
+            for target, source in zip(alike, rng.permutation(len(alike)), strict=True):
+                dealt[target] = y[alike[source]]
+        fold = _grouped_folds(dealt, patients, seed)
+        chance.append(_balanced(dealt, held_out_scores(_logistic, x, dealt, fold, len(names))))
+    chance = [null for null in chance if np.isfinite(null)]
+    if not chance:
+        return None
+    as_good = sum(null >= found - 1e-12 for null in chance)
+    return {
+        "balanced_accuracy": found,
+        "neighbours": neighbours,
+        "values": len(names),
+        "null": float(np.mean(chance)),
+        "null_high": float(np.quantile(chance, 0.95)),
+        "p": (as_good + 1) / (len(chance) + 1),
+    }
+
+
+def _within_class(x: np.ndarray, values: Sequence[str], slides: Slides, seed: int, nulls: int) -> dict[str, Any] | None:
+    """The probe inside each class, where the label cannot help; weighted by slides."""
+    found = []
+    for label in sorted(set(slides.labels)):
+        inside = np.array([one == label for one in slides.labels])
+        of_class = [value for value, chosen in zip(values, inside, strict=True) if chosen]
+        counts = Counter(of_class)
+        keep = np.array([inside[i] and counts[value] >= RARE for i, value in enumerate(values)])
+        index = np.flatnonzero(keep).tolist()
+        if index:
+            people = [slides.patients[i] for i in index]
+            one = probe(x[index], [values[i] for i in index], people, seed, nulls)
+            if one:
+                found.append((len(index), one))
+    if not found:
+        return None
+    weight = np.array([n for n, _ in found], float)
+    keys = ("balanced_accuracy", "null", "null_high")
+    mean = {key: float(np.average([one[key] for _, one in found], weights=weight)) for key in keys}
+    return {**mean, "classes": len(found)}
+
+
+def _patient_level(reduced: np.ndarray, slides: Slides) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """Mean vectors, class codes, class names and sites of the patients, sorted."""
+    people = sorted(set(slides.patients))
+    of = np.asarray(slides.patients)
+    x = np.stack([reduced[of == p].mean(0) for p in people])
+    first = {p: i for i, p in reversed(list(enumerate(slides.patients)))}
+    labels = [slides.labels[first[p]] for p in people]
+    names, y = np.unique(labels, return_inverse=True)
+    sites = [
+        "+".join(sorted({s for s, q in zip(slides.sites, slides.patients, strict=True) if q == p and s}))
+        for p in people
+    ]
+    return x, y, names.tolist(), sites
+
+
+def _macro_auroc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,) AUROC, one-versus-rest for more than two classes."""
+    classes = [1] if scores.shape[1] == 2 else range(scores.shape[1])
+    return np.mean([auroc_auprc(y == c, scores[:, c], weights)[0] for c in classes], axis=0)
+
+
+def label_null(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULLS) -> dict[str, Any]:
+    """AUROC of the linear model on mean embeddings, and with the labels of patients permuted `nulls` times."""
+    x, y, names, _ = _patient_level(reduced, slides)
+    if min(np.bincount(y)) < 2 or len(names) < 2:
+        return {"auroc": None, "reason": "fewer than two patients in a class"}
+    one = np.ones((1, len(y)))
+    rng = np.random.default_rng([seed, 1])
+
+    def measured(labels: np.ndarray) -> float:
+        scores = held_out_scores(_logistic, x, labels, _random_folds(labels, seed, FOLDS), len(names))
+        known = np.isfinite(scores[:, 0])
+        return float(_macro_auroc(labels[known], scores[known], one[:, known])[0])
+
+    found = measured(y)
+    chance = np.array([measured(rng.permutation(y)) for _ in range(nulls)])
+    chance = chance[np.isfinite(chance)]
+    if not np.isfinite(found) or not len(chance):
+        return {"auroc": None, "reason": "too few patients to hold some out"}
+    return {
+        "auroc": found,
+        "null": float(chance.mean()),
+        "null_low": float(np.quantile(chance, 0.025)),
+        "null_high": float(np.quantile(chance, 0.975)),
+        "p": float((np.sum(chance >= found - 1e-12) + 1) / (len(chance) + 1)),
+        "reason": None,
+    }
+
+
+def optimism(reduced: np.ndarray, slides: Slides, seed: int) -> dict[str, Any]:
+    """AUROC under random folds minus AUROC under preserved-site folds, on the same patients, with an interval.
+
+    The mean of RANDOM deals of random folds is taken. None, with a reason, where sites cannot be held out.
+    """
+    x, y, names, sites = _patient_level(reduced, slides)
+    nothing: dict[str, Any] = {"random": None, "preserved": None, "difference": None, "low": None, "high": None}
+    chosen = np.array([bool(site) and "+" not in site for site in sites])
+    x, y, sites = x[chosen], y[chosen], [site for site in sites if site and "+" not in site]
+    held = sorted(set(sites))
+    if len(held) < 2 or len(names) < 2:
+        return {**nothing, "reason": "fewer than two sites or two classes"}
+    count = min(FOLDS, len(held))
+    table = np.array(
+        [
+            [sum(1 for s, c in zip(sites, y, strict=True) if s == site and c == k) for k in range(len(names))]
+            for site in held
+        ]
+    )
+    of_site = dict(zip(held, assign_sites(table, count)[0], strict=True))
+    preserved = held_out_scores(_logistic, x, y, np.array([of_site[site] for site in sites]), len(names))
+    if not np.isfinite(preserved).all():
+        return {**nothing, "reason": "without some sites the training side has one class only"}
+    weights = bootstrap_weights(y, DRAWS, [seed, 2])[0]
+    one = np.ones((1, len(y)))
+    points, draws = [], []
+    for deal in range(RANDOM):
+        scores = held_out_scores(_logistic, x, y, _random_folds(y, seed + deal, count), len(names))
+        known = np.where(np.isfinite(scores), scores, 0.5)
+        points.append(_macro_auroc(y, known, one)[0])
+        draws.append(_macro_auroc(y, known, weights))
+    other = _macro_auroc(y, preserved, one)[0]
+    low, high = percentile_interval(np.mean(draws, axis=0) - _macro_auroc(y, preserved, weights))
+    if not np.isfinite(other) or low is None:
+        return {**nothing, "reason": "a class is missing"}
+    return {
+        "random": float(np.mean(points)),
+        "preserved": float(other),
+        "difference": float(np.mean(points) - other),
+        "low": low,
+        "high": high,
+        "folds": count,
+        "reason": None,
+    }
+
+
+def _random_folds(y: np.ndarray, seed: int, count: int) -> np.ndarray:
+    fold = np.zeros(len(y), int)
+    rng = np.random.default_rng(seed)
+    for c in np.unique(y):
+        members = rng.permutation(np.flatnonzero(y == c))
+        fold[members] = (np.arange(len(members)) + rng.integers(count)) % count
+    return fold
+
+
+def findings(result: dict[str, Any]) -> list[dict[str, str]]:
+    """What a reader should conclude: {level, code, text}."""
+    said = []
+    for column, found in result["columns"].items():
+        one, within, association = found["probe"], found["within_class"], found["association"]
+        if one is None:
+            continue
+        text = (
+            f"The embeddings tell the {column} of held-out patients with a balanced accuracy of "
+            f"{one['balanced_accuracy']:.2f} (by chance {one['null']:.2f})"
+        )
+        told = one["p"] <= P and (within is None or within["balanced_accuracy"] > within["null_high"])
+        follows = association is not None and association["p"] < TOLD
+        if told and follows:
+            text += (
+                f", and the label follows the {column} (Cramér's V {association['cramers_v']:.2f}): a model can score "
+                f"by recognising the {column}. Believe figures under folds that keep sites whole, or on another cohort."
+            )
+            said.append({"level": "warning", "code": f"shortcut_{column}", "text": text})
+        elif told:
+            text += (
+                f", but the label is not shown to follow the {column}: in this cohort the knowledge is of little use."
+            )
+            said.append({"level": "note", "code": f"tells_{column}", "text": text})
+        else:
+            said.append({"level": "good", "code": f"blind_to_{column}", "text": f"{text}: no better than chance."})
+    gain = result["optimism"]
+    if gain["difference"] is not None and gain["low"] > 0:
+        text = (
+            f"A linear model on the mean embeddings has AUROC {gain['random']:.2f} under random folds and "
+            f"{gain['preserved']:.2f} when sites are kept whole; the difference, {gain['difference']:.2f} "
+            f"({gain['low']:.2f} to {gain['high']:.2f}), is what it gains by having seen the site."
+        )
+        said.append({"level": "warning", "code": "optimism", "text": text})
+    null = result["null"]
+    if null["auroc"] is not None and null["p"] > P:
+        text = (
+            f"A linear model on the mean embeddings has AUROC {null['auroc']:.2f}, no better than with permuted labels "
+            f"({null['null_low']:.2f} to {null['null_high']:.2f}): there may be nothing to learn, or too few patients."
+        )
+        said.append({"level": "note", "code": "no_signal", "text": text})
+    return said
