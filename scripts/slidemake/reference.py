@@ -153,7 +153,7 @@ def make_reference(
     labelled = [p for p in sorted(prob) if truth[p] in classes]
     misfit = np.array([1 - prob[p][classes.index(truth[p])] for p in labelled])
     limit = conformal_limit(misfit) if classes else None
-    held = np.array([prob[p] for p in sorted(prob)]).reshape(len(prob), -1)
+    held = np.array([prob[p] for p in sorted(prob)]).reshape(len(prob), len(classes))
     processed = [row for row in cohort if row["status"] != "excluded"]
     rounded = lambda values: [float(f"{v:.6g}") for v in values]  # noqa: E731
     return {
