@@ -273,7 +273,7 @@ def run_case(good: Workshop, number: int, seed: int, scratch: Path, only: str | 
     rng = np.random.default_rng([seed, number])
     shares = np.array([share for _, share in KINDS.values()])
     kind = only or list(KINDS)[int(rng.choice(len(KINDS), p=shares / shares.sum()))]
-    shop = good.copy(scratch / f"case{number}")
+    shop = good.copy(scratch / f"seed{seed}_case{number}")
     started = time.monotonic()
     try:
         told, outcome = KINDS[kind][0](good, shop, rng)
@@ -289,8 +289,8 @@ def run_case(good: Workshop, number: int, seed: int, scratch: Path, only: str | 
 
 
 def run(cases: int, seed: int, jobs: int = 1, only: str | None = None, folder: Path | None = None) -> list[Case]:
-    """All cases, on `jobs` processes. What ended wrong keeps its folder (case<number>). A line of JSON for each goes
-    into `folder`/fuzz.jsonl.
+    """All cases, on `jobs` processes. What ended wrong keeps its folder (seed<seed>_case<number>). A line of
+    JSON for each goes into `folder`/fuzz.jsonl.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="slidemake-fuzz-"))
     if not (folder / "good" / "made").exists():
