@@ -24,7 +24,8 @@ from slidemake.calibration_report import bins_for
 from slidemake.corruptions import SEVERITIES, corrupt
 from slidemake.embedding_engine import Forward, SlideJob, Source, read_selected, single_threaded, stain_hook
 from slidemake.metrics import metrics_over
-from slidemake.outcomes import ClassOutcome, decide
+from slidemake.metrics_ordinal import metrics_over as ordinal_metrics
+from slidemake.outcomes import ClassOutcome, OrdinalOutcome, Outcome, decide
 from slidemake.provenance import fingerprint, read_json_if_whole, write_json
 
 METRICS = ("auroc", "auprc", "balanced_accuracy", "brier")
@@ -143,7 +144,7 @@ def judge(
     if not tested:
         return {"headline": None, "patients": 0, "points": [], "conclusion": []}
     outcome = patients[tested[0]].bundle.outcome
-    measure = _ClassMeasures if isinstance(outcome, ClassOutcome) else _ScoreMeasures
+    measure = _ClassMeasures if type(outcome) is ClassOutcome else _ScoreMeasures  # grades have an order
     measures = measure([patients[i] for i in tested], options)
     points: list[dict[str, Any]] = []
     for kind, severity in levels(kinds):
@@ -210,8 +211,18 @@ class _ClassMeasures(_Measures):
         return classes.index(decide(prob, classes, None if isinstance(threshold, list) else threshold))
 
 
+def value_score(outcome: Outcome, values: np.ndarray, labels: Sequence[Any]) -> float | None:
+    """The score that training watches, of predicted values (n, P): they come from models of several folds, and their
+    raw outputs have scales of their own."""
+    if isinstance(outcome, OrdinalOutcome):
+        grades = len(outcome.classes)
+        found = float(ordinal_metrics(np.asarray(labels, int), values @ np.arange(grades), None, grades)["c_index"][0])
+        return found if np.isfinite(found) else None
+    return outcome.score_of(values, labels)
+
+
 class _ScoreMeasures(_Measures):
-    """Tasks without classes: the outcome's own score of the predicted values."""
+    """Tasks without classes, or with ordered ones: the outcome's own score of the predicted values."""
 
     def __init__(self, patients: Sequence[Patient], options: Mapping[str, Any]):
         super().__init__(patients, options)
@@ -225,7 +236,7 @@ class _ScoreMeasures(_Measures):
         labels = [patient.label for patient in self.patients]
 
         def score(rows: Sequence[int]) -> float:
-            found = self.outcome.score_of(values[rows], [labels[i] for i in rows])
+            found = value_score(self.outcome, values[rows], [labels[i] for i in rows])
             return np.nan if found is None else float(found)
 
         now = (score(list(range(len(labels)))), np.array([score(rows.tolist()) for rows in self.draws]))

@@ -144,6 +144,24 @@ def test_a_number_is_judged_by_its_correlation():
     json.dumps(result, allow_nan=False)
 
 
+def test_grades_are_judged_by_their_order():
+    """Grades all right at first; at severity 3 everybody gets the same: a coin decides each pair."""
+    info = {
+        "classes": list("abc"),
+        "threshold": None,
+        "fingerprint": "o",
+        "target": {"type": "ordinal", "classes": list("abc")},
+    }
+    patients = [Patient(f"P{i}", i % 3, Bundle(info, ()), ()) for i in range(18)]
+    right = [[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]]
+    found = [
+        {"none 0": right[i % 3], "blur 1": right[i % 3], "blur 2": right[i % 3], "blur 3": right[1]} for i in range(18)
+    ]
+    result = judge(patients, found, ["blur"], EVALUATION)
+    assert result["headline"] == "c_index"
+    assert [point["metrics"]["c_index"]["value"] for point in result["points"]] == pytest.approx([1, 1, 1, 0.5])
+
+
 def test_one_class_and_nobody_are_not_defined():
     bundle = brightness_model(0.0)
     alone = [Patient("P", 1, bundle, ())] * 3
