@@ -31,6 +31,7 @@ container: str(Path(workflow.basedir) / "envs" / "slidemake.sif")
 include: "rules/common.smk"
 include: "rules/sheet.smk"
 include: "rules/demo.smk"
+include: "rules/fetch.smk"
 include: "rules/screen.smk"
 include: "rules/tissue.smk"
 include: "rules/stain.smk"
@@ -53,7 +54,11 @@ onstart:
         sys.exit(f"\nslidemake cannot start.\n{error}\n")
     if not ON_CLUSTER:
         stop_jobs_on_sigterm()
-    mark_results_folder(Path(OUTPUT), PLAN.rack_size if RACKS else None)
+    mark_results_folder(
+        Path(OUTPUT),
+        PLAN.rack_size if RACKS else None,
+        PLAN.racks_on_disk if REMOTE_RACKS else None,
+    )
     WATCH.begin([rule.name for rule in workflow.rules if rule.output])
     if hint := rack_size_hint(PLAN, MACHINE):
         print(f"slidemake: {hint}", file=sys.stderr)

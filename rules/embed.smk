@@ -15,6 +15,7 @@ for GRID in GRIDS:
             manifest=manifest("tiles", "{rack}", grid=GRID),
             stain=rules.fit_stain.output.manifest,
             target=rules.make_stain_target.output.target,
+            fetched=fetched_slides if CONFIG["tiling"]["store"] == "coords" else [],
         output:
             manifests=[
                 manifest("embed", "{rack}", encoder=encoder)

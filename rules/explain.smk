@@ -31,6 +31,12 @@ rule explain_slides:
         encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),
         task=lambda wildcards: PLAN.task_options(wildcards.task),
         options=stage_options(CONFIG, "explain"),
+        remote=lambda wildcards: (
+            PLAN.remote_rows(wildcards.rack)
+            if CONFIG["tiling"]["store"] == "coords"
+            else []
+        ),
+        fetching=lambda wildcards, threads: CONFIG["remote"],
         version=STAGE_VERSIONS["explain"],
     message:
         "Explaining {wildcards.model} on the slides of rack {wildcards.rack}"

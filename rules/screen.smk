@@ -12,6 +12,7 @@ rule screen_slides:
     """Opens every slide of a rack, checks samples of its pixels and writes slide.json with the reader to use."""
     input:
         slides=slides_of_rack,
+        fetched=fetched_slides,
         demo=rules.draw_demo_slides.output.manifest if CONFIG["demo"] else [],
     output:
         manifest=manifest("screen", "{rack}"),

@@ -4,6 +4,7 @@
 rule fit_stain:
     """Stain matrix and concentrations of every slide of a rack, as data: no pixel is changed here."""
     input:
+        fetched=fetched_slides,
         manifest=rules.detect_tissue.output.manifest,
     output:
         manifest=manifest("stain", "{rack}"),

@@ -15,6 +15,7 @@ rule tile_slides:
     """Reads every tissue tile of a rack's slides once, at the exact mpp, and commits one store per slide."""
     input:
         unpack(stain_for_tiles),
+        fetched=fetched_slides,
         manifest=rules.detect_tissue.output.manifest,
     output:
         manifest=manifest("tiles", "{rack}", grid="{grid}"),

@@ -4,6 +4,7 @@
 rule detect_tissue:
     """Mask, outlines (GeoJSON, editable in QuPath), areas and QC fractions of every slide of a rack."""
     input:
+        fetched=fetched_slides,
         manifest=rules.screen_slides.output.manifest,
         outlines=lambda wildcards: sorted(PLAN.outlines(wildcards.rack).values()),
     output:

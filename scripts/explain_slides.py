@@ -6,6 +6,7 @@ from slidemake.adapter import job
 from slidemake.cohort_table import read_table
 from slidemake.explain_stage import Explainer
 from slidemake.racks import read_manifest, run_rack
+from slidemake.remote import fetch_row
 from slidemake.splits import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
@@ -15,8 +16,15 @@ with job(snakemake) as sm:  # noqa: F821
     rows = {row["slide_id"]: row for row in read_table(sm.params.slides) if row["status"] == "ok"}
     results, trained = Path(sm.params.results), Path(sm.input.trained).parent
     out = results / "explain" / sm.wildcards.task / sm.wildcards.model
+    remote = {row["slide_id"]: row for row in sm.params.remote}
     explainer = Explainer(
-        results, sm.params.encoder, trained, read_splits(sm.input.splits), dict(sm.params.options), out
+        results,
+        sm.params.encoder,
+        trained,
+        read_splits(sm.input.splits),
+        dict(sm.params.options),
+        out,
+        fetch=lambda slide_id, folder: fetch_row(remote[slide_id], folder, dict(sm.params.fetching)),
     )
     slides = [record for record in read_manifest(sm.input.embed, "embed") if record["slide_id"] in rows]
     run_rack(

@@ -4,16 +4,24 @@ from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.cohort import SlideRow
-from slidemake.racks import run_rack
+from slidemake.racks import read_manifest, run_rack
+from slidemake.remote import local_copy
 from slidemake.screening import screen_slide
 
 with job(snakemake) as sm:  # noqa: F821
-    rows = {row["slide_id"]: SlideRow.for_screening(**row) for row in sm.params.rows if not row["exclude"]}
+    results, options = Path(sm.params.results), dict(sm.params.options)
+    folder = str(sm.input.get("fetched") or "")
+    fetched = {r["slide_id"]: r for r in read_manifest(f"{folder}/manifest.json", "fetch")} if folder else {}
+    rows = {row["slide_id"]: dict(row) for row in sm.params.rows if not row["exclude"]}
+    for slide_id in fetched:
+        rows[slide_id]["path"] = local_copy(folder, slide_id, rows[slide_id]["path"])
     run_rack(
         "screen",
         sm.output.manifest,
-        [{"slide_id": slide_id} for slide_id in rows],
-        lambda record: screen_slide(rows[record["slide_id"]], dict(sm.params.options), Path(sm.params.results)),
+        [fetched.get(slide_id, {"slide_id": slide_id}) for slide_id in rows],
+        lambda record: screen_slide(
+            SlideRow.for_screening(**rows[record["slide_id"]]), options, results, record.get("remote")
+        ),
         rack=sm.wildcards.rack,
         threads=sm.threads,
     )

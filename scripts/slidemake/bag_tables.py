@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake import csv_cells
 from slidemake.aggregators import AGGREGATORS, predict_bag
 from slidemake.bags import Bags, make_bags
 from slidemake.failures import RunError
@@ -129,7 +130,7 @@ def paper_rows(
 def write_paper_table(rows: Sequence[Mapping[str, Any]], csv_path: str | Path, markdown_path: str | Path) -> None:
     """The same table as CSV and as Markdown."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, TABLE_COLUMNS, lineterminator="\n", restval="")
+    writer = csv_cells.DictWriter(text, TABLE_COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(rows)
     write_text(csv_path, text.getvalue())

@@ -31,7 +31,8 @@ class SlideRow:
     those that `read_sheet` was asked for ("" where a slide has no value).
 
     path: as a program opens it (resolved against the sheet's folder), or a URI. mpp: um per px of level 0, or None.
-    tissue_geojson: resolved like path, or None. row: number in the file, the header being 1.
+    tissue_geojson: resolved like path, or None. sha256: of the slide file, in small letters, or "". row: number in the
+    file, the header being 1.
     """
 
     slide_id: str
@@ -45,15 +46,22 @@ class SlideRow:
     stain: str = ""
     exclude: bool = False
     tissue_geojson: str | None = None
+    sha256: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     row: int = field(default=0, compare=False)
 
     @classmethod
     def for_screening(
-        cls, slide_id: str, path: str, mpp: float | None = None, stain: str = "", exclude: bool = False
+        cls,
+        slide_id: str,
+        path: str,
+        mpp: float | None = None,
+        stain: str = "",
+        exclude: bool = False,
+        sha256: str = "",
     ) -> SlideRow:
         """A row of what screening looks at, for a slide outside a cohort or from a job's params."""
-        return cls(slide_id, path, patient_id=slide_id, mpp=mpp, stain=stain, exclude=exclude)
+        return cls(slide_id, path, patient_id=slide_id, mpp=mpp, stain=stain, exclude=exclude, sha256=sha256)
 
 
 def read_sheet(
@@ -104,6 +112,7 @@ def _slide_row(number: int, row: dict[str, Any], sheet: Path, columns: list[str]
         mpp=mpp if isinstance(mpp, float) else None,
         exclude=row.get("exclude") is True,
         tissue_geojson=resolve(outline, sheet) if outline else None,
+        sha256=(row.get("sha256") or "").lower(),
         labels=labels,
         row=number,
         **texts,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from slidemake import csv_cells
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import read_json_if_whole, write_text
+from slidemake.remote import is_remote, shown
 
 FIGURES = ("identity", "vendor", "reader", "width", "height", "mpp", "mpp_source", "objective")
 FAILURE_COLUMNS = ("slide_id", "stage", "code", "message", "hint")
@@ -39,7 +40,8 @@ def cohort_rows(
             message = f"has the same content as slide {duplicates_of[slide_id]}"
             failure = SlideFailure("duplicate", message).record(slide_id, "cohort").as_dict()
         status = "failed" if failure else ("ok" if stages else "excluded")
-        row: dict[str, Any] = {**given, "site": given.get("site", ""), "status": status}
+        address = {"path": shown(given["path"])} if is_remote(given.get("path", "")) else {}
+        row: dict[str, Any] = {**given, **address, "site": given.get("site", ""), "status": status}
         row |= {f"failure_{key}": (failure or {}).get(key, "") for key in ("stage", "code", "message", "hint")}
         slide = read_json_if_whole(results / "slides" / slide_id / "slide.json") or {}
         row |= {key: slide.get(key, "") for key in FIGURES if key not in row}
@@ -60,7 +62,7 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: Iterable[
     """Write rows as CSV, whole or not at all; columns in order of first appearance unless given."""
     names = list(columns or dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n", restval="", extrasaction="ignore")
+    writer = csv_cells.DictWriter(text, names, lineterminator="\n", restval="", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -69,7 +71,7 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: Iterable[
 def read_table(path: str | Path) -> list[dict[str, str]]:
     """Rows of a CSV as text."""
     with open(path, newline="", encoding="utf-8-sig") as handle:
-        return list(csv.DictReader(handle))
+        return list(csv_cells.DictReader(handle))
 
 
 def failure_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -207,6 +208,14 @@ def _contradictions(key: str, record: dict[str, Any]) -> list[str]:
     found = []
     if record["variant"] not in record["variants"]:
         found.append(f"encoders.{key}.variant: {record['variant']!r} is not one of {', '.join(record['variants'])}.")
+    source = record["source"]
+    if record["loader"] == "torchscript" and source["kind"] == "hub" and not source.get("file"):
+        pinned = re.fullmatch(r"[0-9a-f]{40}", str(source.get("revision") or "")) and source.get("sha256")
+        if not pinned:
+            found.append(
+                f"encoders.{key}.source: TorchScript is code that would be run as you: to allow it, name the commit "
+                "that you have looked at (revision, 40 digits) and the sha256 of its file."
+            )
     if record["loader"] != "torchscript" and not record.get("architecture"):
         found.append(f"encoders.{key}.architecture: loader {record['loader']} needs the name of a timm model.")
     if record["transform"]["crop"] > record["transform"]["resize"]:

@@ -13,7 +13,6 @@ the figure itself. `calibration.ece_if_calibrated` says what perfect predictions
 
 from __future__ import annotations
 
-import csv
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from slidemake.calibration_report import calibration_report, mean_over_repeats
 from slidemake.cohort_table import read_table
 from slidemake.conformal import conformal, risk_coverage
+from slidemake.csv_cells import write_rows
 from slidemake.evaluation_scopes import (
     Draws,
     ensemble_scope,
@@ -196,8 +196,7 @@ def _pairs(models: list[Predictions]) -> list[tuple[Predictions, Predictions]]:
 def metrics_table(result: dict[str, Any]) -> str:
     """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[tuple[Any, ...]] = [COLUMNS]
     number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
     for model, entry in result["models"].items():
         groups = {
@@ -208,10 +207,11 @@ def metrics_table(result: dict[str, Any]) -> str:
         for scope, body in {**entry["scopes"], **groups}.items():
             size = (body["n"], "" if body["positives"] is None else body["positives"], number(body["prevalence"]))
             if not body["metrics"]:
-                writer.writerow((model, "auroc", scope, "", "", "", *size, body["reason"]))
+                rows.append((model, "auroc", scope, "", "", "", *size, body["reason"]))
             for metric, m in body["metrics"].items():
                 figures = (number(m["value"]), number(m["low"]), number(m["high"]))
-                writer.writerow((model, metric, scope, *figures, *size, m["reason"] or ""))
+                rows.append((model, metric, scope, *figures, *size, m["reason"] or ""))
+    write_rows(text, rows)
     return text.getvalue()
 
 

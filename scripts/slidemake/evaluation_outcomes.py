@@ -7,7 +7,6 @@ models; `ensemble` is of the prediction averaged over repeats. What is computed 
 
 from __future__ import annotations
 
-import csv
 import io
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from slidemake.bootstrap import bootstrap_weights, percentile_interval, scope_seed
 from slidemake.contamination import in_words
+from slidemake.csv_cells import write_rows
 from slidemake.evaluation_kinds import KINDS, Kind
 from slidemake.failures import RunError
 from slidemake.outcome_table import OutcomeTable, read_outcomes
@@ -227,17 +227,17 @@ def evaluate_tables(
 def outcome_metrics_table(result: dict[str, Any]) -> str:
     """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[tuple[Any, ...]] = [COLUMNS]
     number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
     for model, entry in result["models"].items():
         for scope, body in entry["scopes"].items():
             size = (body["n"], "" if body["positives"] is None else body["positives"])
             if not body["metrics"]:
-                writer.writerow((model, result["primary"], scope, "", "", "", *size, body["reason"]))
+                rows.append((model, result["primary"], scope, "", "", "", *size, body["reason"]))
             for metric, m in body["metrics"].items():
                 figures = (number(m["value"]), number(m["low"]), number(m["high"]))
-                writer.writerow((model, metric, scope, *figures, *size, m["reason"] or ""))
+                rows.append((model, metric, scope, *figures, *size, m["reason"] or ""))
+    write_rows(text, rows)
     return text.getvalue()
 
 

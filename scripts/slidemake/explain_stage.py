@@ -6,9 +6,12 @@ patient out) gives to the tiles of the slide; leave-one-tile-out likewise, as th
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,17 +22,30 @@ from slidemake.explain import explain_slide, tile_truth
 from slidemake.failures import damaged
 from slidemake.integrity import read_array
 from slidemake.provenance import committed, files_are_whole, fingerprint, read_json_if_whole, read_slide_record
+from slidemake.screening import OVERVIEW
 from slidemake.splits import Splits
 from slidemake.tiles import TileStore
 
-OVERVIEW_PX = 1200
+if TYPE_CHECKING:
+    from slidemake.reader import SlideReader
 
 
 class Explainer:
     """Explains slides of one task and model; fold bundles are loaded once each."""
 
-    def __init__(self, results: Path, encoder: str, folder: Path, splits: Splits, options: dict[str, Any], out: Path):
+    def __init__(
+        self,
+        results: Path,
+        encoder: str,
+        folder: Path,
+        splits: Splits,
+        options: dict[str, Any],
+        out: Path,
+        fetch: Callable[[str, Path], Path] | None = None,
+    ):
+        """`fetch` gets a slide that is not kept on the disk into a folder, and returns its path there."""
         self.results, self.encoder, self.folder, self.out = results, encoder, folder, out
+        self.fetch = fetch
         self.splits, self.options = splits, options
         self.bundle = lru_cache(maxsize=64)(self._load)
 
@@ -129,27 +145,49 @@ class Explainer:
         facts: dict[str, Any],
     ) -> dict[str, Any]:
         from slidemake.embedding_engine import read_selected
-        from slidemake.reader import open_slide
 
         slide = read_slide_record(self.results / "slides" / row["slide_id"], "slide.json")
-        with open_slide(slide["path"], reader=slide["reader"]) as reader:
-            overview, sx, sy = reader.overview_at(max(1.0, max(slide["width"], slide["height"]) / OVERVIEW_PX))
-            # a folder at a time: a twin of this job must never find the files of one and the record of the other
-            with committed(out) as work:
-                return explain_slide(
-                    work,
-                    slide_id=row["slide_id"],
-                    coords=store.coords,
-                    tile_level0_px=tuple(store.attrs["tile_level0_px"]),
-                    features=features,
-                    attention=attention,
-                    leave_one_out=change,
-                    read_tiles=lambda indices: read_selected(store, slide, reader, indices),
-                    overview=overview,
-                    sx=sx,
-                    sy=sy,
-                    mpp=slide["mpp"],
-                    k=self.options["top_tiles"],
-                    truth=truth,
-                    facts=facts,
-                )
+        # a folder at a time: a twin of this job must never find the files of one and the record of the other
+        with self._opened(slide, store) as (overview, sx, sy, reader), committed(out) as work:
+            return explain_slide(
+                work,
+                slide_id=row["slide_id"],
+                coords=store.coords,
+                tile_level0_px=tuple(store.attrs["tile_level0_px"]),
+                features=features,
+                attention=attention,
+                leave_one_out=change,
+                read_tiles=lambda indices: read_selected(store, slide, reader, indices),
+                overview=overview,
+                sx=sx,
+                sy=sy,
+                mpp=slide["mpp"],
+                k=self.options["top_tiles"],
+                truth=truth,
+                facts=facts,
+            )
+
+    @contextmanager
+    def _opened(
+        self, slide: dict[str, Any], store: TileStore
+    ) -> Iterator[tuple[np.ndarray, float, float, SlideReader | None]]:
+        """Overview, level-0 px per px of it in x and y, and the open slide: None where it is not on the disk and not
+        needed either, because screening kept an overview and the store has the tiles."""
+        from slidemake.reader import open_slide
+
+        if not slide.get("remote"):
+            with open_slide(slide["path"], reader=slide["reader"]) as reader:
+                yield *reader.overview_at(max(1.0, max(slide["width"], slide["height"]) / OVERVIEW)), reader
+            return
+        with Image.open(self.results / "slides" / slide["slide_id"] / "overview.jpg") as picture:
+            overview = np.asarray(picture.convert("RGB"))
+        height, width = overview.shape[:2]
+        scales = slide["width"] / width, slide["height"] / height
+        if store.has_pixels or self.fetch is None:
+            yield overview, *scales, None
+            return
+        (self.results / "fetched").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.results / "fetched") as folder:
+            path = self.fetch(slide["slide_id"], Path(folder))
+            with open_slide(path, reader=slide["reader"]) as reader:
+                yield overview, *scales, reader

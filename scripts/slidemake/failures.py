@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 # code -> what the user can do about it, when the place that raises has nothing more precise to say.
 HINTS: dict[str, str] = {
     "missing_file": "Check the path column of the sheet: relative paths start at the sheet's own folder.",
+    "unreachable": "The slide could not be fetched. See that address, network and credentials (environment) are right.",
+    "wrong_checksum": "The file is not the one that the sheet describes: correct the sha256 in the sheet, or the file.",
     "unsupported": "No reader opens this file. Convert it to a pyramidal TIFF (vips tiffsave --tile --pyramid).",
     "unreadable": "The file opens but its pixels do not decode. Copy it again from the scanner or the archive.",
     "truncated": "The file is shorter than its own index says. Copy it again and compare the sizes.",
@@ -56,6 +58,7 @@ class SlideFailure(Exception):
     def __init__(self, code: str, message: str, hint: str | None = None):
         if code not in HINTS:
             raise ValueError(f"unknown failure code {code!r}; one of {', '.join(CODES)}")
+        message = one_line(message)
         super().__init__(message)
         self.code, self.message, self.hint = code, message, hint or HINTS[code]
 
@@ -65,6 +68,12 @@ class SlideFailure(Exception):
 
     def record(self, slide_id: str, stage: str) -> Failure:
         return Failure(slide_id, stage, self.code, self.message, self.hint)
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """A message for terminals, tables and pages: what a slide file says of itself may be part of it."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else f"\\x{ord(c):02x}" for c in text[: 2 * longest])
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def damaged(path: object, what: str) -> SlideFailure:

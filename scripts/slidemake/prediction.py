@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake import csv_cells
 from slidemake.bags import Bags, load_bags, open_embeddings
 from slidemake.bundle import Bundle, check_features, load_bundle, predict
 from slidemake.failures import RunError
@@ -33,7 +33,7 @@ def prediction_row(
 def write_predictions(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write rows as CSV, whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n", restval="", extrasaction="ignore")
+    writer = csv_cells.DictWriter(text, list(columns), lineterminator="\n", restval="", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

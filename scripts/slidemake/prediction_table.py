@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slidemake import csv_cells
 from slidemake.failures import RunError
 from slidemake.provenance import check_file, read_json, read_json_if_whole
 
@@ -77,7 +77,7 @@ def read_predictions(path: str | Path, name: str) -> Predictions:
     if trained.exists():
         check_file(path, read_json(trained))
     with open(path, newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
+        reader = csv_cells.DictReader(handle)
         columns, rows = reader.fieldnames or [], list(reader)
     classes = tuple(column.removeprefix("prob_") for column in columns if column.startswith("prob_"))
     missing = [column for column in NEEDED if column not in columns]

@@ -26,6 +26,7 @@ from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
 
 log = logging.getLogger("slidemake")
 
+SLIDE_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}")  # as in slides.schema.json
 Record = dict[str, Any]  # slide_id, status ("ok" | "failed"), failure (dict | None), and what the stage found
 
 
@@ -68,7 +69,8 @@ def read_manifest(path: str | Path, stage: str | None = None) -> list[Record]:
     try:
         manifest = read_json(path)
         found, rack, slides = manifest["stage"], manifest["rack"], manifest["slides"]
-    except (SlideFailure, KeyError, TypeError) as error:
+        check_ids(record["slide_id"] for record in slides)
+    except (SlideFailure, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"The manifest {path} is damaged ({error}). Delete it and run the same command again."
         ) from error
@@ -77,6 +79,13 @@ def read_manifest(path: str | Path, stage: str | None = None) -> list[Record]:
     if re.fullmatch(r"r\d+", Path(path).stem) and rack != Path(path).stem:
         raise RunError(f"{path} is the manifest of rack {rack}. Delete it and run the same command again.")
     return slides
+
+
+def check_ids(slide_ids: Iterable[Any]) -> None:
+    """Ids become names of files: ValueError for one that could lead elsewhere, from a manifest of somebody else's."""
+    for slide_id in slide_ids:
+        if not isinstance(slide_id, str) or not SLIDE_ID.fullmatch(slide_id):
+            raise ValueError(f"{str(slide_id)[:40]!r} is no slide_id")
 
 
 def read_manifests(paths: Iterable[str | Path], stage: str | None = None) -> list[Record]:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from slidemake.failures import RunError, SlideFailure
+from slidemake.remote import arrive
 
 if TYPE_CHECKING:
     from slidemake.jpeg_tiles import JpegTiles
@@ -212,6 +213,7 @@ def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None)
     `reader`: the name recorded at screening, or "auto" (`choose_reader`, which reads some regions). `mpp`: um per
     pixel that stands before the file's own. Raises SlideFailure (missing_file, unsupported, not_brightfield, ...).
     """
+    arrive(path)
     if reader == "auto":
         reader = choose_reader(path)
     file = slide_file(path)

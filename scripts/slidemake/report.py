@@ -122,8 +122,10 @@ def titles(metrics: dict[str, Any], pooled: dict[str, Any]) -> dict[str, str]:
     return found | {"auprc": f"AUPRC (prevalence {pooled['prevalence']:.2f})"}
 
 
-def task_section(results: Path, task: str, models: list[str], explained: str | None) -> dict[str, Any]:
-    """Metrics, curves, pictures and warnings of one task."""
+def task_section(
+    results: Path, task: str, models: list[str], explained: str | None, slides: set[str]
+) -> dict[str, Any]:
+    """Metrics, curves, pictures and warnings of one task; explanations of `slides`, whatever else lies there."""
     folder = results / "tasks" / task
     metrics, curves = read_json(folder / "metrics.json"), read_json(folder / "curves.json")
     splits = read_json_if_whole(folder / "splits.json") or {}
@@ -137,7 +139,7 @@ def task_section(results: Path, task: str, models: list[str], explained: str | N
         "splits": splits,
         "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
         "folds": {name.removeprefix("fold:"): s for name, s in scopes.items() if name.startswith("fold:")},
-        "explained": explanations(results, task, explained) if explained else None,
+        "explained": explanations(results, task, explained, slides) if explained else None,
         "stress": stress_section(folder / main),
         "comparison": comparison_section(folder),
         "shortcuts": {path.stem: read_json(path) for path in sorted((folder / "shortcuts").glob("*.json"))},
@@ -187,14 +189,17 @@ def external_section(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def explanations(results: Path, task: str, model: str, limit: int = 60) -> dict[str, Any]:
-    """Heatmaps and tile galleries of the explained slides, and how well attention finds annotated tumour."""
+def explanations(results: Path, task: str, model: str, wanted: set[str], limit: int = 60) -> dict[str, Any]:
+    """Heatmaps and tile galleries of the explained slides, and how well attention finds annotated tumour.
+
+    Only of `wanted` slides: files of slides that have left the sheet stay in their folders.
+    """
     import statistics
 
     folder = results / "explain" / task / model
     slides: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*/explain.json")):
-        described = read_json_if_whole(path)
+        described = read_json_if_whole(path) if path.parent.name in wanted else None
         if described is None:
             continue
         described["pictures"] = {}
@@ -212,6 +217,13 @@ def explanations(results: Path, task: str, model: str, limit: int = 60) -> dict[
         if found
         else None,
     }
+
+
+def explained_slides(manifests: list[str], task: str, rows: list[dict[str, str]]) -> set[str]:
+    """Slides that the task's explanation vouches for and that are still in the cohort."""
+    paths = [path for path in manifests if Path(path).parts[-4:-2] == ("explain", task)]
+    explained = {record["slide_id"] for record in read_manifests(paths, "explain") if record["status"] == "ok"}
+    return explained & {row["slide_id"] for row in rows if row["status"] == "ok"}
 
 
 def write_report(
@@ -256,7 +268,10 @@ def write_report(
             patients=len({row["patient_id"] for row in rows}),
             tiles=sum(int(float(v)) for row in rows for k, v in row.items() if k.startswith("tiles_") and v),
             drift=drift_section(results),
-            tasks=[task_section(results, name, t["models"], t.get("explained")) for name, t in tasks.items()],
+            tasks=[
+                task_section(results, name, t["models"], t.get("explained"), explained_slides(manifests, name, rows))
+                for name, t in tasks.items()
+            ],
             stages=stages,
             timeline=timeline_section(results),
             stage_figure=figures.throughput([s for s in stages if s["seconds"] > 0]),

@@ -14,50 +14,77 @@ import numpy as np
 from PIL import Image
 
 from slidemake.failures import SlideFailure
-from slidemake.provenance import content_identity, fingerprint, read_json_if_whole, write_image, write_json
+from slidemake.provenance import content_identity, file_sha256, fingerprint, read_json_if_whole, write_image, write_json
 from slidemake.racks import Record
 from slidemake.reader import SlideReader, choose_reader, open_slide, slide_file
 from slidemake.reader_tiff import check_rgb, check_whole, read_tiff_index
+from slidemake.remote import arrive
 
 if TYPE_CHECKING:
     from slidemake.cohort import SlideRow
 
 PLAUSIBLE_MPP = (0.05, 10.0)  # um per px at level 0; a resolution tag of 72 dpi says 353
 THUMBNAIL = 512  # px, longer side
+OVERVIEW = 1200  # px; kept of slides that will not stay on the disk, for the pictures of the explanation
 PROBE = 256  # px, side of the regions read
 
 
-def screen_slide(row: SlideRow, options: dict[str, Any], results: Path) -> Record:
+def screen_slide(row: SlideRow, options: dict[str, Any], results: Path, remote: dict[str, Any] | None = None) -> Record:
     """Screen one slide: writes `slides/{id}/thumbnail.jpg` and, last, `slide.json` under `results`.
 
     `options`: `reader` ("auto", or one name for all slides), `default_mpp` (um per px for slides that have none, or
-    None). Returns the figures of slide.json, with `reused: True` when they were found finished. Raises SlideFailure
-    with the reason; slide.json then holds it, with status "failed".
+    None). `remote`: of a slide that was fetched, what the fetching stage recorded; `row.path` is its local copy,
+    which may be gone later. Returns the figures of slide.json, with `reused: True` when they were found finished.
+    Raises SlideFailure with the reason; slide.json then holds it, with status "failed".
     """
     path = Path(row.path)
     target = results / "slides" / row.slide_id / "slide.json"
-    if not path.exists():
-        target.unlink(missing_ok=True)
-        raise SlideFailure("missing_file", f"{path} does not exist")
-    identity = slide_identity(path)
-    wanted = {key: options.get(key) for key in ("reader", "default_mpp")}
-    mark = fingerprint("screen", identity=identity, slide_id=row.slide_id, mpp=row.mpp, options=wanted)
     known = read_json_if_whole(target)
-    if known is not None and known.get("fingerprint") == mark and target.with_name("thumbnail.jpg").exists():
-        if known["path"] != str(path):  # the file moved
-            known["path"] = str(path)
+    postponed = remote is not None and bool(remote.get("postponed")) and known is not None and "identity" in known
+    remote = {key: value for key, value in remote.items() if key != "postponed"} if remote else None
+    wanted = {key: options.get(key) for key in ("reader", "default_mpp")}
+    checked = {"sha256": row.sha256} if row.sha256 else {}
+
+    def mark_of(identity: str) -> str:
+        return fingerprint("screen", identity=identity, slide_id=row.slide_id, mpp=row.mpp, options=wanted, **checked)
+
+    if not postponed:
+        arrive(path)
+        if not path.exists():
+            target.unlink(missing_ok=True)
+            raise SlideFailure("missing_file", f"{path} does not exist")
+    identity = known["identity"] if postponed and known else slide_identity(path)
+    pictures = [target.with_name("thumbnail.jpg"), *([target.with_name("overview.jpg")] if remote else [])]
+    done = known is not None and known.get("fingerprint") == mark_of(identity) and all(p.exists() for p in pictures)
+    if known is not None and done:
+        about = {"path": str(path), "remote": remote}
+        if {key: known.get(key) for key in about} != about:  # the file moved
+            known |= about
             write_json(target, known)
         return {**known, "reused": True}
     try:
-        found = _examine(row, path, options, target.with_name("thumbnail.jpg"))
+        arrive(path)
+        identity = slide_identity(path)
+        if row.sha256:
+            check_sha256(path, row.sha256)
+        found = _examine(row, path, options, pictures)
     except SlideFailure as failure:
         reason = failure.record(row.slide_id, "screen").as_dict()
         write_json(target, {"slide_id": row.slide_id, "status": "failed", "path": str(path), "failure": reason})
         raise
     record = {"slide_id": row.slide_id, "status": "ok", "path": str(path), "identity": identity, **found}
-    record["fingerprint"] = mark
+    record |= {"remote": remote, "fingerprint": mark_of(identity)}
     write_json(target, record)
     return record
+
+
+def check_sha256(path: Path, wanted: str) -> None:
+    """Compare a slide with the checksum that the sheet gives. Raises SlideFailure wrong_checksum or unsupported."""
+    if path.is_dir():
+        raise SlideFailure("unsupported", f"{path} is a folder, which has no sha256", "Leave the cell empty.")
+    found = file_sha256(path)
+    if found != wanted:
+        raise SlideFailure("wrong_checksum", f"{path} has sha256 {found}, and the sheet says {wanted}")
 
 
 def slide_identity(path: Path) -> str:
@@ -85,8 +112,8 @@ def find_duplicates(records: list[Record]) -> dict[str, str]:
     return duplicates
 
 
-def _examine(row: SlideRow, path: Path, options: dict[str, Any], thumbnail: Path) -> Record:
-    """Open the slide and look at it: the figures of slide.json, and its thumbnail."""
+def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[Path]) -> Record:
+    """Open the slide and look at it: the figures of slide.json, its thumbnail and, where asked for, its overview."""
     index = read_tiff_index(slide_file(path))
     if index is not None:
         check_whole(index)
@@ -99,7 +126,9 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], thumbnail: Path
         flags += _mpp_flags(slide, mpp, source)
         picture = slide.thumbnail(THUMBNAIL)
         flags += _check_light(picture, path.name)
-        write_image(thumbnail, Image.fromarray(picture), format="JPEG", quality=85)
+        write_image(pictures[0], Image.fromarray(picture), format="JPEG", quality=85)
+        for overview in pictures[1:]:
+            write_image(overview, Image.fromarray(slide.thumbnail(OVERVIEW)), format="JPEG", quality=90)
         return {
             "vendor": slide.vendor,
             "reader": slide.name,

@@ -20,6 +20,7 @@ from slidemake.encoders import EncoderRecord, check_access, load_record, registr
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, write_json
 from slidemake.racks import Machine, assign_racks, auto_rack_size
+from slidemake.remote import check_addresses, is_remote
 from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
 from slidemake.sweeps import axis_table
@@ -40,6 +41,7 @@ class Plan:
     registry: dict[str, Any]
     bundle: dict[str, Any] | None
     rack_size: int
+    racks_on_disk: int = 4  # racks whose remote slides may be on the disk at a time
 
     @property
     def output(self) -> str:
@@ -97,7 +99,15 @@ class Plan:
     def screening_rows(self, rack: str) -> list[dict[str, Any]]:
         """What screening depends on, per slide: not the labels, nor who scanned it when."""
         keys = ("slide_id", "path", "mpp", "stain", "exclude")
-        return [{key: getattr(row, key) for key in keys} for row in self.racks[rack]]
+        rows = [{key: getattr(row, key) for key in keys} for row in self.racks[rack]]
+        sums = [row.sha256 if not is_remote(row.path) else "" for row in self.racks[rack]]
+        return [row | ({"sha256": wanted} if wanted else {}) for row, wanted in zip(rows, sums, strict=True)]
+
+    def remote_rows(self, rack: str) -> list[dict[str, str]]:
+        """Slides of a rack that have to be fetched: slide_id, address, and SHA-256 where the sheet gives it."""
+        keys = ("slide_id", "path", "sha256")
+        rows = [row for row in self.racks[rack] if not row.exclude and is_remote(row.path)]
+        return [{key: getattr(row, key) for key in keys} for row in rows]
 
     def outlines(self, rack: str) -> dict[str, str]:
         """{slide: GeoJSON given in the sheet} of a rack."""
@@ -200,7 +210,8 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
         config = apply_bundle(config, bundle)
     tasks = config["tasks"]
     # write_sheet makes the sheet that is not there yet
-    rows = [] if config["slides_folder"] else read_sheet(config["sheet"], sheet_columns(config), tasks)
+    new_sheet = config["slides_folder"] and not Path(config["sheet"]).exists()
+    rows = [] if new_sheet else read_sheet(config["sheet"], sheet_columns(config), tasks)
     encoders = {}
     for model in used_features(config, tasks, bundle):
         record = features_record(model, config, known)
@@ -210,7 +221,10 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     size = rack_size(config, len(rows), machine or Machine(), in_job)
     by_id = {row.slide_id: row for row in rows}
     racks = {rack: [by_id[i] for i in ids] for rack, ids in assign_racks(list(by_id), size).items()}
-    return Plan(config, rows, racks, encoders, known, bundle, size)
+    check_addresses(row.path for row in rows if not row.exclude)
+    kept = (read_json_if_whole(Path(config["output"]) / MARKER) or {}).get("racks_on_disk")
+    on_disk = int(kept or config["remote"]["racks_on_disk"])
+    return Plan(config, rows, racks, encoders, known, bundle, size, on_disk)
 
 
 def rack_size(config: dict[str, Any], slides: int, machine: Machine, in_job: bool = False) -> int:
@@ -312,15 +326,18 @@ def check_results_folder(output: Path) -> None:
         )
 
 
-def mark_results_folder(output: Path, rack_size: int | None = None) -> None:
+def mark_results_folder(output: Path, rack_size: int | None = None, racks_on_disk: int | None = None) -> None:
     """Say in the results folder which version of the format it has (when a run starts; not in a dry run).
 
-    `rack_size` (None: there are no racks yet) is kept for `rack_size: auto` of later runs and for jobs on other nodes.
+    `rack_size` (None: there are no racks yet) is kept for `rack_size: auto` of later runs and for jobs on other nodes,
+    `racks_on_disk` (None: no slide is fetched) because another number would make Snakemake fetch all slides again.
     """
     found = read_json_if_whole(output / MARKER) or {}
     marked = {**found, "format": "slidemake-results", "format_version": found.get("format_version", FORMAT_VERSION)}
     if rack_size:
         marked["rack_size"] = rack_size
+    if racks_on_disk:
+        marked["racks_on_disk"] = racks_on_disk
     if marked != found:
         write_json(output / MARKER, marked)
 

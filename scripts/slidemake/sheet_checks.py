@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
@@ -19,6 +20,8 @@ from slidemake.json_schemas import validator as json_validator
 from slidemake.sheet_table import Problem
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "slides.schema.json"
+LONGEST = 4000  # characters in a cell
+ALLOWED = {"\n", "\r", "\t", "\u200c", "\u200d", "\u00ad"}  # joiners and the soft hyphen, which languages need
 URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 Row = tuple[int, dict[str, Any]]  # number in the file, cells
 
@@ -61,6 +64,11 @@ def check_cells(rows: Iterable[Row]) -> Iterator[Problem]:
     verdicts: dict[tuple[str, Any], bool] = {}
     for number, row in rows:
         for column, value in row.items():
+            if isinstance(value, str) and (len(value) > LONGEST or not value.isprintable()):
+                fault = _unprintable(value)
+                if fault:
+                    yield Problem(number, printable(column), fault)
+                    continue
             if column not in validators:
                 continue  # label columns and metadata are text, whatever they say
             key = (column, value)
@@ -68,6 +76,21 @@ def check_cells(rows: Iterable[Row]) -> Iterator[Problem]:
                 verdicts[key] = validators[column].is_valid(value) and _real(column, value)
             if not verdicts[key]:
                 yield Problem(number, column, _remedy(column, value))
+
+
+def _unprintable(value: str) -> str | None:
+    """What is wrong with a text that would spoil terminals, pages and tables."""
+    odd = sorted({c for c in value if unicodedata.category(c) in ("Cc", "Cf", "Cs")} - ALLOWED)
+    if odd:
+        return f"holds the invisible character U+{ord(odd[0]):04X}; remove it"
+    if len(value) > LONGEST:
+        return f'"{value[:40]}..." has {len(value)} characters; at most {LONGEST} are allowed'
+    return None
+
+
+def printable(text: str) -> str:
+    """Text with characters that a terminal would obey written out."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _real(column: str, value: Any) -> bool:
@@ -156,6 +179,9 @@ def check_rows(rows: list[Row], sheet: Path) -> Iterator[Problem]:
     text = "differs from {value} in row {first} in case only, and macOS and Windows take both for one file; rename one"
     yield from _repeated(rows, "slide_id", str.lower, text, distinct=True)
     included = [(number, row) for number, row in rows if row.get("exclude") is not True]
+    for number, row in included:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*:[^/]*@", str(row.get("path") or "")):
+            yield Problem(number, "path", "holds a password; credentials come from the environment: remove it")
     yield from _repeated(
         included,
         "path",

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slidemake.csv_cells import plain as plain_cell
 from slidemake.failures import RunError
 
 # How R, pandas and Excel write a cell that is empty. Not `none`, which may be a class.
@@ -19,7 +20,7 @@ MISSING = frozenset({"", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null"})
 KEYS = ("slide_id", "path")  # cells that are never read as missing, except when they are empty
 KNOWN = (
     *KEYS,
-    *("patient_id", "site", "scanner", "scan_date", "split", "mpp", "stain", "exclude", "tissue_geojson"),
+    *("patient_id", "site", "scanner", "scan_date", "split", "mpp", "stain", "exclude", "tissue_geojson", "sha256"),
 )
 # What others call our columns. Used to say what is meant; a sheet without patient_id that has one of its other names
 # would silently take every slide for a patient of its own, and leak.
@@ -63,7 +64,10 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path)
     text = _text(path)
-    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator(text)))
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator(text)))
+    except csv.Error as error:  # a cell of more than 128 KiB: a quotation mark that is never closed
+        raise RunError(f"{path} is no table of text: {error}. Is a quotation mark missing?") from error
     start = next((i for i, cells in enumerate(lines) if any(cell.strip() for cell in cells)), None)
     if start is None:
         raise RunError(f"{path} is empty. Its first row names the columns: slide_id, path, ...")
@@ -87,7 +91,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def _cell(column: str, cell: str) -> str:
-    cell = cell.strip()
+    cell = plain_cell(cell.strip())
     return "" if cell in MISSING and column not in KEYS else cell
 
 

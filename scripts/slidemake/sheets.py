@@ -5,7 +5,6 @@ What only the lab knows (patients, sites, labels) stays empty for the user to fi
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import os
@@ -14,6 +13,7 @@ from collections import Counter, defaultdict
 from datetime import datetime
 from pathlib import Path
 
+from slidemake import csv_cells
 from slidemake.failures import RunError
 from slidemake.sheet_checks import safe_id
 
@@ -164,7 +164,7 @@ def write_sheet(folder: str | Path, sheet: str | Path) -> int:
     _refuse_existing(sheet)
     rows = sheet_rows(folder, sheet)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv_cells.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     sheet.parent.mkdir(parents=True, exist_ok=True)

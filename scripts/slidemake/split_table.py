@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake import csv_cells
 from slidemake.failures import RunError
 from slidemake.provenance import file_sums, fingerprint, read_json_if_whole, write_json, write_text
 from slidemake.split_leakage import check_leakage
@@ -121,7 +121,7 @@ def write_splits(splits: Splits, table: str | Path, report: str | Path) -> None:
     """Write splits.csv (repeat, patient_id, fold, fold_name, label, site) and the report splits.json beside it."""
     rows = split_rows(splits)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv_cells.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(table, text.getvalue())
@@ -140,7 +140,7 @@ def read_splits(table: str | Path) -> Splits:
     table = Path(table)
     try:
         with open(table, newline="", encoding="utf-8") as handle:
-            rows = list(csv.DictReader(handle))
+            rows = list(csv_cells.DictReader(handle))
     except FileNotFoundError as error:
         raise RunError(f"{table} is missing; run the split_cohort rule first.") from error
     missing = [c for c in COLUMNS if rows and c not in rows[0]]

@@ -24,6 +24,7 @@ from slidemake.adapter import available_cpus
 from slidemake.failures import SlideFailure
 from slidemake.integrity import problems
 from slidemake.provenance import check_file, has_checksum, read_json
+from slidemake.racks import check_ids
 
 STORES = {"tiles": "tiles", "embeddings": "embed"}  # folder -> stage
 SLIDE_FILES = {"slide.json": "screen", "tissue.json": "tissue", "stain.json": "stain"}
@@ -71,12 +72,13 @@ class Results:
                 if not has_checksum(path):
                     raise SlideFailure("damaged", f"{path} carries no checksum")
                 if path.parent != self.folder / "manifests":
-                    _ = [(record["slide_id"], record["status"]) for record in manifest["slides"]]
+                    _ = [record["status"] for record in manifest["slides"]]
+                    check_ids(record["slide_id"] for record in manifest["slides"])
                     _checked_place(path, manifest, self.folder)
                 found[path] = manifest
             except SlideFailure as failure:
                 found[path] = str(failure).removeprefix(f"{path} ")
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 found[path] = f"is no manifest ({type(error).__name__}: {error})"
         return found
 

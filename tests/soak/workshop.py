@@ -185,7 +185,8 @@ class Workshop:
             for name, path in self.slides.items()
         ]
         params = Named(rows=rows, options=self._options("screen"), results=str(self.results))
-        self._script("screen_slides", params=params, output=Named(manifest=str(self.manifest("screen"))))
+        given = {"input": Named(fetched=[]), "params": params}
+        self._script("screen_slides", **given, output=Named(manifest=str(self.manifest("screen"))))
 
     def _tissue(self) -> None:
         params = Named(results=str(self.results), options=self._options("tissue"), outlines={})

@@ -24,7 +24,7 @@ from slidemake.configuration import leaves, load_configuration, stage_options  #
 from slidemake.encoders import REGISTRY, load_record, registry  # noqa: E402
 from slidemake.failures import HINTS, SlideFailure  # noqa: E402
 
-FORMATS, README = ROOT / "docs" / "formats.md", ROOT / "README.md"
+FORMATS, GUIDE, README = ROOT / "docs" / "formats.md", ROOT / "docs" / "guide.md", ROOT / "README.md"
 PAGES = sorted([README, ROOT / "CHANGELOG.md", ROOT / "config" / "README.md", *(ROOT / "docs").rglob("*.md")])
 GRID, ENCODER, SIDE = "224px_0.5mpp", "random_resnet18", 1536
 
@@ -47,7 +47,18 @@ def encoder_rows() -> str:
     return "".join(rows)
 
 
-GENERATED = ((FORMATS, "failure codes", failure_rows), (README, "encoders", encoder_rows))
+def rerun_rows() -> str:
+    rows = ["| a change of | computes again | jobs that look |\n|---|---|---|\n"]
+    for row in yaml.safe_load((ROOT / "tests" / "workflow" / "what_runs_again.yaml").read_text())["rows"]:
+        rows.append(f"| {row['change']} | {row['computes']} | {row['looks']} |\n")
+    return "".join(rows)
+
+
+GENERATED = (
+    (FORMATS, "failure codes", failure_rows),
+    (README, "encoders", encoder_rows),
+    (GUIDE, "what runs again", rerun_rows),
+)
 
 
 def between(text: str, name: str) -> tuple[str, str, str]:

@@ -30,6 +30,7 @@ class Row:
     slide_id: str
     path: str
     mpp: float | None = None
+    sha256: str = ""
 
 
 def save(path: Path, w: int = 700, h: int = 500, mpp: float | None = 0.5, seed: int = 0, **options: object) -> Path:

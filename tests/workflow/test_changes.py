@@ -122,8 +122,8 @@ def test_appended_slide_is_the_only_one_computed(project: Project):
                 assert record["reused"] is True, (stage, record)
 
 
-def test_moved_slides_are_recognised_by_their_content(project: Project):
-    """Slides in another folder: looked at again, but nothing is computed again."""
+def test_slide_replaced_under_its_name(project: Project):
+    """Slides in another folder are looked at again and found finished; one with other bytes is computed again."""
     folder = project.folder / "moved"
     folder.mkdir()
     rows = project.rows()
@@ -136,6 +136,41 @@ def test_moved_slides_are_recognised_by_their_content(project: Project):
     ok = [record for record in project.manifest("screen") if record["status"] == "ok"]
     assert ok
     assert all(record["reused"] for record in ok)
+
+    replaced, other = rows[0], rows[-1]
+    fingerprints = {record["slide_id"]: record.get("fingerprint") for record in project.manifest("embed", ENCODER)}
+    Path(replaced["path"]).write_bytes(Path(other["path"]).read_bytes() + b"another scan")
+    project.succeed("embeddings")
+    for stage in (("screen",), ("tissue",), ("stain",), ("tiles", GRID), ("embed", ENCODER)):
+        for record in project.manifest(*stage):
+            if record["slide_id"] == replaced["slide_id"]:
+                assert not record.get("reused"), stage
+            elif record["status"] == "ok":
+                assert record["reused"] is True, (stage, record)
+    record = project.manifest("embed", ENCODER)[0]
+    assert record["slide_id"] == replaced["slide_id"]
+    assert record["fingerprint"] != fingerprints[replaced["slide_id"]]
+
+
+def test_removed_slide_leaves_the_results_and_keeps_its_files(project: Project):
+    rows, gone = project.rows(), "P02-B"
+    project.write_sheet([row for row in rows if row["slide_id"] != gone])
+    files = ["slides", f"tiles/{GRID}", f"embeddings/{ENCODER}", "explain/tumour/abmil"]
+    before = {name: stamps(project.results / name) for name in files}
+    mentioned = [path for path in tables_and_pages(project) if gone in path.read_text()]
+    assert {path.name for path in mentioned} >= {"slides.csv", "predictions_slides.csv", "index.html", "r00000.json"}
+    project.succeed()
+    for name in files:
+        now = stamps(project.results / name)
+        assert {k: v for k, v in now.items() if gone in k} == {k: v for k, v in before[name].items() if gone in k} != {}
+    assert [path for path in tables_and_pages(project) if gone in path.read_text()] == []
+
+
+def tables_and_pages(project: Project) -> list[Path]:
+    """Every table, manifest and page of the cohort as a whole: not the folders of single slides, nor the logs."""
+    whole = ("cohort", "tasks", "manifests", "report")
+    ends = (".csv", ".json", ".html")
+    return [p for name in whole for p in sorted((project.results / name).rglob("*")) if p.suffix in ends]
 
 
 def test_excluded_slide_leaves_the_cohort(project: Project):

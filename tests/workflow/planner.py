@@ -1,0 +1,90 @@
+"""Many dry runs for the price of one: Snakemake is imported once, and every plan is made in a fork of that process.
+
+`python planner.py REQUESTS ANSWERS`: REQUESTS is a JSON list of {folder, files, arguments, versions}; `files` ({name:
+text or null}) are put into the folder for that plan (null: removed), and what they replace is put back; `versions`
+({stage: number}) stand for a slidemake whose stages have other versions. ANSWERS gets a list of [exit code, terminal].
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def plans(requests: list[dict[str, Any]], env: dict[str, str]) -> list[tuple[int, str]]:
+    """(exit code, terminal) of the dry run of each request."""
+    with tempfile.TemporaryDirectory() as work:
+        asked, answered = Path(work) / "requests.json", Path(work) / "answers.json"
+        asked.write_text(json.dumps(requests))
+        subprocess.run([sys.executable, __file__, str(asked), str(answered)], check=True, env=env, timeout=900)
+        return [(code, text) for code, text in json.loads(answered.read_text())]
+
+
+def _plan(request: dict[str, Any], terminal: Path) -> int:
+    folder = Path(request["folder"])
+    names = request.get("files", {})
+    kept = {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in names}
+    for name, text in names.items():
+        _put(folder / name, None if text is None else text.encode())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _dry_run(request, folder, terminal)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        for name, content in kept.items():
+            _put(folder / name, content)
+
+
+def _put(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(content)
+
+
+def _dry_run(request: dict[str, Any], folder: Path, terminal: Path) -> None:
+    """In the fork, which ends here."""
+    code = 1
+    try:
+        with open(terminal, "w") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        os.chdir(folder)
+        from slidemake.provenance import STAGE_VERSIONS
+        from snakemake import cli
+
+        STAGE_VERSIONS.update(request.get("versions", {}))
+        try:
+            cli.main(["--dry-run", *request["arguments"]])
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(asked: str, answered: str) -> None:
+    sys.path.insert(0, str(REPO / "scripts"))
+    for name in ("snakemake.cli", "snakemake.api", "snakemake.report.html_reporter", "slidemake.setup", "jsonschema"):
+        importlib.import_module(name)  # once, for all forks
+    answers = []
+    for number, request in enumerate(json.loads(Path(asked).read_text())):
+        terminal = Path(asked).parent / f"{number}.txt"
+        code = _plan(request, terminal)
+        answers.append([code, terminal.read_text()])
+    Path(answered).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
