@@ -76,7 +76,7 @@ def test_metrics_have_the_model_and_the_controls(finished: Project):
 
 def test_bundle_holds_all_that_a_new_slide_needs(finished: Project):
     folder = finished.results / "tasks" / "tumour" / "abmil" / "bundle"
-    assert {path.name for path in folder.iterdir()} == {"bundle.json", "weights.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"bundle.json", "weights.safetensors", "reference.json"}
     info = finished.json("tasks/tumour/abmil/bundle/bundle.json")
     assert info["classes"] == ["benign", "tumour"]
     assert {"encoder", "grid", "stain", "stain_target", "tissue", "tiling", "threshold"} <= set(info)
