@@ -158,19 +158,27 @@ def remove_leftovers(folder: str | Path, name: str, older_than: float = 86400.0)
     """Delete what killed jobs left while writing `folder/name`: dead processes of this host, or older than a day."""
     for left in Path(folder).glob(f".{name}.tmp-*"):
         host, pid, _ = left.name.rsplit(".tmp-", 1)[1].rsplit("-", 2)
-        alive = True
-        if host == socket.gethostname():
-            try:
-                os.kill(int(pid), 0)
-            except (ProcessLookupError, ValueError):
-                alive = False
-            except PermissionError:
-                alive = True
         try:
-            if not alive or time.time() - left.stat().st_mtime > older_than:
+            written = left.stat().st_mtime
+            dead = host == socket.gethostname() and not _lives(pid, written)
+            if dead or time.time() - written > older_than:
                 _remove(left)
         except FileNotFoundError:
             continue
+
+
+def _lives(pid: str, written: float) -> bool:
+    """Whether the process of this host that wrote something at that time is still there: a zombie is not, and a younger
+    process has its number by chance."""
+    import psutil  # here, because most jobs never ask
+
+    try:
+        process = psutil.Process(int(pid))
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= written + 1
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def on_network(path: str | Path, mounts: Path = Path("/proc/mounts")) -> bool:

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from slidemake import provenance
@@ -170,6 +172,21 @@ def test_leftovers_of_dead_jobs_go_and_those_of_live_ones_stay(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, other])
     remove_leftovers(tmp_path, "s.zarr", older_than=-1)
     assert sorted(tmp_path.iterdir()) == [other]
+
+
+def test_a_zombie_and_a_younger_process_with_the_number_are_dead(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        mine = temporary_sibling(tmp_path / "s.zarr")
+        zombie = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
+        zombie.mkdir()
+        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:  # nobody has waited for it yet
+            time.sleep(0.01)
+        remove_leftovers(tmp_path, "s.zarr")
+        assert not zombie.exists()
+    mine.mkdir()
+    os.utime(mine, (0, 0))  # written long before this process began
+    remove_leftovers(tmp_path, "s.zarr", older_than=float("inf"))
+    assert not mine.exists()
 
 
 def test_content_identity_is_of_bytes_not_of_names(tmp_path):
