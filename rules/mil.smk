@@ -157,31 +157,34 @@ rule train_aggregator:
         "../scripts/train_aggregator.py"
 
 
-rule describe_training:
-    """What a model's training slides were like, kept with its bundle: new slides are compared with it (`predict`)."""
-    input:
-        train=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",
-        predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
-        slides=rules.cohort_table.output.slides,
-        bags=bags_of,
-    output:
-        reference=f"{OUTPUT}/tasks/{{task}}/{{model}}/bundle/reference.json",
-    log:
-        log_file("describe_training/{task}/{model}"),
-    benchmark:
-        benchmark_file("describe_training/{task}/{model}")
-    conda:
-        "../envs/slidemake.yaml"
-    resources:
-        mem_mb=growing(1500),
-        runtime=minutes(60),
-    params:
-        results=OUTPUT,
-        version=STAGE_VERSIONS["drift"],
-    message:
-        "Describing the training slides of {wildcards.model} for task {wildcards.task}"
-    script:
-        "../scripts/describe_training.py"
+# Not where a bundle is applied: one that lies in this very folder of results would be a file to make, of no task.
+if TASKS:
+
+    rule describe_training:
+        """What a model's training slides were like, kept with its bundle: new slides are compared with it (`predict`)."""
+        input:
+            train=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",
+            predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
+            slides=rules.cohort_table.output.slides,
+            bags=bags_of,
+        output:
+            reference=f"{OUTPUT}/tasks/{{task}}/{{model}}/bundle/reference.json",
+        log:
+            log_file("describe_training/{task}/{model}"),
+        benchmark:
+            benchmark_file("describe_training/{task}/{model}")
+        conda:
+            "../envs/slidemake.yaml"
+        resources:
+            mem_mb=growing(1500),
+            runtime=minutes(60),
+        params:
+            results=OUTPUT,
+            version=STAGE_VERSIONS["drift"],
+        message:
+            "Describing the training slides of {wildcards.model} for task {wildcards.task}"
+        script:
+            "../scripts/describe_training.py"
 
 
 rule evaluate:

@@ -83,10 +83,9 @@ def test_prediction_is_finished_after_one_run(predicted: Project):
     assert predicted.planned("predict") == {}
 
 
-def test_bundle_takes_the_embeddings_that_are_there(finished: Project, project: Project):
-    """In a folder with finished embeddings a bundle is applied without computing one of them again."""
-    shutil.copytree(finished.results / "tasks/tumour/abmil/bundle", project.folder / "bundle")
-    project.configure(bundle="bundle", tasks=None, models=None)
+def test_bundle_takes_the_embeddings_that_are_there(project: Project):
+    """In the folder in which it was trained a bundle is applied without computing an embedding again."""
+    project.configure(bundle="results/tasks/tumour/abmil/bundle", tasks=None, models=None)
     before = stamps(project.results / "embeddings"), stamps(project.results / "tiles")
     project.succeed("predict")
     assert (stamps(project.results / "embeddings"), stamps(project.results / "tiles")) == before
