@@ -73,7 +73,9 @@ def run_and_kill(project: Project, stage: str, hook: Path) -> Killed:
     folder, pattern, manifest = STAGES[stage]
     held = re.escape(pattern.removeprefix("*/")) + "$" if "/" in pattern else f"{folder}/[^./][^/]*zarr$"
     path = os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = project.start(PYTHONPATH=path, TEST_HELD_COMMITS=held, TEST_FREE_COMMITS=str(FREE_COMMITS))
+    # up to this stage only: tiles need no stain fit, and their job beside it would be finished before its turn
+    target = f"results/manifests/{manifest}/r00000.json"
+    process = project.start(target, PYTHONPATH=path, TEST_HELD_COMMITS=held, TEST_FREE_COMMITS=str(FREE_COMMITS))
     deadline = time.monotonic() + PATIENCE
     try:
         while len(results_of(project, stage)) < KILL_AFTER:
