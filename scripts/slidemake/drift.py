@@ -27,6 +27,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from slidemake.bootstrap import scope_seed
+from slidemake.model_comparison import holm
 from slidemake.reference import abstains, thinned
 
 SMALLEST = 5  # patients of a group
@@ -216,15 +217,6 @@ def kolmogorov_smirnov(pooled: np.ndarray) -> Callable[[np.ndarray], float]:
 
 def _psi(pooled: np.ndarray) -> Callable[[np.ndarray], float]:
     return lambda member: psi(pooled[~member], pooled[member])
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of p values, in their order."""
-    order = np.argsort(p)
-    steps = np.minimum(1, np.array(p)[order] * (len(p) - np.arange(len(p))))
-    corrected = np.empty(len(p))
-    corrected[order] = np.maximum.accumulate(steps)
-    return [float(v) for v in corrected]
 
 
 def _level(name: str, figures: Mapping[str, Any]) -> str:

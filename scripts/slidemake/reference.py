@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.bags import Bags
+from slidemake.conformal import conformal_limit, prediction_sets
 from slidemake.failures import RunError, SlideFailure
 from slidemake.outcomes import Outcome
 from slidemake.provenance import STAGE_VERSIONS, read_json, read_json_if_whole, write_json
@@ -79,21 +80,11 @@ def patient_scores(rows: Iterable[Mapping[str, str]], outcome: Outcome) -> dict[
     return {p: {name: float(np.mean(v)) for name, v in scores.items()} for p, scores in found.items()}
 
 
-def conformal_limit(nonconformity: np.ndarray, coverage: float = COVERAGE) -> float | None:
-    """The quantile of split-conformal sets: the ceil((n + 1) coverage)-th smallest of n values 1 - p(true class).
-
-    Vovk et al. 2005; None when n is too small for that coverage (the set would hold every class).
-    """
-    n = len(nonconformity)
-    rank = int(np.ceil((n + 1) * coverage))
-    return float(np.sort(nonconformity)[rank - 1]) if 0 < rank <= n else None
-
-
 def abstains(prob: np.ndarray, limit: float | None) -> np.ndarray:
     """(P,) bool: the prediction set {class: 1 - p <= limit} of (P, C) probabilities does not hold exactly one class."""
     if limit is None:
         return np.zeros(len(prob), bool)
-    return ((1 - prob) <= limit).sum(1) != 1
+    return prediction_sets(prob, limit).sum(1) != 1
 
 
 def class_probabilities(rows: Iterable[Mapping[str, str]], outcome: Outcome) -> dict[str, np.ndarray]:
@@ -152,7 +143,8 @@ def make_reference(
     classes, prob = list(outcome.classes), class_probabilities(predictions, outcome)
     labelled = [p for p in sorted(prob) if truth[p] in classes]
     misfit = np.array([1 - prob[p][classes.index(truth[p])] for p in labelled])
-    limit = conformal_limit(misfit) if classes else None
+    found = conformal_limit(misfit, 1 - COVERAGE)
+    limit = found if classes and np.isfinite(found) else None  # too few patients: every class is in every set
     held = np.array([prob[p] for p in sorted(prob)]).reshape(len(prob), len(classes))
     processed = [row for row in cohort if row["status"] != "excluded"]
     rounded = lambda values: [float(f"{v:.6g}") for v in values]  # noqa: E731

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mil_cohort import planted
 from scipy.stats import ks_2samp
-from slidemake.drift import Sample, between_sites, frechet, holm, judge, kolmogorov_smirnov, mmd, permutation, psi
+from slidemake.conformal import conformal_limit
+from slidemake.drift import Sample, between_sites, frechet, judge, kolmogorov_smirnov, mmd, permutation, psi
 from slidemake.drift_stage import drift_rows
 from slidemake.failures import RunError
 from slidemake.outcomes import ClassOutcome, MultilabelOutcome, RegressionOutcome
@@ -18,7 +19,6 @@ from slidemake.provenance import write_json
 from slidemake.reference import (
     abstains,
     class_probabilities,
-    conformal_limit,
     make_reference,
     patient_scores,
     principal_directions,
@@ -64,15 +64,10 @@ def test_kolmogorov_smirnov_is_scipys():
         assert kolmogorov_smirnov(values)(member) == pytest.approx(expected)
 
 
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-
-
 def test_conformal_limit_and_abstention_by_hand():
     """Nine values, 0.9: the ceil(10 x 0.9) = 9th; eight values are too few for it."""
-    assert conformal_limit(np.arange(9) / 10) == pytest.approx(0.8)
-    assert conformal_limit(np.arange(8) / 10) is None
+    assert conformal_limit(np.arange(9) / 10, 0.1) == pytest.approx(0.8)
+    assert conformal_limit(np.arange(8) / 10, 0.1) == np.inf
     prob = np.array([[0.9, 0.1], [0.5, 0.5], [0.35, 0.65]])
     np.testing.assert_array_equal(abstains(prob, 0.4), [False, True, False])
     np.testing.assert_array_equal(abstains(prob, 0.6), [False, True, False])
