@@ -9,6 +9,8 @@ reported apart as the spread over repeats.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,3 +69,28 @@ def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float 
         return None, None
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+UNDEFINED_ONCE = "undefined in one of the repeats"
+
+
+def with_intervals(
+    values: Mapping[str, np.ndarray],
+    draws: Mapping[str, np.ndarray],
+    level: float,
+    why: Callable[[str], str],
+) -> dict[str, dict[str, Any]]:
+    """{metric: {value, low, high, reason}} of point values (1,) and draws (B,); `why` a metric is not defined."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if np.isfinite(value[0]):
+            low, high = percentile_interval(draws[name], level)
+            found[name] = {"value": float(value[0]), "low": low, "high": high, "reason": None}
+        else:
+            found[name] = {"value": None, "low": None, "high": None, "reason": why(name)}
+    return found
+
+
+def mean_over(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{metric: mean over repeats}, of values or of draws."""
+    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.bootstrap import bootstrap_weights, percentile_interval, scope_seed
+from slidemake.bootstrap import (
+    UNDEFINED_ONCE,
+    bootstrap_weights,
+    mean_over,
+    percentile_interval,
+    scope_seed,
+    with_intervals,
+)
 from slidemake.contamination import in_words
 from slidemake.csv_cells import write_rows
 from slidemake.evaluation_kinds import KINDS, Kind
@@ -49,24 +56,16 @@ def _figures(
     kind: Kind, values: dict, draws: dict, table: OutcomeTable, repeat: int, chosen: np.ndarray, level: float
 ) -> dict[str, dict[str, Any]]:
     """{metric: {value, low, high, reason}} of point values (1,) and draws (B,)."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        if np.isfinite(value[0]):
-            low, high = percentile_interval(draws[name], level)
-            found[name] = {"value": float(value[0]), "low": low, "high": high, "reason": None}
-        else:
-            reason = kind.why(name, table, repeat, chosen) or "undefined in one of the repeats"
-            found[name] = {"value": None, "low": None, "high": None, "reason": f"not defined, because {reason}"}
-    return found
+
+    def why(name: str) -> str:
+        return f"not defined, because {kind.why(name, table, repeat, chosen) or UNDEFINED_ONCE}"
+
+    return with_intervals(values, draws, level, why)
 
 
 def _entry(kind: Kind, table: OutcomeTable, chosen: np.ndarray, metrics: dict, reason: str | None = None) -> dict:
     positives = kind.positives(table.truth[chosen])
     return {"n": len(chosen), "positives": positives, "reason": reason, "metrics": metrics}
-
-
-def _mean_over(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
 def _scope(table: OutcomeTable, chosen: np.ndarray, scope: str, draws: _Draws) -> tuple[dict, dict, dict[str, Any]]:
@@ -83,8 +82,8 @@ def _scope(table: OutcomeTable, chosen: np.ndarray, scope: str, draws: _Draws) -
         resampled.append(kind.over(table, r, part, weights[:, known]))
         figures = _figures(kind, points[-1], resampled[-1], table, r, part, level)
         single[f"repeat:{repeat}"] = _entry(kind, table, part, figures)
-    mean = _mean_over(resampled)
-    figures = _figures(kind, _mean_over(points), mean, table, at, chosen[table.known(at)[chosen]], level)
+    mean = mean_over(resampled)
+    figures = _figures(kind, mean_over(points), mean, table, at, chosen[table.known(at)[chosen]], level)
     return mean, single, _entry(kind, table, chosen, figures)
 
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.bootstrap import bootstrap_weights, percentile_interval, scope_seed
+from slidemake.bootstrap import (
+    UNDEFINED_ONCE,
+    bootstrap_weights,
+    mean_over,
+    scope_seed,
+    with_intervals,
+)
 from slidemake.calibration_report import bins_for, mean_over_repeats
 from slidemake.metrics import METRICS, metrics_over, why_undefined
 from slidemake.prediction_table import Predictions
@@ -53,15 +59,9 @@ def figures_of(
     level: float,
 ) -> dict[str, dict[str, Any]]:
     """{metric: {value, low, high, reason}} of point values (1,) and draws (B,)."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        if np.isfinite(value[0]):
-            low, high = percentile_interval(draws[name], level)
-            found[name] = {"value": float(value[0]), "low": low, "high": high, "reason": None}
-        else:
-            reason = why_undefined(name, labels, list(classes)) or "undefined in one of the repeats"
-            found[name] = {"value": None, "low": None, "high": None, "reason": reason}
-    return found
+    return with_intervals(
+        values, draws, level, lambda name: why_undefined(name, labels, list(classes)) or UNDEFINED_ONCE
+    )
 
 
 def scope_entry(labels: np.ndarray, classes: tuple[str, ...], metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -71,10 +71,6 @@ def scope_entry(labels: np.ndarray, classes: tuple[str, ...], metrics: dict[str,
     share = counts[1] / max(1, len(labels)) if len(classes) == 2 else (counts / max(1, len(labels))).mean()
     about = {"n": len(labels), "positives": positives, "prevalence": float(share), "reason": None}
     return {**about, "metrics": metrics, **more}
-
-
-def _mean_over(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.mean([part[name] for part in parts], axis=0) for name in parts[0]}
 
 
 def subset_scopes(p: Predictions, chosen: np.ndarray, scope: str, draws: Draws) -> tuple[dict, dict, dict[str, Any]]:
@@ -96,8 +92,8 @@ def subset_scopes(p: Predictions, chosen: np.ndarray, scope: str, draws: Draws) 
         resampled.append(measured(*of_repeat, weights[:, known]))
         figures = figures_of(points[-1], resampled[-1], p.labels[part], p.classes, options["level"])
         single[f"repeat:{repeat}"] = scope_entry(p.labels[part], p.classes, figures)
-    mean_draws = _mean_over(resampled)
-    figures = figures_of(_mean_over(points), mean_draws, labels, p.classes, options["level"])
+    mean_draws = mean_over(resampled)
+    figures = figures_of(mean_over(points), mean_draws, labels, p.classes, options["level"])
     bins = bins_for(len(index), options["ece_bins"])
     return mean_draws, single, scope_entry(labels, p.classes, figures, repeats=len(points), ece_bins=bins)
 
