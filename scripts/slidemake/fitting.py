@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slidemake.aggregators import Aggregator, build_aggregator, slide_numbers
+from slidemake.aggregators import Aggregator, Batch, build_aggregator, slide_numbers
 from slidemake.bags import Bags
 from slidemake.batches import sample_batch
 from slidemake.invariance import OPTIONS, Robust, make_robust
@@ -185,7 +185,8 @@ def _one_epoch(
             features, mask, slides = sample_batch(bags, batch, settings, rng)
             mask, slides = (None if x is None else x.to(device) for x in (mask, slides))
             bag_loss = partial(objective.loss, patients=batch)
-            loss = model.step(features.to(device), mask, bag_loss, objective.targets(batch), slides).loss
+            bags_now = Batch(features.to(device), mask, objective.targets(batch), slides)
+            loss = model.step(bags_now, bag_loss).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from mil_cohort import ENCODER, QUICK, planted
 from scipy.special import softmax
-from slidemake.aggregators import AGGREGATORS, build_aggregator, leave_one_out, log_odds, predict_bag
+from slidemake.aggregators import AGGREGATORS, Batch, build_aggregator, leave_one_out, log_odds, predict_bag
 from slidemake.aggregators.clam import BAG_WEIGHT, smooth_svm
 from slidemake.aggregators.ilra import GatedAttention
 from slidemake.aggregators.transmil import AttentionLayer, landmarks, pseudo_inverse
@@ -190,7 +190,7 @@ def test_instances_of_clam(name):
     x, labels = torch.from_numpy(np.stack([tiles(20), tiles(20, seed=1)])), torch.tensor([1, 0])
     for classes in (2, 3):
         model = model_of(name, classes)
-        step = model.step(x, None, lambda logits: logits.sum() * 0 + 2.0, labels)
+        step = model.step(Batch(x, labels=labels), lambda logits: logits.sum() * 0 + 2.0)
         losses = []
         with torch.no_grad():
             for bag, label in zip(x, labels.tolist(), strict=True):
@@ -203,10 +203,10 @@ def test_instances_of_clam(name):
                     each.append(float(smooth_svm(model.instances[c](embedding[rows]), truth)))
                 losses.append(np.mean(each))
         assert float(step.loss.detach()) == pytest.approx(BAG_WEIGHT * 2 + (1 - BAG_WEIGHT) * np.mean(losses), abs=1e-5)
-    one = model.step(x[:, :1], None, lambda logits: logits.sum() * 0 + 2.0, labels)
+    one = model.step(Batch(x[:, :1], labels=labels), lambda logits: logits.sum() * 0 + 2.0)
     assert float(one.loss.detach()) == 2.0  # a bag of one tile has no instances to tell apart
     assert (
-        float(model.step(x, None, lambda logits: logits.sum() * 0 + 2.0, None).loss.detach()) == 2.0
+        float(model.step(Batch(x), lambda logits: logits.sum() * 0 + 2.0).loss.detach()) == 2.0
     )  # nor a task of no classes
 
 
@@ -220,14 +220,14 @@ def test_streams_of_dsmil_and_tiers_of_dtfd_share_the_loss():
     model = model_of("dsmil")
     pooled, _ = model.pool(*model.encode(x), mask=mask)
     largest, bag = pooled[:, :2], model.classifier(pooled[:, 2:])
-    step = model.step(x, mask, loss)
+    step = model.step(Batch(x, mask), loss)
     assert step.loss.item() == pytest.approx(float(loss(largest) + loss(bag)) / 2, abs=1e-6)
     model = model_of("dtfd").train()
     model.seed_dropout(3)
-    step = model.step(x, mask, loss)
+    step = model.step(Batch(x, mask), loss)
     step.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    other = model.step(x, mask, loss)
+    other = model.step(Batch(x, mask), loss)
     assert not torch.equal(step.logits, other.logits)  # dealt anew
 
 
@@ -237,7 +237,7 @@ def test_every_weight_learns_and_padding_does_not(name):
     x = torch.from_numpy(np.stack([tiles(9), tiles(9, seed=1)])).requires_grad_()
     mask = torch.arange(9) < torch.tensor([[9], [7]])
     target = torch.tensor([1, 0])
-    step = model.train().step(x, mask, lambda logits: F.cross_entropy(logits, target), target)
+    step = model.train().step(Batch(x, mask, target), lambda logits: F.cross_entropy(logits, target))
     step.loss.backward()
     assert step.logits.shape == (2, 2)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -249,7 +249,7 @@ def test_every_weight_learns_and_padding_does_not(name):
 def test_number_of_outputs_is_a_parameter(name, outputs):
     model, x = model_of(name, classes=outputs), tiles(5)
     assert predict_bag(model, x)[0].shape == (outputs,)
-    step = model.step(torch.from_numpy(x)[None], None, lambda logits: logits.square().mean())
+    step = model.step(Batch(torch.from_numpy(x)[None]), lambda logits: logits.square().mean())
     assert step.loss.isfinite()
     if outputs == 1:  # a regression: what a tile adds to the value itself
         left = [predict_bag(model, np.delete(x, i, 0))[0][0] for i in range(5)]

@@ -3,7 +3,7 @@
 `base` has the interface, `registry` the names, `inference` prediction and leave-one-out.
 """
 
-from slidemake.aggregators.base import Aggregator, SeededDropout, Step
+from slidemake.aggregators.base import Aggregator, BagLoss, Batch, SeededDropout, Step
 from slidemake.aggregators.inference import CHUNK, encode_bag, leave_one_out, log_odds, predict_bag, slide_numbers
 from slidemake.aggregators.registry import AGGREGATORS, IN_ORDER, PARAMETERS, build_aggregator, model_parameters
 
@@ -13,6 +13,8 @@ __all__ = [
     "IN_ORDER",
     "PARAMETERS",
     "Aggregator",
+    "BagLoss",
+    "Batch",
     "SeededDropout",
     "Step",
     "build_aggregator",

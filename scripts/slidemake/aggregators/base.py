@@ -49,6 +49,20 @@ class Learned(nn.Module):
         self.value = nn.Parameter(torch.zeros(shape))
 
 
+class Batch(NamedTuple):
+    """Bags of one training step: features (B, N, D), mask (B, N) where something was padded, labels (B,) class indices
+    where the task has classes, and the number of each tile's slide within its bag (B, N) where attention asks for it.
+    """
+
+    features: Tensor
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    slides: Tensor | None = None
+
+
+BagLoss = Callable[[Tensor], Tensor]  # logits (B, O) -> scalar
+
+
 class Step(NamedTuple):
     """Of one training batch: the method's loss, logits (B, O), and the vectors (B, H) that the last layer reads."""
 
@@ -132,17 +146,9 @@ class Aggregator(nn.Module):
             return self.pool(*encoded, mask=mask)
         return pool_slides(self, encoded, mask, slides)
 
-    def step(
-        self,
-        features: Tensor,
-        mask: Tensor | None,
-        bag_loss: Callable[[Tensor], Tensor],
-        labels: Tensor | None = None,
-        slides: Tensor | None = None,
-    ) -> Step:
-        """A training step's loss. bag_loss: logits (B, O) -> scalar, the task's; labels (B,): class indices, or None
-        for tasks without classes."""
-        pooled, _ = self.represent(self.encode(features), mask, slides)
+    def step(self, batch: Batch, bag_loss: BagLoss) -> Step:
+        """A training step's loss; bag_loss is the task's."""
+        pooled, _ = self.represent(self.encode(batch.features), batch.mask, batch.slides)
         hidden = self.readout(pooled)
         logits = self.classify(hidden)
         return Step(bag_loss(logits), logits, hidden)

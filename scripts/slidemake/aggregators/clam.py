@@ -10,13 +10,11 @@ invariant. The paper's sizes: hidden 512, attention 256, dropout 0.25, learning 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from slidemake.aggregators.attention import AttentionMIL
-from slidemake.aggregators.base import Step, masked_softmax
+from slidemake.aggregators.base import BagLoss, Batch, Step, masked_softmax
 
 TILES = 8  # B
 BAG_WEIGHT = 0.7  # c1
@@ -45,20 +43,13 @@ class CLAM(AttentionMIL):
         each = hidden.unflatten(-1, (self.outputs, -1))  # class c reads its own vector
         return (each * self.classifier.weight).sum(-1) + self.classifier.bias
 
-    def step(
-        self,
-        features: Tensor,
-        mask: Tensor | None,
-        bag_loss: Callable[[Tensor], Tensor],
-        labels: Tensor | None = None,
-        slides: Tensor | None = None,
-    ) -> Step:
-        encoded = self.encode(features)
-        pooled, _ = self.represent(encoded, mask, slides)
+    def step(self, batch: Batch, bag_loss: BagLoss) -> Step:
+        encoded = self.encode(batch.features)
+        pooled, _ = self.represent(encoded, batch.mask, batch.slides)
         logits = self.classify(pooled)
         loss = bag_loss(logits)
-        if labels is not None and self.outputs > 1:
-            instance = self.instance_loss(encoded[0], encoded[1], mask, labels)
+        if batch.labels is not None and self.outputs > 1:
+            instance = self.instance_loss(encoded[0], encoded[1], batch.mask, batch.labels)
             loss = loss if instance is None else BAG_WEIGHT * loss + (1 - BAG_WEIGHT) * instance
         return Step(loss, logits, pooled)
 

@@ -8,12 +8,10 @@ the features themselves. The paper's attention is 128 wide, learning rate 1e-4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from slidemake.aggregators.base import Aggregator, Step, masked_softmax
+from slidemake.aggregators.base import Aggregator, BagLoss, Batch, Step, masked_softmax
 
 
 class DSMIL(Aggregator):
@@ -46,15 +44,8 @@ class DSMIL(Aggregator):
     def classify(self, hidden: Tensor) -> Tensor:
         return torch.add(*self.streams(hidden)) / 2
 
-    def step(
-        self,
-        features: Tensor,
-        mask: Tensor | None,
-        bag_loss: Callable[[Tensor], Tensor],
-        labels: Tensor | None = None,
-        slides: Tensor | None = None,
-    ) -> Step:
-        pooled, _ = self.represent(self.encode(features), mask, slides)
+    def step(self, batch: Batch, bag_loss: BagLoss) -> Step:
+        pooled, _ = self.represent(self.encode(batch.features), batch.mask, batch.slides)
         largest, bag = self.streams(pooled)
         return Step((bag_loss(largest) + bag_loss(bag)) / 2, (largest + bag) / 2, pooled)
 

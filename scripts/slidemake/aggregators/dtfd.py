@@ -9,13 +9,11 @@ nothing. Permutation invariant when predicting. The paper's sizes: hidden 512, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from slidemake.aggregators.attention import AttentionMIL
-from slidemake.aggregators.base import Aggregator, GatedScores, Step
+from slidemake.aggregators.base import Aggregator, BagLoss, Batch, GatedScores, Step
 
 PSEUDO_BAGS = 4
 
@@ -57,18 +55,11 @@ class DTFD(AttentionMIL):
     def pool(self, *encoded: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.combine(*self.distil(encoded[0], encoded[1], mask))
 
-    def step(
-        self,
-        features: Tensor,
-        mask: Tensor | None,
-        bag_loss: Callable[[Tensor], Tensor],
-        labels: Tensor | None = None,
-        slides: Tensor | None = None,
-    ) -> Step:
-        if slides is not None and self.slide_scores is not None:  # slides are the bags then
-            return super().step(features, mask, bag_loss, labels, slides)
-        embedding, scores = self.encode(features)
-        vectors, attention, filled = self.distil(embedding, scores, mask)
+    def step(self, batch: Batch, bag_loss: BagLoss) -> Step:
+        if batch.slides is not None and self.slide_scores is not None:  # slides are the bags then
+            return super().step(batch, bag_loss)
+        embedding, scores = self.encode(batch.features)
+        vectors, attention, filled = self.distil(embedding, scores, batch.mask)
         pooled, _ = self.combine(vectors, attention, filled)
         logits = self.classify(pooled)
         known = torch.where(filled[..., None], vectors, vectors[:, :1])  # the first has a tile in every bag

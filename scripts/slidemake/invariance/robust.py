@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slidemake.aggregators import Aggregator
+from slidemake.aggregators import Aggregator, Batch
 from slidemake.bags import Bags
 from slidemake.batches import draw_rows, pad_rows
 from slidemake.failures import RunError
@@ -207,7 +207,7 @@ class Robust:
             return self._reduce(each, weights, about)
 
         labels = about["classes"] if self.squash == "softmax" else None
-        result = model.step(x, mask, bag_loss, labels, slides)
+        result = model.step(Batch(x, mask, labels, slides), bag_loss)
         self.bags.forget()
         return result.loss + self._penalties(result.hidden, result.logits, about, progress)
 
