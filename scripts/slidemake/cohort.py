@@ -18,7 +18,7 @@ from slidemake.failures import RunError
 from slidemake.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
 from slidemake.sheet_labels import Cells, cell_problems, cohort_problems, order_problems, patient_labels
 from slidemake.sheet_table import KNOWN, Problem, Table, check_columns, read_table
-from slidemake.targets import CLASSES, about_label, label_columns, task_type
+from slidemake.targets import CLASSES, about_label, is_number, label_columns, task_type
 
 log = logging.getLogger("slidemake")
 
@@ -244,7 +244,7 @@ def _class_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterat
     if len(classes) == 1:
         yield f"column {label} has one class only ({shown}); a model needs slides of at least two"
     elif task.get("type", "binary") == "binary" and len(classes) > 2:
-        number = len(classes) > 20 and all(_is_number(one) for one in classes)
+        number = len(classes) > 20 and all(is_number(one) for one in classes)
         remedy = "it looks like a measurement, not a class: set type: regression" if number else "set type: multiclass"
         yield f"column {label} has {len(classes)} classes ({shown}), and a binary task has two; {remedy}"
     if task_type(task) == "ordinal" and len(classes) > 1:
@@ -254,14 +254,6 @@ def _class_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterat
         near = nearest(positive, classes)
         meant = f"did you mean {near}?" if near else f"its classes: {shown}"
         yield f"no slide has the positive class {positive} in column {label}; {meant}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _fold_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterator[str]:

@@ -56,23 +56,25 @@ def _colours(models: dict[str, Any]) -> dict[str, str]:
     return found | {name: GREYS[i % len(GREYS)] for i, name in enumerate(controls)}
 
 
-def forest(metrics: dict[str, Any], metric: str = "auroc") -> str:
-    """Pooled figure of every model with its interval, beside chance."""
+def forest(metrics: dict[str, Any], metric: str = "auroc", title: str = "AUROC", chance: float = 0.5) -> str:
+    """Pooled figure of every model with its interval, beside what no skill gives."""
     models = metrics["models"]
     rows = [(name, m["scopes"]["pooled"]["metrics"].get(metric)) for name, m in models.items()]
     rows = [(name, value) for name, value in rows if value and value["value"] is not None]
     figure, axes = _figure(6.2, 0.6 + 0.36 * max(1, len(rows)))
     colours = _colours(models)
     for place, (name, value) in enumerate(reversed(rows)):
-        axes.plot([value["low"], value["high"]], [place, place], color=colours[name], linewidth=2.4, alpha=0.55)
+        if value["low"] is not None:
+            axes.plot([value["low"], value["high"]], [place, place], color=colours[name], linewidth=2.4, alpha=0.55)
         axes.plot(value["value"], place, "o", color=colours[name], markersize=6)
         label = f"{value['value']:.2f}"
         axes.annotate(label, (value["value"], place), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axes.axvline(0.5, color="#9aa0a6", linestyle=":", linewidth=1)
+    axes.axvline(chance, color="#9aa0a6", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.2)
-    axes.set_xlim(0, 1.02)
-    axes.set_xlabel(f"patient-level {metric.upper()} with 95 % interval (dotted: chance)")
+    if metric == "auroc":
+        axes.set_xlim(0, 1.02)
+    axes.set_xlabel(f"patient-level {title} with 95 % interval (dotted: no skill)")
     axes.grid(axis="y", visible=False)
     return _svg(figure)
 

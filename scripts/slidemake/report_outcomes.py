@@ -52,7 +52,7 @@ def outcome_section(folder: Path, metrics: dict[str, Any], curves: dict[str, Any
     """What the section of a task in `folder` shows of a metrics.json that `evaluation_outcomes` wrote."""
     kind, titles = metrics["type"], TITLES[metrics["type"]]
     unit = _unit(folder / main)
-    wide = report_figures_outcomes.forest(metrics, metrics["primary"], titles[metrics["primary"]], metrics["chance"])
+    wide = report_figures.forest(metrics, metrics["primary"], titles[metrics["primary"]], metrics["chance"])
     pictures = [("Every model and control", wide, "wide")]
     entry, curve = metrics["models"][main], curves["models"][main]
     if kind == "survival":

@@ -11,6 +11,7 @@ from slidemake.sheet_table import Problem
 from slidemake.targets import (
     LabelError,
     canonical,
+    is_number,
     join_cells,
     label_columns,
     parse_multilabel,
@@ -79,7 +80,7 @@ def order_problems(classes: Sequence[str], task: Mapping[str, Any]) -> Iterator[
     """Does the order of an ordinal task name every grade of its column?"""
     order = [str(name) for name in task.get("order") or ()]
     if not order:
-        if not all(_is_number(name) for name in classes):
+        if not all(is_number(name) for name in classes):
             yield f"the grades {', '.join(classes[:8])} have no order of their own; list them in order, lowest first"
         return
     for name in classes:
@@ -90,11 +91,3 @@ def order_problems(classes: Sequence[str], task: Mapping[str, Any]) -> Iterator[
     for name in order:
         if name not in classes:
             yield f"order names {name}, and no slide has it in column {task['label']}; remove it"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

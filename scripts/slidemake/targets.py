@@ -74,14 +74,15 @@ def _number(text: str) -> str:
         value = float(text)
     except ValueError:
         near = text.replace(",", ".")
-        better = f"; write {near}" if _is_number(near) else "; write a number, or leave it empty"
+        better = f"; write {near}" if is_number(near) else "; write a number, or leave it empty"
         raise LabelError(f'"{text}" is not a number{better}') from None
     if not math.isfinite(value):
         raise LabelError(f'"{text}" is not a finite number; leave it empty')
     return format(value, ".12g")
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a cell holds a number."""
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -122,7 +123,7 @@ def class_names(labels: Iterable[str], task: Mapping[str, Any]) -> list[str]:
     present = sorted(set(labels))
     if task_type(task) == "ordinal":
         order = [str(name) for name in task.get("order") or ()]
-        if not order and all(_is_number(name) for name in present):
+        if not order and all(is_number(name) for name in present):
             return sorted(present, key=float)
         return [*order, *(name for name in present if name not in order)]
     return present
