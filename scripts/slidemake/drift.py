@@ -60,20 +60,24 @@ class Sample:
         own = self.sites if kind == "site" else self.months
         keep = np.array([value == name for value in own], bool)
         slides = np.array([pair[kind == "month"] == name for pair in self.slide_groups], bool)
-        pick = lambda values, where: tuple(v for v, k in zip(values, where, strict=True) if k)  # noqa: E731
         return replace(
             self,
-            patients=pick(self.patients, keep),
-            sites=pick(self.sites, keep),
-            months=pick(self.months, keep),
+            patients=chosen(self.patients, keep),
+            sites=chosen(self.sites, keep),
+            months=chosen(self.months, keep),
             embeddings=self.embeddings[keep],
             scores={name: values[keep] for name, values in self.scores.items()},
             prob=self.prob[keep],
-            slide_patients=pick(self.slide_patients, slides),
-            slide_groups=pick(self.slide_groups, slides),
+            slide_patients=chosen(self.slide_patients, slides),
+            slide_groups=chosen(self.slide_groups, slides),
             failed=self.failed[slides],
             quality={name: values[slides] for name, values in self.quality.items()},
         )
+
+
+def chosen(values: Sequence[Any], where: np.ndarray) -> tuple[Any, ...]:
+    """The values at which `where` (n,) is true."""
+    return tuple(value for value, keep in zip(values, where, strict=True) if keep)
 
 
 def mmd(kernel: np.ndarray, first: np.ndarray) -> float:
@@ -272,13 +276,20 @@ def strangest(reference: Mapping[str, Any], sample: Sample, most: int = 10) -> l
     ]
 
 
+def flattened(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The first two directions of at most 500 patients."""
+    return [[round(float(v), 4) for v in [*row[:2], 0.0][:2]] for row in thinned(list(rows))]
+
+
 def _points(reference: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
     """Patients of both sides in the first two directions, for the picture."""
-    flat = lambda rows: [[round(float(v), 4) for v in [*row[:2], 0.0][:2]] for row in thinned(list(rows))]  # noqa: E731
     new = {
         site: sample.embeddings[np.array([s == site for s in sample.sites], bool)] for site in sorted(set(sample.sites))
     }
-    return {"reference": flat(reference["embeddings"]), "new": {site: flat(rows) for site, rows in new.items()}}
+    return {
+        "reference": flattened(reference["embeddings"]),
+        "new": {site: flattened(rows) for site, rows in new.items()},
+    }
 
 
 _WORDS = {

@@ -20,6 +20,8 @@ from slidemake.failures import RunError
 from slidemake.targets import class_names, parse_multilabel, task_type, why_untrainable
 
 Threshold = float | list[float] | None
+SCORES = {"auroc": "AUROC", "pearson": "correlation", "c_index": "C-index"}  # what `Outcome.score` is called
+NO_SKILL = {"auroc": 0.5, "pearson": 0.0, "c_index": 0.5}
 LOG_TEMPERATURES = np.linspace(np.log(0.1), np.log(10.0), 200)
 
 

@@ -117,6 +117,11 @@ def thinned(values: Sequence[Any], most: int = MOST) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, most).astype(int)]
 
 
+def rounded(values: Iterable[float]) -> list[float]:
+    """Six significant digits: what the file needs."""
+    return [float(f"{value:.6g}") for value in values]
+
+
 def make_reference(
     bags: Bags,
     outcome: Outcome,
@@ -147,7 +152,6 @@ def make_reference(
     limit = found if classes and np.isfinite(found) else None  # too few patients: every class is in every set
     held = np.array([prob[p] for p in sorted(prob)]).reshape(len(prob), len(classes))
     processed = [row for row in cohort if row["status"] != "excluded"]
-    rounded = lambda values: [float(f"{v:.6g}") for v in values]  # noqa: E731
     return {
         "patients": len(scores),
         "slides": len(processed),

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.corruptions import SEVERITIES
+from slidemake.outcomes import NO_SKILL, SCORES
 from slidemake.provenance import read_json_if_whole
 from slidemake.report_figures import COLOURS, STYLE, _svg
-
-TITLES = {"auroc": "AUROC", "c_index": "C-index", "pearson": "Pearson", "kappa": "kappa"}
 
 
 def stress_section(folder: Path) -> dict[str, Any] | None:
@@ -21,7 +20,7 @@ def stress_section(folder: Path) -> dict[str, Any] | None:
         return None
     return {
         **result,
-        "title": TITLES.get(result["headline"], result["headline"]),
+        "title": SCORES[result["headline"]],
         "picture": severity_figure(result["points"], result["headline"]),
     }
 
@@ -48,12 +47,12 @@ def severity_figure(points: list[dict[str, Any]], metric: str) -> str | None:
         values = [p["metrics"][metric] for p in of_kind]
         axes.fill_between(x, [v["low"] for v in values], [v["high"] for v in values], color=COLOURS[0], alpha=0.15)
         axes.plot(x, [v["value"] for v in values], "o-", color=COLOURS[0], markersize=4)
-        axes.axhline(0.0 if metric in ("pearson", "kappa") else 0.5, color="#9aa0a6", linestyle=":", linewidth=1)
+        axes.axhline(NO_SKILL[metric], color="#9aa0a6", linestyle=":", linewidth=1)
         axes.set_title(kind, fontsize=9)
         axes.set_xticks(range(4), ["as is", *(f"{amount:g}" for amount in SEVERITIES[kind][1])], fontsize=7)
         axes.set_xlabel(
             SEVERITIES[kind][0].replace(" by this share", "").replace(" against what was asked for", ""), fontsize=7
         )
-    panels[0][0].set_ylabel(TITLES.get(metric, metric))
+    panels[0][0].set_ylabel(SCORES[metric])
     panels[0][0].set_ylim(top=1.02)
     return _svg(figure)

@@ -25,12 +25,10 @@ from slidemake.corruptions import SEVERITIES, corrupt
 from slidemake.embedding_engine import Forward, SlideJob, Source, read_selected, single_threaded, stain_hook
 from slidemake.metrics import metrics_over
 from slidemake.metrics_ordinal import metrics_over as ordinal_metrics
-from slidemake.outcomes import ClassOutcome, OrdinalOutcome, Outcome, decide
+from slidemake.outcomes import NO_SKILL, SCORES, ClassOutcome, OrdinalOutcome, Outcome, decide
 from slidemake.provenance import fingerprint, read_json_if_whole, write_json
 
 METRICS = ("auroc", "auprc", "balanced_accuracy", "brier")
-TITLES = {"auroc": "AUROC", "c_index": "the C-index", "pearson": "Pearson's correlation", "kappa": "kappa"}
-CHANCE = {"pearson": 0.0, "kappa": 0.0}  # of other headline metrics 0.5
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 COLUMNS = ("corruption", "severity", "amount", "metric", "value", "low", "high", *DIFFERENCE, "patients", "reason")
 
@@ -247,9 +245,9 @@ class _ScoreMeasures(_Measures):
 
 def conclusion(points: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, str]]:
     """What a reader should conclude: [{level, text}], one line per corruption that lowers the metric."""
-    name = TITLES.get(metric, metric)
+    name = SCORES[metric]
     clean = points[0]["metrics"][metric] if points else None
-    chance = CHANCE.get(metric, 0.5)
+    chance = NO_SKILL[metric]
     if clean and (clean["value"] is None or clean["low"] <= chance):
         text = f"On this sample of tiles {name} is not above chance even without corruption: nothing can be lost."
         return [{"level": "warning", "text": text}]

@@ -50,7 +50,7 @@ from slidemake.invariance import (
     warn_where_label_and_domain_coincide,
 )
 from slidemake.objectives import make_objective
-from slidemake.outcomes import ClassOutcome, Outcome, Threshold, make_outcome, number
+from slidemake.outcomes import SCORES, ClassOutcome, Outcome, Threshold, make_outcome, number
 from slidemake.outcomes_survival import CoxOutcome, SurvivalOutcome
 from slidemake.prediction import predict_bags, prediction_columns, prediction_row, write_predictions
 from slidemake.provenance import file_sums, fingerprint, versions, write_json
@@ -60,7 +60,6 @@ from slidemake.targets import CLASSES, strata, task_type
 log = logging.getLogger("slidemake")
 
 CURVE_COLUMNS = ("repeat", "fold", "epoch", "train_loss", "val_loss")  # and the validation score
-SCORES = {"auroc": "AUROC", "pearson": "correlation", "c_index": "C-index"}
 Plan = list[tuple[list[str], list[str]]]
 
 
