@@ -60,6 +60,11 @@ onstart:
         PLAN.racks_on_disk if REMOTE_RACKS else None,
     )
     WATCH.begin([rule.name for rule in workflow.rules if rule.output])
+    if CORES < workflow.cores:
+        print(
+            f"slidemake: warning: --cores is {workflow.cores}, and this process may use {CORES} CPUs: give --cores {CORES}",
+            file=sys.stderr,
+        )
     if hint := rack_size_hint(PLAN, MACHINE):
         print(f"slidemake: {hint}", file=sys.stderr)
     for encoder, corpora in PLAN.contamination.items():

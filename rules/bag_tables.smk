@@ -45,6 +45,11 @@ rule paper_table:
         f"{OUTPUT}/logs/paper_table.log",
     benchmark:
         f"{OUTPUT}/benchmarks/paper_table.tsv"
+    conda:
+        "../envs/slidemake.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 500 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
     params:
         pairs=[list(pair) for pair in PAIRS],
         published=RECIPE.published,
@@ -64,10 +69,12 @@ rule train_bag_table:
         f"{OUTPUT}/logs/train_bag_table/{{data_set}}/{{model}}.log",
     benchmark:
         f"{OUTPUT}/benchmarks/train_bag_table/{{data_set}}/{{model}}.tsv"
+    conda:
+        "../envs/slidemake.yaml"
     threads: 1
     resources:
-        mem_mb=1500,
-        runtime=120,
+        mem_mb=lambda wildcards, attempt: 1500 * attempt,
+        runtime=lambda wildcards, attempt: 120 * attempt,
     params:
         options=lambda wildcards: RECIPE.models[wildcards.model],
         runs=RECIPE.runs,

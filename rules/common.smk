@@ -5,7 +5,7 @@ import shutil
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from slidemake.adapter import available_cpus
+from slidemake.adapter import available_cpus, cgroup_quotas
 from slidemake.configuration import stage_options
 from slidemake.contamination import in_words
 from slidemake.failures import RunError
@@ -21,9 +21,9 @@ IN_JOB = not workflow.is_main_process
 # --jobs beside --cores: an executor that is not local.
 ON_CLUSTER = workflow.nodes is not None
 GPUS = workflow.global_resources.get("gpu") if HAS_GPU else None
-MACHINE = Machine(
-    cores=workflow.cores, gpus=int(GPUS.value) if GPUS else 0, cluster=ON_CLUSTER
-)
+# A container's or service's quota of CPU time is none of what `--cores all` looks at.
+CORES = int(max(1, min([workflow.cores, *([] if ON_CLUSTER else cgroup_quotas())])))
+MACHINE = Machine(cores=CORES, gpus=int(GPUS.value) if GPUS else 0, cluster=ON_CLUSTER)
 
 try:
     PLAN = plan_run(config, Path(workflow.basedir), MACHINE, in_job=IN_JOB)

@@ -42,3 +42,34 @@ for GRID in GRIDS:
             f"Embedding the tiles of rack {{wildcards.rack}} with {', '.join(PLAN.encoders_of(GRID))}"
         script:
             "../scripts/embed_tiles.py"
+
+
+rule embed_background:
+    """A sample of tiles without tissue through the same encoder: what a model could learn of slides that is no disease."""
+    input:
+        fetched=fetched_slides,
+        manifest=rules.detect_tissue.output.manifest,
+    output:
+        manifest=manifest("background", "{rack}", encoder="{encoder}"),
+    log:
+        log_file("embed_background/{encoder}/{rack}"),
+    benchmark:
+        benchmark_file("embed_background/{encoder}/{rack}")
+    conda:
+        "../envs/slidemake.yaml"
+    threads: RACK_THREADS
+    resources:
+        gpu=0 if DEVICE == "cpu" else 1,
+        mem_mb=growing(3000),
+        runtime=minutes(20, per_slide=1),
+    params:
+        results=OUTPUT,
+        encoder=lambda wildcards: PLAN.encoder_record(wildcards.encoder),
+        embedding=stage_options(CONFIG, "embed"),
+        options=stage_options(CONFIG, "background"),
+        tolerance=CONFIG["tiling"]["mpp_tolerance"],
+        version=STAGE_VERSIONS["background"],
+    message:
+        "Embedding background of the slides of rack {wildcards.rack} with {wildcards.encoder}"
+    script:
+        "../scripts/embed_background.py"

@@ -96,6 +96,11 @@ rule check_leakage:
 rule probe_shortcuts:
     """What the embeddings know of site and scanner, and whether it would help a model with the label."""
     input:
+        background=lambda wildcards: (
+            manifests("background", encoder=wildcards.encoder)
+            if wildcards.encoder in PLAN.background_of()
+            else []
+        ),
         slides=rules.cohort_table.output.slides,
         splits=rules.split_cohort.output.splits,
         bags=[
@@ -107,10 +112,13 @@ rule probe_shortcuts:
         log_file("probe_shortcuts/{task}/{encoder}"),
     benchmark:
         benchmark_file("probe_shortcuts/{task}/{encoder}")
+    conda:
+        "../envs/slidemake.yaml"
     resources:
         mem_mb=growing(1500),
         runtime=minutes(60),
     params:
+        results=OUTPUT,
         seed=CONFIG["evaluation"]["seed"],
         version=STAGE_VERSIONS["evaluate"],
     message:

@@ -18,10 +18,10 @@ with job(snakemake) as sm:  # noqa: F821
         "curves": Path(sm.output.curves),
         "contamination": dict(sm.params.contamination),
     }
+    about = {"slides": Path(sm.input.slides), "splits": Path(sm.input.splits)}
     if kind in KINDS:
-        result = evaluate_outcomes(predictions, models, kind, options, **outputs)
+        result = evaluate_outcomes(predictions, models, kind, options, **outputs, **about)
     else:
-        about = {"slides": Path(sm.input.slides), "splits": Path(sm.input.splits), "graded": sm.params.graded}
-        result = evaluate(predictions, models, options, **outputs, **about)
+        result = evaluate(predictions, models, options, graded=sm.params.graded, **outputs, **about)
     for finding in result["verdict"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])

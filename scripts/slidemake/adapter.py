@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slidemake import isolation, timings
@@ -124,12 +124,35 @@ class _LogFile(logging.FileHandler):
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: its affinity and its cgroup's quota, not what the machine has."""
+    """CPUs this process may use: its affinity and the quotas of its cgroups, not what the machine has."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([float(cpus), *cgroup_quotas()])))
+
+
+def cgroup_quotas(mounted: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> list[float]:
+    """CPUs' worth of time that this process's cgroup and those around it may use, of each that has a limit.
+
+    Both versions of cgroups; a container sees its own as the root, a service or a job of a batch system is deeper.
+    """
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cpus  # no cgroup v2 here
-    return cpus
+        lines = Path(own).read_text().splitlines()
+    except OSError:
+        return []  # no Linux
+    found = []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = Path(mounted, controllers or ".")
+        inside = PurePosixPath(place.lstrip("/"))
+        for folder in (root / part for part in (inside, *inside.parents)):
+            try:
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if float(quota) > 0:  # -1: no limit
+                    found.append(float(quota) / float(period))
+            except (OSError, ValueError):
+                continue  # no such file here (the path is the host's), or `max`
+    return found

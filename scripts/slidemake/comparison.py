@@ -83,7 +83,7 @@ def compare(
 
     table_axes: {model: {axis: value}} of sweeps, for the mean figure of each value of each axis.
     """
-    models = [name for name, entry in metrics["models"].items() if not entry["control"]]
+    models = [name for name, entry in metrics["models"].items() if not entry["control"] and "chosen" not in entry]
     rows = [_row(metrics, model, metric) for model in models]
     result: dict[str, Any] = {"metric": metric, "level": level, "models": rows, "cliques": [], "reason": None}
     result |= {"folds": 0, "blocks": None, "critical_difference": None, "friedman_p": None}

@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     import jsonschema
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "config.schema.json"
-CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label", "prevalence")  # names that models may not take
+CONTROLS = (  # names that models may not take
+    "mean_pool_lr",
+    "site_only",
+    "shuffled_label",
+    "prevalence",
+    "mean",
+    "kaplan_meier",
+    "best_by_validation",
+)
 
 EVALUATED = (
     "bootstrap",
@@ -50,6 +58,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "embed": ("embedding", None),
     "train": ("models", None),
     "evaluate": ("evaluation", EVALUATED),
+    "background": ("background", None),
     "stress": ("stress", None),
     "explain": ("explain", ("slides", "truth", "top_tiles")),
     "report": ("report", None),
@@ -118,7 +127,7 @@ def sheet_columns(config: dict[str, Any]) -> list[str]:
     splits = [column for task in tasks if (column := split_column(task["splits"])) not in (None, "site")]
     groups = set(config["evaluation"]["subgroups"] or ()) if tasks or config["bundle_label"] else set()
     if config["bundle"] and config["bundle_label"]:
-        groups.add(config["bundle_label"])
+        groups |= set(label_columns(config.get("bundle_task") or {"label": config["bundle_label"]}))
     labels = {column for task in tasks for column in label_columns(task)}
     return sorted(labels | {str(column) for column in splits} | groups)
 

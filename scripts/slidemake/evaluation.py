@@ -35,11 +35,12 @@ from slidemake.evaluation_scopes import (
 )
 from slidemake.failures import RunError
 from slidemake.metrics import confusion
-from slidemake.model_comparison import adjust, compare
+from slidemake.model_comparison import adjust, compare, pairs
+from slidemake.nested import CHOSEN, choose
 from slidemake.prediction_table import Predictions, read_predictions, read_validation
 from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
 from slidemake.reliability import roc_and_pr
-from slidemake.subgroups import USUAL, patient_values
+from slidemake.subgroups import as_scopes, groups_of
 from slidemake.verdict import CONTROLS, REFERENCE, confounding, verdict
 
 DEFAULTS: dict[str, Any] = {
@@ -151,10 +152,17 @@ def evaluate_models(
         raise RunError(f"evaluate: the models of one task have different classes ({listed}); train them again")
     first = models[0]
     models = [m for m in models if m.name != "prevalence"] + [prevalence_model(first)]
+    asked = pairs(models, CONTROLS)
+    if found := choose([m for m in models if m.name not in CONTROLS]):
+        # compared with the controls, and not with the models that it is made of
+        asked += [(found[0], m) for m in models if m.name in CONTROLS]
+        models = sorted([*models, found[0]], key=lambda m: m.name in CONTROLS)  # stable: controls come last
     draws, entries, resampled = Draws({**options, "graded": graded}), {}, {}
     for model in models:
         entries[model.name], resampled[model.name] = _one_model(model, draws, groups or {})
-    comparisons = [compare(a, b, entries, resampled, options["level"]) for a, b in _pairs(models)]
+    if found:
+        entries[CHOSEN]["chosen"] = found[1]
+    comparisons = [compare(a, b, entries, resampled, options["level"]) for a, b in asked]
     adjust(comparisons)
     counts = np.bincount(first.labels, minlength=len(first.classes))
     result = {
@@ -178,33 +186,13 @@ def evaluate_models(
     return result, {"of": entries[first.name]["calibration"]["of"], "positive": result["positive"], "models": curves}
 
 
-def _pairs(models: list[Predictions]) -> list[tuple[Predictions, Predictions]]:
-    """Which models are compared: each with every model named after it, with all controls, and controls with the
-    reference."""
-    by_name = {m.name: m for m in models}
-    own = [m for m in models if m.name not in CONTROLS]
-    references = [by_name[name] for name in CONTROLS if name in by_name]
-    pairs = [(a, b) for i, a in enumerate(own) for b in own[i + 1 :]]
-    return pairs + [
-        (a, b)
-        for a in models
-        for b in references
-        if a.name != b.name and (b.name == REFERENCE or a.name not in CONTROLS)
-    ]
-
-
 def metrics_table(result: dict[str, Any]) -> str:
     """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason."""
     text = io.StringIO()
     rows: list[tuple[Any, ...]] = [COLUMNS]
     number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
     for model, entry in result["models"].items():
-        groups = {
-            f"group:{column}={group}": body
-            for column, found in entry["subgroups"].items()
-            for group, body in found["groups"].items()
-        }
-        for scope, body in {**entry["scopes"], **groups}.items():
+        for scope, body in {**entry["scopes"], **as_scopes(entry["subgroups"])}.items():
             size = (body["n"], "" if body["positives"] is None else body["positives"], number(body["prevalence"]))
             if not body["metrics"]:
                 rows.append((model, "auroc", scope, "", "", "", *size, body["reason"]))
@@ -247,17 +235,3 @@ def evaluate(
     write_json(curves, points)
     write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
     return result
-
-
-def groups_of(rows: list[dict[str, str]], asked: list[str] | None) -> dict[str, dict[str, str]]:
-    """{column: {patient: value}} of the columns of slides.csv asked for; without a list, the usual ones that say
-    something."""
-    columns = list(rows[0]) if rows else []
-    missing = [column for column in asked or () if column not in columns]
-    if missing:
-        raise RunError(
-            f"evaluation.subgroups: the cohort has no column {', '.join(missing)}; it has {', '.join(columns)}"
-        )
-    wanted = [column for column in (USUAL if asked is None else asked) if column in columns]
-    found = {column: patient_values(rows, column) for column in wanted}
-    return {c: values for c, values in found.items() if asked is not None or len(set(values.values()) - {""}) > 1}

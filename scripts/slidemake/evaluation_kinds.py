@@ -6,6 +6,7 @@ knows no type but through it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,21 @@ class Kind:
         return np.zeros(len(truth), int)
 
     def positives(self, truth: np.ndarray) -> int | None:
+        return None
+
+    def less_is_better(self, metric: str) -> bool:
+        """Of a metric as figures name it: `brier`, `brier:<label>`, `brier@<horizon>`."""
+        return re.split("[:@]", metric)[0] in (*self.lower_is_better, "brier")
+
+    def too_small(self, table: OutcomeTable, chosen: np.ndarray, options: dict[str, Any]) -> str | None:
+        """Why the group of patients `chosen` gets no figures, or None."""
+        if len(chosen) < options["subgroup_patients"]:
+            return f"{len(chosen)} patients; {options['subgroup_patients']} are needed"
+        few = self.few_in(table, chosen, options["subgroup_class"])
+        return f"{few}; {options['subgroup_class']} are needed" if few else None
+
+    def few_in(self, table: OutcomeTable, chosen: np.ndarray, needed: int) -> str | None:
+        """Of what a group has fewer than `needed`, so that its figures would say nothing."""
         return None
 
     def counts(self, table: OutcomeTable) -> dict[str, int]:
@@ -205,6 +221,10 @@ class SurvivalKind(Kind):
 
     def positives(self, truth: np.ndarray) -> int | None:
         return int(truth[:, 1].sum())
+
+    def few_in(self, table: OutcomeTable, chosen: np.ndarray, needed: int) -> str | None:
+        events = int(table.truth[chosen, 1].sum())
+        return f"{events} with the event" if events < needed else None
 
     def counts(self, table: OutcomeTable) -> dict[str, int]:
         events = int(table.truth[:, 1].sum())

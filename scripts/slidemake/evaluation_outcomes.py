@@ -8,6 +8,7 @@ models; `ensemble` is of the prediction averaged over repeats. What is computed 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,31 @@ from slidemake.bootstrap import (
     UNDEFINED_ONCE,
     bootstrap_weights,
     mean_over,
-    percentile_interval,
     scope_seed,
     with_intervals,
 )
+from slidemake.cohort_table import read_table
+from slidemake.conformal_intervals import Residuals, conformal_intervals, read_residuals
 from slidemake.contamination import in_words
 from slidemake.csv_cells import write_rows
 from slidemake.evaluation_kinds import KINDS, Kind
 from slidemake.failures import RunError
+from slidemake.model_comparison import adjust, paired, pairs
 from slidemake.outcome_table import OutcomeTable, read_outcomes
 from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
-from slidemake.verdict import CONTROLS, REFERENCE
+from slidemake.subgroups import as_scopes, gaps, group_members, groups_of
+from slidemake.verdict import CONTROLS, REFERENCE, SHUFFLED, SITE_ONLY
 from slidemake.verdict_outcomes import outcome_verdict
 
-OPTIONS: dict[str, Any] = {"bootstrap": 2000, "seed": 0, "level": 0.95, "stratify": True}
+OPTIONS: dict[str, Any] = {
+    "bootstrap": 2000,
+    "seed": 0,
+    "level": 0.95,
+    "stratify": True,
+    "subgroup_patients": 20,
+    "subgroup_class": 5,
+    "abstention_alpha": 0.1,
+}
 MIN_SITE = 5  # patients below which a site gets no figures of its own
 COLUMNS = ("model", "metric", "scope", "value", "low", "high", "n", "positives", "reason")
 
@@ -111,6 +123,28 @@ def _site_scopes(table: OutcomeTable, draws: _Draws) -> dict[str, Any]:
     return scopes
 
 
+def _group_scopes(table: OutcomeTable, values: dict[str, str], column: str, draws: _Draws) -> dict[str, Any]:
+    """Groups of a column of the sheet: their scopes, or why a group has none, and the gap between them."""
+    kind = draws.kind
+    members, unstated = group_members(table.patients, values)
+    scopes, of_draws = {}, {}
+    for group, inside in members.items():
+        chosen = np.flatnonzero(inside)
+        reason = kind.too_small(table, chosen, draws.options)
+        if reason:
+            scopes[group] = _entry(kind, table, chosen, {}, reason)
+        else:
+            of_draws[group], _, scopes[group] = _scope(table, chosen, f"group:{column}={group}", draws)
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        known = [(r, np.flatnonzero(table.known(r))) for r in range(len(table.repeats))]
+        return mean_over([kind.over(table, r, part, weights[:, part]) for r, part in known])
+
+    large = {group: members[group] for group in of_draws}
+    apart = gaps(large, scopes, of_draws, kind.strata(table.truth), measure, kind.less_is_better, draws.options)
+    return {"groups": scopes, "unstated": unstated, "gaps": apart}
+
+
 def _spread(scopes: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Mean, sd and extremes of each metric over the scopes that start with `prefix`; undefined ones are left out."""
     entries = [scope["metrics"] for name, scope in scopes.items() if name.startswith(prefix)]
@@ -124,7 +158,9 @@ def _spread(scopes: dict[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def _one_model(table: OutcomeTable, draws: _Draws) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _one_model(
+    table: OutcomeTable, draws: _Draws, groups: dict[str, dict[str, str]], residuals: Residuals | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     kind, everyone = draws.kind, np.arange(len(table.patients))
     mean_draws, repeats, pooled = _scope(table, everyone, "pooled", draws)
     ensemble = _scope(table.mean(), everyone, "pooled", draws)[2]
@@ -132,23 +168,14 @@ def _one_model(table: OutcomeTable, draws: _Draws) -> tuple[dict[str, Any], dict
     scopes = {"pooled": pooled, "ensemble": ensemble, **repeats, **folds, **sites}
     spread = {"repeats": _spread(repeats, "repeat:"), "folds": _spread(folds, "fold:")}
     control = table.name in CONTROLS or table.name == kind.null
-    return {"control": control, "scopes": scopes, "spread": spread, **kind.extras(table)}, mean_draws
-
-
-def _difference(
-    a: OutcomeTable, b: OutcomeTable, entries: dict[str, Any], draws: dict[str, dict], level: float
-) -> dict[str, Any]:
-    """Paired differences a - b of the pooled metrics, on the same resampled patients."""
-    if a.cohort() != b.cohort():
-        return {"model": a.name, "reference": b.name, "metrics": {}, "reason": "the two models saw different patients"}
-    metrics: dict[str, dict[str, float | None]] = {}
-    for name in entries[a.name]["scopes"]["pooled"]["metrics"]:
-        one, two = (entries[m]["scopes"]["pooled"]["metrics"].get(name, {}).get("value") for m in (a.name, b.name))
-        metrics[name] = {"difference": None, "low": None, "high": None}
-        if one is not None and two is not None:
-            low, high = percentile_interval(draws[a.name][name] - draws[b.name][name], level)
-            metrics[name] = {"difference": one - two, "low": low, "high": high}
-    return {"model": a.name, "reference": b.name, "metrics": metrics, "reason": None}
+    looked_at = groups if not control or table.name == REFERENCE else {}
+    subgroups = {column: _group_scopes(table, values, column, draws) for column, values in looked_at.items()}
+    entry: dict[str, Any] = {"control": control, "scopes": scopes, "spread": spread, "subgroups": subgroups}
+    if residuals is not None:
+        alpha, level = draws.options["abstention_alpha"], draws.options["level"]
+        weights_of = lambda scope, chosen: draws.weights(scope, table, chosen)  # noqa: E731
+        entry["conformal"] = conformal_intervals(table, residuals, alpha, level, weights_of)
+    return {**entry, **kind.extras(table)}, mean_draws
 
 
 def within_sites(entry: dict[str, Any], metric: str) -> dict[str, Any] | None:
@@ -165,10 +192,15 @@ def within_sites(entry: dict[str, Any], metric: str) -> dict[str, Any] | None:
 
 
 def evaluate_tables(
-    tables: list[OutcomeTable], options: dict[str, Any] | None = None, contamination: dict | None = None
+    tables: list[OutcomeTable],
+    options: dict[str, Any] | None = None,
+    contamination: dict | None = None,
+    groups: dict[str, dict[str, str]] | None = None,
+    residuals: Mapping[str, Residuals] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
 
+    groups: {column: {patient: value}} to look at. residuals: of validation patients, by model, of predicted numbers.
     The baseline that knows no features (prevalence, mean, kaplan_meier) is added here. Raises RunError without models,
     or when they are of different tasks.
     """
@@ -181,14 +213,11 @@ def evaluate_tables(
     tables = [*tables, kind.null_model(first)]
     draws, entries, resampled = _Draws(kind, options), {}, {}
     for table in tables:
-        entries[table.name], resampled[table.name] = _one_model(table, draws)
-    controls = [t for t in tables if entries[t.name]["control"]]
-    pairs = [
-        (a, b)
-        for a in tables
-        for b in controls
-        if a.name != b.name and (b.name == REFERENCE or not entries[a.name]["control"])
-    ]
+        of_validation = (residuals or {}).get(table.name)
+        entries[table.name], resampled[table.name] = _one_model(table, draws, groups or {}, of_validation)
+    controls = {name for name, entry in entries.items() if entry["control"]}
+    comparisons = [paired(a, b, entries, resampled, options["level"]) for a, b in pairs(tables, controls)]
+    adjust(comparisons, kind.primary)
     result = {
         "format": "slidemake-metrics",
         "format_version": 1,
@@ -207,7 +236,7 @@ def evaluate_tables(
         "class_counts": kind.counts(first),
         "repeats": len(first.repeats),
         "models": entries,
-        "comparisons": [_difference(a, b, entries, resampled, options["level"]) for a, b in pairs],
+        "comparisons": comparisons,
         "confounding": {
             "sites": {site: first.sites.count(site) for site in sorted(set(first.sites))},
             "within_site": {
@@ -229,7 +258,7 @@ def outcome_metrics_table(result: dict[str, Any]) -> str:
     rows: list[tuple[Any, ...]] = [COLUMNS]
     number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
     for model, entry in result["models"].items():
-        for scope, body in entry["scopes"].items():
+        for scope, body in {**entry["scopes"], **as_scopes(entry["subgroups"])}.items():
             size = (body["n"], "" if body["positives"] is None else body["positives"])
             if not body["metrics"]:
                 rows.append((model, result["primary"], scope, "", "", "", *size, body["reason"]))
@@ -249,12 +278,24 @@ def evaluate_outcomes(
     table: Path,
     curves: Path,
     contamination: dict[str, list[str]] | None = None,
+    slides: Path | None = None,
+    splits: Path | None = None,
 ) -> dict[str, Any]:
-    """Read the predictions of every model of a task of type `kind` and write metrics.json, metrics.csv, curves.json."""
+    """Read the predictions of every model of a task of type `kind` and write metrics.json, metrics.csv, curves.json.
+
+    slides: cohort/slides.csv, for the subgroups; splits: splits.csv, for the labels of validation patients. Without
+    them there are no subgroups, and no conformal intervals.
+    """
     if len(predictions) != len(names):
         raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
     tables = [read_outcomes(path, name, kind) for path, name in zip(predictions, names, strict=True)]
-    result, points = evaluate_tables(tables, options, contamination)
+    groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
+    residuals = {}
+    if splits is not None and kind == "regression":
+        truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
+        own = [(path, t) for path, t in zip(predictions, tables, strict=True) if t.name not in (SHUFFLED, SITE_ONLY)]
+        residuals = {t.name: read_residuals(path, t, truth) for path, t in own}
+    result, points = evaluate_tables(tables, options, contamination, groups, residuals)
     write_text(table, outcome_metrics_table(result))
     write_json(curves, points)
     write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})

@@ -14,7 +14,7 @@ from slidemake.bootstrap import (
     with_intervals,
 )
 from slidemake.calibration_report import bins_for, mean_over_repeats
-from slidemake.metrics import METRICS, metrics_over, why_undefined
+from slidemake.metrics import LOWER_IS_BETTER, METRICS, metrics_over, why_undefined
 from slidemake.prediction_table import Predictions
 from slidemake.subgroups import gaps, group_members, too_small
 
@@ -27,9 +27,10 @@ def measured(
     predicted: np.ndarray | None,
     options: dict[str, Any],
     weights: np.ndarray | None = None,
+    size: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """`metrics_over` with the options of the evaluation."""
-    bins = bins_for(len(labels), options["ece_bins"])
+    """`metrics_over` with the options of the evaluation; size: patients that count, where weights leave some out."""
+    bins = bins_for(len(labels) if size is None else size, options["ece_bins"])
     return metrics_over(labels, prob, predicted, bins, weights, options["specificity"], options["graded"])
 
 
@@ -133,7 +134,7 @@ def site_scopes(p: Predictions, draws: Draws) -> dict[str, Any]:
 
 def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Draws) -> dict[str, Any]:
     """Groups of a column of the sheet: their scopes, or why a group has none, and the gap between them."""
-    members, unstated = group_members(p, values)
+    members, unstated = group_members(p.patients, values)
     scopes, of_draws = {}, {}
     for group, chosen in members.items():
         labels, name = p.labels[chosen], f"group:{column}={group}"
@@ -143,7 +144,18 @@ def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Dra
         else:
             of_draws[group], _, scopes[group] = subset_scopes(p, chosen, name, draws)
     large = {group: members[group] for group in of_draws}
-    return {"groups": scopes, "unstated": unstated, "gaps": gaps(p, large, scopes, of_draws, draws.options)}
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        of_repeats = []
+        for r in range(len(p.repeats)):
+            known = np.isfinite(p.prob[r, :, 0])
+            of_repeat = (p.labels[known], p.prob[r, known], p.predicted[r, known], draws.options)
+            size = round(weights[0].sum())  # bins are those of a group, not of all its patients
+            of_repeats.append(measured(*of_repeat, weights[:, known], size))
+        return mean_over(of_repeats)
+
+    apart = gaps(large, scopes, of_draws, p.labels, measure, LOWER_IS_BETTER.__contains__, draws.options)
+    return {"groups": scopes, "unstated": unstated, "gaps": apart}
 
 
 def ensemble_scope(p: Predictions, draws: Draws) -> dict[str, Any]:

@@ -14,36 +14,80 @@ from typing import Any
 import numpy as np
 
 from slidemake.cohort_table import read_table
-from slidemake.evaluation import evaluate_models, groups_of, metrics_table
+from slidemake.evaluation import evaluate_models, metrics_table
+from slidemake.evaluation_outcomes import evaluate_tables, outcome_metrics_table
 from slidemake.failures import RunError
+from slidemake.outcome_table import OutcomeTable, parse_outcomes
 from slidemake.prediction_table import Predictions
 from slidemake.provenance import file_sums, write_json, write_text
 from slidemake.split_patients import some
+from slidemake.subgroups import groups_of
+from slidemake.targets import CLASSES, LabelError, canonical, join_cells, label_columns, label_task
 
-CLASSES = ("binary", "multiclass", "ordinal")  # types of task whose predictions are one class of several
 
+def true_labels(
+    slides: Iterable[Mapping[str, Any]], task: Mapping[str, Any], classes: Sequence[str] = ()
+) -> dict[str, str]:
+    """{patient: label as text} from the rows of slides.csv; patients without a label are left out.
 
-def true_labels(slides: Iterable[Mapping[str, Any]], column: str, classes: Sequence[str]) -> dict[str, str]:
-    """{patient: class} from the rows of slides.csv; patients without a label are left out.
-
-    RunError for a column that is not there, a class that the bundle does not know, and a patient of two classes.
+    RunError for a column that is not there, a cell that is no label of the task, a class that the bundle does not know,
+    and a patient of two.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    columns = label_columns(task)
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for row in slides:
-        if column not in row:
-            raise RunError(f"bundle_label: the cohort has no column {column!r}; it has {', '.join(map(str, row))}.")
-        if text := str(row[column] or "").strip():
-            found[row.get("patient_id") or row["slide_id"]].add(text)
-    unknown = sorted({text for texts in found.values() for text in texts} - set(classes))
-    if unknown:
+        for column in columns:
+            if column not in row:
+                raise RunError(f"bundle_label: the cohort has no column {column!r}; it has {', '.join(map(str, row))}.")
+            try:
+                text = canonical(task, column, row[column])
+            except LabelError as error:
+                raise RunError(f"bundle_label: slide {row['slide_id']}, column {column}: {error}.") from None
+            if text:
+                found[row.get("patient_id") or row["slide_id"]][column].add(text)
+    for column in columns:
+        values = {p: of[column] for p, of in sorted(found.items()) if of[column]}
+        unknown = sorted(set().union(*values.values()) - set(classes)) if classes and values else []
+        if unknown:
+            raise RunError(
+                f"bundle_label: column {column} has {some(unknown)}, and the bundle tells {' from '.join(classes)}. "
+                "Write the bundle's classes into the sheet, and leave the cells of other patients empty."
+            )
+        torn = [f"{p} ({', '.join(sorted(texts))})" for p, texts in values.items() if len(texts) > 1]
+        if torn:
+            raise RunError(f"bundle_label: a patient has one {column}, and these have more: {some(torn)}.")
+    labels = {p: join_cells(task, {c: next(iter(of[c]), "") for c in columns}) for p, of in found.items()}
+    return {patient: label for patient, label in labels.items() if label}
+
+
+def _known_patients(
+    rows: Sequence[Mapping[str, str]], truth: Mapping[str, str], bundle: Mapping[str, Any]
+) -> list[Mapping[str, str]]:
+    """Rows of predictions/patients.csv of the patients of known outcome, sorted.
+
+    RunError when there is none, and when the bundle was trained on one of them.
+    """
+    known = sorted((row for row in rows if row["patient_id"] in truth), key=lambda row: row["patient_id"])
+    if not known:
+        raise RunError(f"bundle_label: none of {len(rows)} predicted patients has a label.")
+    trained = sorted({row["patient_id"] for row in known} & set(bundle["training"].get("patients", ())))
+    if trained:
         raise RunError(
-            f"bundle_label: column {column} has {some(unknown)}, and the bundle tells {' from '.join(classes)}. Write "
-            "the bundle's classes into the sheet, and leave the cells of other patients empty."
+            f"Leak: the bundle was trained on {some(trained)}. An external cohort has other patients; leave these out "
+            "of the sheet, or look at the out-of-fold predictions of the run that made the bundle."
         )
-    torn = [f"{p} ({', '.join(sorted(texts))})" for p, texts in sorted(found.items()) if len(texts) > 1]
-    if torn:
-        raise RunError(f"bundle_label: a patient has one {column}, and these have more: {some(torn)}.")
-    return {p: next(iter(texts)) for p, texts in found.items()}
+    return known
+
+
+def external_outcomes(
+    rows: Sequence[Mapping[str, str]], truth: Mapping[str, str], bundle: Mapping[str, Any]
+) -> OutcomeTable:
+    """As `external_predictions`, of bundles that predict no classes."""
+    known = [
+        {**row, "label": truth[row["patient_id"]], "repeat": "0", "fold": "0"}
+        for row in _known_patients(rows, truth, bundle)
+    ]
+    return parse_outcomes(known, str(bundle.get("model") or "bundle"), bundle["target"]["type"], "predictions")
 
 
 def external_predictions(
@@ -51,21 +95,11 @@ def external_predictions(
 ) -> Predictions:
     """Rows of predictions/patients.csv as predictions of one repeat and one fold, for the patients of known outcome.
 
-    RunError when the bundle predicts no classes, was trained on one of the patients, or no patient has a label.
+    RunError when the bundle was trained on one of the patients, or no patient has a label.
     """
     classes = tuple(bundle.get("classes") or ())
-    if (bundle.get("target") or {}).get("type") not in CLASSES:
-        raise RunError("bundle_label: metrics of an external cohort are for bundles that predict classes.")
-    known = sorted((row for row in rows if row["patient_id"] in truth), key=lambda row: row["patient_id"])
-    if not known:
-        raise RunError(f"bundle_label: none of {len(rows)} predicted patients has a label.")
+    known = _known_patients(rows, truth, bundle)
     patients = tuple(row["patient_id"] for row in known)
-    trained = sorted(set(patients) & set(bundle["training"].get("patients", ())))
-    if trained:
-        raise RunError(
-            f"Leak: the bundle was trained on {some(trained)}. An external cohort has other patients; leave these out "
-            "of the sheet, or look at the out-of-fold predictions of the run that made the bundle."
-        )
     prob = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in known])
     has_logits = all(row.get(f"logit_{name}") for row in known for name in classes)
     logits = np.array([[float(row[f"logit_{name}"]) for name in classes] for row in known]) if has_logits else None
@@ -92,7 +126,7 @@ def evaluate_external(
     predictions: Path,
     slides: Path,
     bundle: Mapping[str, Any],
-    column: str,
+    label: str,
     options: Mapping[str, Any],
     metrics: Path,
     table: Path,
@@ -102,19 +136,32 @@ def evaluate_external(
 
     `external` in metrics.json says which bundle, which column, and how many predicted patients had no label.
     """
-    rows, cohort = read_table(predictions), read_table(slides)
-    p = external_predictions(rows, true_labels(cohort, column, bundle.get("classes") or ()), bundle)
-    graded = bundle["target"]["type"] == "ordinal"
-    result, points = evaluate_models([p], dict(options), None, groups_of(cohort, options.get("subgroups")), graded)
+    rows, cohort, kind = read_table(predictions), read_table(slides), (bundle.get("target") or {}).get("type")
+    truth = true_labels(cohort, label_task(bundle, label), bundle.get("classes") or ())
+    groups = groups_of(cohort, options.get("subgroups"))
+    p: Predictions | OutcomeTable
+    if kind in CLASSES:
+        p = external_predictions(rows, truth, bundle)
+        result, points = evaluate_models([p], dict(options), None, groups, graded=kind == "ordinal")
+        text = metrics_table(result)
+    else:
+        p = external_outcomes(rows, truth, bundle)
+        kept = bundle["training"].get("validation") or {}
+        residuals = {}
+        if kind == "regression" and kept.get("labels"):
+            off = np.abs(np.array(kept["values"], float)[:, 0] - np.array(kept["labels"], float))
+            residuals[p.name] = {(0, 0): off}
+        result, points = evaluate_tables([p], dict(options), None, groups, residuals)
+        text = outcome_metrics_table(result)
     result["external"] = {
         "bundle": bundle["fingerprint"],
         "model": p.name,
-        "label": column,
+        "label": label,
         "threshold": bundle.get("threshold"),
         "trained_on": len(bundle["training"].get("patients", ())),
         "without_label": len(rows) - len(p.patients),
     }
-    write_text(table, metrics_table(result))
+    write_text(table, text)
     write_json(curves, points)
     write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
     return result

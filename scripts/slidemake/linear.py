@@ -2,8 +2,9 @@
 
 PyTorch gives float32 matrix products to MKL, which leaves the AVX-512 units of processors that are not Intel's unused;
 the oneDNN that PyTorch carries uses them wherever they are. On such a processor products of some size take less than
-half of the time (docs/performance.md); elsewhere they take about the same. Sums are formed in another order: results
-differ from MKL's in the last digits.
+half of the time (docs/performance.md). Without AVX-512 they take about the same, but for the gradient of the weights,
+which takes half as long again: there training leaves them to MKL. Sums are formed in another order: results differ from
+MKL's in the last digits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 64  # with fewer the call costs more than it saves
+WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()  # units of 512 bits
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,6 +47,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., D), weight (L, D), bias (L,) -> (..., L), as `torch.nn.functional.linear`; once differentiable."""
     rows = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or x.dtype != torch.float32 or rows < ROWS or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    if not WIDE and torch.is_grad_enabled() and weight.requires_grad:
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], len(weight))
 

@@ -9,17 +9,29 @@ of the components, so the test applies as it stands. They are computed by mid-ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from scipy.stats import norm, rankdata
 
 from slidemake.bootstrap import percentile_interval
-from slidemake.metrics import METRICS
 from slidemake.prediction_table import Predictions
+from slidemake.verdict import REFERENCE
 
-NOT_A_RIVAL = ("shuffled_label", "prevalence")  # nulls: what they are compared with is no discovery
+NOT_A_RIVAL = ("shuffled_label", "prevalence", "mean", "kaplan_meier")  # nulls: being compared with them claims nothing
+
+
+class Compared(Protocol):
+    """What is compared: predictions that know their model and the patients and truths that they are of."""
+
+    @property
+    def name(self) -> str: ...
+
+    def cohort(self) -> tuple[Any, ...]: ...
+
+
+M = TypeVar("M", bound=Compared)
 
 
 def structural_components(positive: np.ndarray, score: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
@@ -83,23 +95,44 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def compare(
-    a: Predictions, b: Predictions, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
+def pairs(models: Sequence[M], controls: Container[str]) -> list[tuple[M, M]]:
+    """Which models are compared: each with every model named after it, with all controls, and controls with the
+    reference."""
+    own = [m for m in models if m.name not in controls]
+    references = [m for m in models if m.name in controls]
+    found = [(a, b) for i, a in enumerate(own) for b in own[i + 1 :]]
+    return found + [
+        (a, b)
+        for a in models
+        for b in references
+        if a.name != b.name and (b.name == REFERENCE or a.name not in controls)
+    ]
+
+
+def paired(
+    a: Compared, b: Compared, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
 ) -> dict[str, Any]:
-    """Paired differences a - b of the pooled metrics, on the same resampled patients, and DeLong's test of AUROC."""
-    about: dict[str, Any] = {"model": a.name, "reference": b.name}
+    """Paired differences a - b of the pooled metrics, on the same resampled patients."""
+    about: dict[str, Any] = {"model": a.name, "reference": b.name, "metrics": {}, "delong": None}
     if a.cohort() != b.cohort():
-        return {**about, "metrics": {}, "delong": None, "reason": "the two models saw different patients"}
-    metrics: dict[str, dict[str, float | None]] = {}
-    for name in METRICS:
-        one, two = (values[m]["scopes"]["pooled"]["metrics"][name]["value"] for m in (a.name, b.name))
+        return {**about, "reason": "the two models saw different patients"}
+    for name in values[a.name]["scopes"]["pooled"]["metrics"]:
+        one, two = (values[m]["scopes"]["pooled"]["metrics"].get(name, {}).get("value") for m in (a.name, b.name))
         if one is None or two is None:
-            metrics[name] = {"difference": None, "low": None, "high": None, "p": None}
+            about["metrics"][name] = {"difference": None, "low": None, "high": None, "p": None}
             continue
         apart = draws[a.name][name] - draws[b.name][name]
         low, high = percentile_interval(apart, level)
-        metrics[name] = {"difference": one - two, "low": low, "high": high, "p": bootstrap_p(apart)}
-    return {**about, "metrics": metrics, "delong": _delong_of(a, b), "reason": None}
+        about["metrics"][name] = {"difference": one - two, "low": low, "high": high, "p": bootstrap_p(apart)}
+    return {**about, "reason": None}
+
+
+def compare(
+    a: Predictions, b: Predictions, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
+) -> dict[str, Any]:
+    """As `paired`, with DeLong's test of the AUROC."""
+    found = paired(a, b, values, draws, level)
+    return found if found["reason"] else {**found, "delong": _delong_of(a, b)}
 
 
 def _delong_of(a: Predictions, b: Predictions) -> dict[str, Any]:
@@ -116,17 +149,17 @@ def _delong_of(a: Predictions, b: Predictions) -> dict[str, Any]:
     return {**found, "reason": reason}
 
 
-def adjust(comparisons: list[dict[str, Any]]) -> None:
+def adjust(comparisons: list[dict[str, Any]], metric: str = "auroc") -> None:
     """Add `p_holm` to every comparison that claims something: those with a null control claim nothing.
 
-    Corrected together are the p-values of the AUROC, DeLong's where there is one, and the bootstrap's elsewhere.
+    Corrected together are the p-values of the metric, DeLong's where there is one, and the bootstrap's elsewhere.
     """
     asked = [c for c in comparisons if not {c["model"], c["reference"]} & set(NOT_A_RIVAL)]
 
     def p_of(c: dict[str, Any]) -> float | None:
         if c["delong"] and c["delong"]["p"] is not None:
             return c["delong"]["p"]
-        return c["metrics"].get("auroc", {}).get("p")
+        return c["metrics"].get(metric, {}).get("p")
 
     for comparison in comparisons:
         comparison["p_holm"] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,25 @@ def _decision(kind: str, names: tuple[str, ...], cell: str) -> float:
 
 
 def read_outcomes(path: str | Path, name: str, kind: str) -> OutcomeTable:
-    """Predictions of model `name` for a task of type `kind`.
-
-    Raises RunError (with the row) for missing columns, cells that are no finite numbers or no such class, a patient
-    with two rows in one repeat, or with two labels.
-    """
+    """Predictions of model `name` for a task of type `kind`, out of fold; RunError as `parse_outcomes`."""
     trained = Path(path).with_name("train.json")
     if trained.exists():
         check_file(path, read_json(trained))
     with open(path, newline="", encoding="utf-8") as handle:
         reader = csv.DictReader(handle)
         columns, rows = list(reader.fieldnames or []), list(reader)
+    return parse_outcomes(rows, name, kind, path, columns)
+
+
+def parse_outcomes(
+    rows: Sequence[Mapping[str, str]], name: str, kind: str, path: str | Path, columns: Sequence[str] = ()
+) -> OutcomeTable:
+    """Rows of `predictions_patients.csv` as a table; `path` is for messages, `columns` for a file without rows.
+
+    Raises RunError (with the row) for missing columns, cells that are no finite numbers or no such class, a patient
+    with two rows in one repeat, or with two labels.
+    """
+    columns = list(columns or rows[0])
     names, of_values, of_decisions = _columns(kind, columns)
     missing = [c for c in (*NEEDED, *of_values, *of_decisions) if c not in columns]
     if missing or not of_values:

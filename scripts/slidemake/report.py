@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def task_section(
         "shortcuts": {path.stem: read_json(path) for path in sorted((folder / "shortcuts").glob("*.json"))},
     }
     if metrics.get("type") in TITLES:
-        return {**common, **outcome_section(folder, metrics, curves, main)}
+        return {**common, **outcome_section(folder, metrics, curves, splits, main)}
     pictures = [("Discrimination of every model and control", figures.forest(metrics), "wide")]
     if binary:
         pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics), ""))
@@ -175,6 +176,11 @@ def external_section(folder: Path) -> dict[str, Any] | None:
         return None
     main = metrics["external"]["model"]
     scopes, curves = metrics["models"][main]["scopes"], read_json(folder / "curves.json")
+    sites = {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")}
+    if metrics.get("type") in TITLES:
+        found = outcome_section(folder, metrics, curves, {}, main)
+        found["pictures"] = [picture[:2] for picture in found["pictures"]]
+        return {"metrics": metrics, "main": main, "sites": sites, **found}
     pictures = []
     if metrics["positive"] is not None:
         pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics)))
@@ -184,8 +190,10 @@ def external_section(folder: Path) -> dict[str, Any] | None:
         "main": main,
         "titles": titles(metrics, scopes["pooled"]),
         "pictures": pictures,
-        "sites": {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")},
+        "sites": sites,
         "evaluation": evaluation_section(metrics, {}, main),
+        "tables": [],
+        "undefined": [],
     }
 
 
@@ -311,6 +319,7 @@ def _environment() -> Any:
     environment.filters["duration"] = _duration
     environment.filters["interval"] = _interval
     environment.filters["cell"] = _cell
+    environment.filters["counted"] = lambda values: Counter(values).most_common()
     return environment
 
 

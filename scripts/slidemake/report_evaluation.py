@@ -30,22 +30,34 @@ def evaluation_section(metrics: dict[str, Any], splits: dict[str, Any], main: st
         pictures.append(("Reliability by site, after scaling", reliability_by_site(calibration)))
     if entry["abstention"]["share"]:
         pictures.append(("Errors among the patients that the model is surest of", abstention(entry["abstention"])))
-    rows = splits.get("table", [])
-    first = [row for row in rows if row["repeat"] == rows[0]["repeat"]] if rows else []
     return {
-        "main": main,
-        "folds": first[:FOLDS_SHOWN],
-        "folds_left_out": max(0, len(first) - FOLDS_SHOWN),
-        "method": splits.get("method", ""),
-        "about": splits.get("about", {}),
-        "comparisons": [c for c in metrics["comparisons"] if c["p_holm"] is not None or c["reason"]],
+        **comparable_section(metrics, splits, main, "auroc", "AUROC"),
         "titles": CALIBRATION,
         "calibration": calibration,
         "bins": [("before", calibration["before"]), ("after", calibration)],
         "sets": sets,
         "abstention": entry["abstention"],
-        "subgroups": entry["subgroups"],
         "pictures": pictures,
+    }
+
+
+def comparable_section(
+    metrics: dict[str, Any], splits: dict[str, Any], main: str, metric: str, title: str
+) -> dict[str, Any]:
+    """What tasks of all types show: folds, comparisons of models by `metric` (called `title`), subgroups."""
+    rows = splits.get("table", [])
+    first = [row for row in rows if row["repeat"] == rows[0]["repeat"]] if rows else []
+    return {
+        "main": main,
+        "metric": metric,
+        "title": title,
+        "folds": first[:FOLDS_SHOWN],
+        "folds_left_out": max(0, len(first) - FOLDS_SHOWN),
+        "method": splits.get("method", ""),
+        "about": splits.get("about", {}),
+        "comparisons": [c for c in metrics["comparisons"] if c["p_holm"] is not None or c["reason"]],
+        "subgroups": metrics["models"][main]["subgroups"],
+        "intervals": metrics["models"][main].get("conformal") if "type" in metrics else None,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from slidemake import report_figures, report_figures_outcomes
 from slidemake.cohort_table import read_table
+from slidemake.report_evaluation import comparable_section
 
 TITLES: dict[str, dict[str, str]] = {
     "regression": {
@@ -48,7 +49,9 @@ QUANTITY = {
 HEADLINES = 4
 
 
-def outcome_section(folder: Path, metrics: dict[str, Any], curves: dict[str, Any], main: str) -> dict[str, Any]:
+def outcome_section(
+    folder: Path, metrics: dict[str, Any], curves: dict[str, Any], splits: dict[str, Any], main: str
+) -> dict[str, Any]:
     """What the section of a task in `folder` shows of a metrics.json that `evaluation_outcomes` wrote."""
     kind, titles = metrics["type"], TITLES[metrics["type"]]
     unit = _unit(folder / main)
@@ -72,7 +75,8 @@ def outcome_section(folder: Path, metrics: dict[str, Any], curves: dict[str, Any
         "positives": "with the event" if kind == "survival" else "positive",
         "quantity": QUANTITY[kind],
         "pictures": pictures,
-        "evaluation": None,  # calibration, sets and subgroups are of classes
+        # calibration and conformal sets are of classes
+        "evaluation": comparable_section(metrics, splits, main, metrics["primary"], titles[metrics["primary"]]),
         "tables": _tables(metrics, main, unit),
         "undefined": _undefined(metrics, titles),
     }

@@ -24,6 +24,7 @@ from slidemake.remote import check_addresses, is_remote
 from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
 from slidemake.sweeps import axis_table
+from slidemake.targets import label_task
 
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
 MARKER = "slidemake.json"  # in the results folder: the version of its format, and the size of its racks
@@ -153,6 +154,12 @@ class Plan:
         if self.tasks[task]["type"] not in ("binary", "multiclass", "ordinal"):
             return []
         return sorted({self.encoder_of(task, model) for model in self.models_of(task)})
+
+    def background_of(self) -> list[str]:
+        """Folder names of the encoders that look at the background, where the configuration asks for it."""
+        if not self.config["background"]["tiles"]:
+            return []
+        return sorted({encoder for task in self.tasks for encoder in self.probed(task)})
 
     def model_options(self, task: str, model: str) -> dict[str, Any]:
         """Settings of a model; a control is the first model's with `control` set."""
@@ -302,6 +309,8 @@ def apply_bundle(config: dict[str, Any], bundle: dict[str, Any]) -> dict[str, An
     config["tiling"] = {**bundle["tiling"], **{key: config["tiling"][key] for key in ("store", "codec", "min_tiles")}}
     config["stain"] = {**config["stain"], **bundle["stain"]}
     config["embedding"] = {**config["embedding"], "features": bundle["features"]}
+    if config["bundle_label"]:
+        config["bundle_task"] = label_task(bundle, config["bundle_label"])
     return config
 
 

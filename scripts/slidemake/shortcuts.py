@@ -79,6 +79,7 @@ def probe_shortcuts(slides: Slides, seed: int = 0, nulls: int = NULLS) -> dict[s
     if len(slides.patients) > MOST:
         slides = slides.take(np.sort(rng.choice(len(slides.patients), MOST, replace=False)))
     result: dict[str, Any] = {"slides": len(slides.patients), "patients": len(set(slides.patients)), "columns": {}}
+    result["background"] = None  # is looked at where background was embedded: `background_control`
     reduced = reduce_vectors(slides.vectors)
     for column in ("site", "scanner"):
         values = slides.sites if column == "site" else slides.scanners
@@ -257,25 +258,28 @@ def _macro_auroc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def label_null(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULLS) -> dict[str, Any]:
-    """AUROC of the linear model on mean embeddings, and with the labels of patients permuted `nulls` times."""
+    """AUROC of the linear model on mean embeddings with an interval, and with labels permuted `nulls` times."""
     x, y, names, _ = _patient_level(reduced, slides)
     if min(np.bincount(y)) < 2 or len(names) < 2:
         return {"auroc": None, "reason": "fewer than two patients in a class"}
     one = np.ones((1, len(y)))
     rng = np.random.default_rng([seed, 1])
 
-    def measured(labels: np.ndarray) -> float:
+    def measured(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
         scores = held_out_scores(_logistic, x, labels, _random_folds(labels, seed, FOLDS), len(names))
         known = np.isfinite(scores[:, 0])
-        return float(_macro_auroc(labels[known], scores[known], one[:, known])[0])
+        return _macro_auroc(labels[known], scores[known], weights[:, known])
 
-    found = measured(y)
-    chance = np.array([measured(rng.permutation(y)) for _ in range(nulls)])
+    found = float(measured(y, one)[0])
+    low, high = percentile_interval(measured(y, bootstrap_weights(y, DRAWS, [seed, 3])[0]))
+    chance = np.array([measured(rng.permutation(y), one)[0] for _ in range(nulls)])
     chance = chance[np.isfinite(chance)]
     if not np.isfinite(found) or not len(chance):
         return {"auroc": None, "reason": "too few patients to hold some out"}
     return {
         "auroc": found,
+        "low": low,
+        "high": high,
         "null": float(chance.mean()),
         "null_low": float(np.quantile(chance, 0.025)),
         "null_high": float(np.quantile(chance, 0.975)),

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from slidemake.bootstrap import percentile_interval
-from slidemake.calibration_report import bins_for
-from slidemake.metrics import LOWER_IS_BETTER, METRICS, metrics_over
-from slidemake.prediction_table import Predictions
+from slidemake.failures import RunError
 
 USUAL = ("site", "scanner", "stain")  # columns looked at where none are named
 PARTS = 3  # equal parts of a column of numbers
@@ -75,30 +73,36 @@ def too_small(labels: np.ndarray, classes: Sequence[str], options: Mapping[str, 
     return f"{', '.join(few)}; {options['subgroup_class']} of each are needed" if few else None
 
 
+Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # weights (B, n) of the patients -> {metric: (B,)}
+
+
 def gaps(
-    p: Predictions,
     members: Mapping[str, np.ndarray],
     scopes: Mapping[str, Mapping[str, Any]],
     draws: Mapping[str, Mapping[str, np.ndarray]],
+    strata: np.ndarray,
+    measure: Measure,
+    less_is_better: Callable[[str], bool],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """{metric: worst, best and their gap with an interval, and the gap that chance makes} over the groups.
 
-    members: {group: (n,) bool}; scopes and draws: the groups' figures and bootstrap draws. Worst and best stay those of
-    the figures in every draw. Fewer than two groups have no gap.
+    members: {group: (n,) bool}; scopes and draws: the groups' figures and bootstrap draws; strata (n,) int and
+    `measure` are for the gap by chance. Worst and best stay those of the figures in every draw. Fewer than two groups
+    have no gap.
     """
     if len(members) < 2:
         return {}
-    chance = _gaps_by_chance(p, members, options)
+    chance = _gaps_by_chance(members, strata, measure, options["seed"])
     found = {}
-    for metric in METRICS:
+    for metric in next(iter(draws.values())):
         values = {g: scopes[g]["metrics"][metric]["value"] for g in members}
         known = {g: v for g, v in values.items() if v is not None}
         if len(known) < 2:
             continue
-        ordered = sorted(known, key=lambda g: (known[g], g), reverse=metric in LOWER_IS_BETTER)
+        ordered = sorted(known, key=lambda g: (known[g], g), reverse=less_is_better(metric))
         worst, best = ordered[0], ordered[-1]
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+        sign = -1 if less_is_better(metric) else 1
         low, high = percentile_interval(sign * (draws[best][metric] - draws[worst][metric]), options["level"])
         by_chance = chance[metric][np.isfinite(chance[metric])]
         gap = abs(known[best] - known[worst])
@@ -115,48 +119,31 @@ def gaps(
 
 
 def _gaps_by_chance(
-    p: Predictions, members: Mapping[str, np.ndarray], options: Mapping[str, Any]
+    members: Mapping[str, np.ndarray], strata: np.ndarray, measure: Measure, seed: int
 ) -> dict[str, np.ndarray]:
     """{metric: (DEALS,) largest minus smallest figure} when patients are dealt to the groups at random.
 
-    Dealt are patients of the same class, so that groups keep their sizes and their prevalence.
+    Dealt are patients of the same stratum (class), so that groups keep their sizes and their prevalence.
     """
-    names = list(members)
-    group = np.full(len(p.patients), -1)
-    for g, name in enumerate(names):
-        group[members[name]] = g
-    rng = np.random.default_rng(options["seed"])
+    group = np.full(len(strata), -1)
+    for g, inside in enumerate(members.values()):
+        group[inside] = g
+    rng = np.random.default_rng(seed)
     dealt = np.repeat(group[None], DEALS, 0)
-    for label in np.unique(p.labels):
-        of_class = np.flatnonzero((p.labels == label) & (group >= 0))
-        dealt[:, of_class] = rng.permuted(dealt[:, of_class], axis=1)
+    for stratum in np.unique(strata):
+        alike = np.flatnonzero((strata == stratum) & (group >= 0))
+        dealt[:, alike] = rng.permuted(dealt[:, alike], axis=1)
     values: dict[str, list[np.ndarray]] = defaultdict(list)
-    for g in range(len(names)):
-        weights = (dealt == g).astype(float)
-        bins = bins_for(int((group == g).sum()), options["ece_bins"])
-        of_repeats = []
-        for r in range(len(p.repeats)):
-            known = np.isfinite(p.prob[r, :, 0])
-            with np.errstate(invalid="ignore", divide="ignore"):
-                of_repeats.append(
-                    metrics_over(
-                        p.labels[known],
-                        p.prob[r, known],
-                        p.predicted[r, known],
-                        bins,
-                        weights[:, known],
-                        options["specificity"],
-                        options["graded"],
-                    )
-                )
-        for metric in METRICS:
-            values[metric].append(np.mean([one[metric] for one in of_repeats], axis=0))
+    for g in range(len(members)):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for metric, found in measure((dealt == g).astype(float)).items():
+                values[metric].append(found)
     return {metric: np.ptp(np.stack(rows), axis=0) for metric, rows in values.items()}
 
 
-def group_members(p: Predictions, values: Mapping[str, str]) -> tuple[dict[str, np.ndarray], int]:
+def group_members(patients: Sequence[str], values: Mapping[str, str]) -> tuple[dict[str, np.ndarray], int]:
     """{group: (n,) bool} of the model's patients in order of the groups' names, and how many have no value."""
-    of = np.array([values.get(patient, "") for patient in p.patients])
+    of = np.array([values.get(patient, "") for patient in patients])
     names = sorted(Counter(of.tolist()).keys() - {""}, key=_natural)
     return {name: of == name for name in names}, int((of == "").sum())
 
@@ -164,3 +151,26 @@ def group_members(p: Predictions, values: Mapping[str, str]) -> tuple[dict[str, 
 def _natural(name: str) -> tuple[int, str]:
     """The parts of a column of numbers in their order."""
     return (0 if name.startswith("up to ") else 2 if name.startswith("above ") else 1, name)
+
+
+def as_scopes(subgroups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{"group:<column>=<group>": figures}: the subgroups of a model as scopes of its table."""
+    return {
+        f"group:{column}={group}": body
+        for column, found in subgroups.items()
+        for group, body in found["groups"].items()
+    }
+
+
+def groups_of(rows: list[dict[str, str]], asked: list[str] | None) -> dict[str, dict[str, str]]:
+    """{column: {patient: value}} of the columns of slides.csv asked for; without a list, the usual ones that say
+    something."""
+    columns = list(rows[0]) if rows else []
+    missing = [column for column in asked or () if column not in columns]
+    if missing:
+        raise RunError(
+            f"evaluation.subgroups: the cohort has no column {', '.join(missing)}; it has {', '.join(columns)}"
+        )
+    wanted = [column for column in (USUAL if asked is None else asked) if column in columns]
+    found = {column: patient_values(rows, column) for column in wanted}
+    return {c: values for c, values in found.items() if asked is not None or len(set(values.values()) - {""}) > 1}

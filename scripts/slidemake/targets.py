@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from slidemake.failures import RunError
+
 TYPES = ("binary", "multiclass", "ordinal", "multilabel", "regression", "survival")
 CLASSES = ("binary", "multiclass", "ordinal")  # types whose label is the name of a class
 QUANTILES = 4  # bins of a number, for folds
@@ -42,6 +44,24 @@ def label_columns(task: Mapping[str, Any]) -> list[str]:
     if task_type(task) == "survival":
         return [f"{task['label']}_time", f"{task['label']}_event"]
     return [task["label"]]
+
+
+def label_task(bundle: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The task that `bundle_label: label` describes for this bundle, as the sheet's labels are read.
+
+    label: a column of the sheet; for survival what `<label>_time` and `<label>_event` begin with, as in a task; for a
+    bundle of several labels the word `labels`, because the columns have the names of the bundle's labels.
+    """
+    target = bundle.get("target") or {}
+    kind = target.get("type") or "binary"
+    if kind != "multilabel":
+        return {"type": kind, "label": label}
+    if label != "labels":
+        raise RunError(
+            f"bundle_label: this bundle tells several labels ({', '.join(target['labels'])}). Write `bundle_label: "
+            "labels`; the sheet's columns have those names."
+        )
+    return {"type": kind, "labels": target["labels"]}
 
 
 def about_label(task: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ from slidemake.invariance import (
     warn_where_label_and_domain_coincide,
 )
 from slidemake.objectives import make_objective
-from slidemake.outcomes import SCORES, ClassOutcome, Outcome, Threshold, make_outcome, number
+from slidemake.outcomes import SCORES, ClassOutcome, Outcome, RegressionOutcome, Threshold, make_outcome, number
 from slidemake.outcomes_survival import CoxOutcome, SurvivalOutcome
 from slidemake.prediction import predict_bags, prediction_columns, prediction_row, write_predictions
 from slidemake.provenance import file_sums, fingerprint, versions, write_json
@@ -532,8 +532,15 @@ def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
         "threshold_from": "pooled inner-validation predictions of all folds",
         "temperature_from": "inner validation of each fold, kept by group",
     }
-    if isinstance(work.outcome, ClassOutcome):  # what conformal sets at another site are calibrated with
-        labels = [work.labels[p] for p, _ in pooled]
-        training["validation"] = {"labels": labels, "values": [row for _, row in pooled]}
+    if isinstance(work.outcome, (ClassOutcome, RegressionOutcome)):
+        # What conformal sets and intervals at another site are calibrated with: every patient once, as the mean of the
+        # members that were not fitted to it, for the bundle predicts the mean of all. Counted once for every fold, a
+        # cohort would pass for many times its size.
+        of_patient: dict[str, list[Any]] = {}
+        for patient, row in pooled:
+            of_patient.setdefault(patient, []).append(row)
+        people = sorted(of_patient)
+        means = [np.mean(of_patient[p], axis=0).tolist() for p in people]
+        training["validation"] = {"labels": [work.labels[p] for p in people], "values": means}
     info = {**_about(work), "fingerprint": mark, "threshold": threshold, "training": training}
     save_bundle(work.out / "bundle", info, [group for b in bundles for group in b.groups])

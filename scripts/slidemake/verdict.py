@@ -205,15 +205,17 @@ def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]
     return [_say("note", "calibration", f"{text}: no evidence against calibration.")]
 
 
-def _about_groups(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    """Columns whose groups differ in AUROC by more than chance makes them."""
+def about_groups(
+    name: str, result: dict[str, Any], metric: str = "auroc", title: str = "AUROC"
+) -> list[dict[str, str]]:
+    """Columns whose groups differ in a metric by more than chance makes them."""
     said = []
     for column, found in result["models"][name]["subgroups"].items():
-        gap = found["gaps"].get("auroc")
+        gap = found["gaps"].get(metric)
         if gap is None or gap["gap_by_chance"] is None or gap["gap"]["value"] <= gap["gap_by_chance"]:
             continue
         text = (
-            f"{name}: by {column}, AUROC is {_interval(gap['worst_value'])} for {gap['worst']} and "
+            f"{name}: by {column}, {title} is {_interval(gap['worst_value'])} for {gap['worst']} and "
             f"{_interval(gap['best_value'])} for {gap['best']}, a gap of {_interval(gap['gap'])}; groups of these "
             f"sizes differ by up to {gap['gap_by_chance']:.2f} by chance."
         )
@@ -250,7 +252,7 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
         said += _against_controls(name, result)
     said += _about_shuffled(result) + _about_sites(result)
     for name in names:
-        said += _about_calibration(name, result) + _about_groups(name, result) + _about_coverage(name, result)
+        said += _about_calibration(name, result) + about_groups(name, result) + _about_coverage(name, result)
     if result["repeats"] > 1:
         text = (
             "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "

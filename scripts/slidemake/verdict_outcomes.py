@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slidemake.verdict import GAP, REFERENCE, SHUFFLED, SITE_ONLY, SMALL
+from slidemake.verdict import GAP, REFERENCE, SHUFFLED, SITE_ONLY, SMALL, about_groups
 
 TITLES = {
     "c_index": "C-index",
@@ -105,7 +105,7 @@ def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
     return said
 
 
-def _about_groups(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+def _about_risk_groups(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     """Survival: do the groups at the threshold from validation differ?"""
     test = result["models"][name].get("log_rank")
     if test is None:
@@ -142,7 +142,9 @@ def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dic
         said += _against_controls(name, result)
     said += _about_shuffled(result) + _about_sites(result)
     for name in names if result["type"] == "survival" else ():
-        said += _about_groups(name, result) + _about_brier(name, result)
+        said += _about_risk_groups(name, result) + _about_brier(name, result)
+    for name in names:
+        said += about_groups(name, result, result["primary"], TITLES[result["primary"]])
     if result["repeats"] > 1:
         text = (
             "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.adapter import available_cpus
+from slidemake.background import record_name
 from slidemake.failures import SlideFailure
 from slidemake.integrity import problems
 from slidemake.provenance import check_file, has_checksum, read_json
@@ -179,6 +180,8 @@ def _artefact(folder: Path, stage: str, where: list[str], slide_id: str) -> Path
     for name, of in SLIDE_FILES.items():
         if of == stage:
             return folder / "slides" / slide_id / name
+    if stage == "background":
+        return folder / "slides" / slide_id / record_name(*where)
     for name, of in STORES.items():
         if of == stage:
             return folder / name / Path(*where) / f"{slide_id}.zarr"

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from slidemake.adapter import available_cpus, job
+from slidemake.adapter import available_cpus, cgroup_quotas, job
 from slidemake.devices import claimed_device
 from slidemake.failures import RunError
 
@@ -44,6 +44,54 @@ def test_anything_else_keeps_its_traceback_in_the_log(tmp_path, capfd):
 
 def test_cpus_are_those_of_this_process():
     assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))
+
+
+def write_files(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "found"),
+    [
+        # a container: its cgroup is the root of what it sees
+        ("0::/\n", {"cpu.max": "250000 100000\n"}, [2.5]),
+        # a service with a quota in a slice with one, and a parent without
+        (
+            "0::/a.slice/b.service\n",
+            {"a.slice/b.service/cpu.max": "400000 100000", "a.slice/cpu.max": "50000 100000", "cpu.max": "max 100000"},
+            [4.0, 0.5],
+        ),
+        # version 1, no limit at the root
+        (
+            "7:memory:/x\n4:cpu,cpuacct:/docker/7f\n0::/\n",
+            {
+                "cpu,cpuacct/docker/7f/cpu.cfs_quota_us": "300000\n",
+                "cpu,cpuacct/docker/7f/cpu.cfs_period_us": "100000\n",
+                "cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                "cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+                "memory/x/cpu.max": "1 1",
+            },
+            [3.0],
+        ),
+        # the path is the host's, and only the root is mounted
+        ("0::/kubepods/pod1\n", {"cpu.max": "100000 100000"}, [1.0]),
+        ("0::/\n", {}, []),
+    ],
+)
+def test_quotas_of_cgroups(own, files, found, tmp_path):
+    write_files(tmp_path / "fs", files)
+    (tmp_path / "own").write_text(own)
+    assert cgroup_quotas(str(tmp_path / "fs"), str(tmp_path / "own")) == found
+    assert cgroup_quotas(str(tmp_path / "fs"), str(tmp_path / "absent")) == []
+
+
+def test_a_quota_bounds_the_cpus(monkeypatch):
+    monkeypatch.setattr("slidemake.adapter.cgroup_quotas", lambda: [0.5])
+    assert available_cpus() == 1
+    monkeypatch.setattr("slidemake.adapter.cgroup_quotas", lambda: [1000.0])
+    assert available_cpus() == len(os.sched_getaffinity(0))
 
 
 def test_without_a_gpu_the_device_is_the_cpu(monkeypatch):

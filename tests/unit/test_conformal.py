@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 from mapie.classification import SplitConformalClassifier
-from sklearn.base import BaseEstimator, ClassifierMixin
+from mapie.regression import SplitConformalRegressor
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from slidemake.bootstrap import bootstrap_weights
 from slidemake.conformal import (
     class_limits,
@@ -17,6 +18,8 @@ from slidemake.conformal import (
     risk_coverage,
     sets_of,
 )
+from slidemake.conformal_intervals import conformal_intervals, read_residuals
+from slidemake.outcome_table import OutcomeTable
 from slidemake.prediction_table import Predictions, read_predictions, read_validation
 
 
@@ -166,3 +169,72 @@ def test_validation_predictions_come_from_the_folds_bundles(tmp_path):
     np.testing.assert_allclose(prob, [[0.1, 0.9], [0.3, 0.7]])
     assert labels.tolist() == [1, 1]
     assert read_validation(tmp_path / "elsewhere" / "p.csv", p, {}).validation is None
+
+
+class GivenNumber(RegressorMixin, BaseEstimator):
+    """A fitted regression whose prediction is the feature."""
+
+    def fit(self, x, y):
+        self.fitted_ = True
+        return self
+
+    def predict(self, x):
+        return np.asarray(x)[:, 0]
+
+
+def numbers(n, seed, sites=("",), shift=0.0):
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=n)
+    of = np.array([sites[i % len(sites)] for i in range(n)])
+    said = truth + 0.3 * rng.normal(size=n) + shift * (of == "B")
+    people = tuple(f"P{i:04d}" for i in range(n))
+    fold = (np.arange(n) % 2)[None]
+    return OutcomeTable(
+        "m", "regression", (), people, tuple(of), truth[:, None], (0,), said[None, :, None], np.empty((1, n, 0)), fold
+    )
+
+
+def unweighted(scope, chosen):
+    return bootstrap_weights(np.zeros(len(chosen), int), 50, 0)[0]
+
+
+def test_intervals_of_numbers_are_mapies():
+    table, residual = numbers(60, 1), np.abs(np.random.default_rng(2).normal(size=80))
+    residuals = {(0, 0): residual, (0, 1): residual}
+    found = conformal_intervals(table, residuals, 0.1, 0.95, unweighted)
+    mapie = SplitConformalRegressor(GivenNumber().fit(None, None), confidence_level=0.9, prefit=True)
+    zero = np.zeros((80, 1))
+    mapie.conformalize(zero, residual)
+    _, bounds = mapie.predict_interval(table.values[0])
+    assert found["pooled"]["width"] == pytest.approx((bounds[:, 1, 0] - bounds[:, 0, 0]).mean())
+    inside = (bounds[:, 0, 0] <= table.truth[:, 0]) & (table.truth[:, 0] <= bounds[:, 1, 0])
+    assert found["pooled"]["coverage"]["value"] == pytest.approx(inside.mean())
+
+
+def test_intervals_keep_their_promise_and_show_the_site_that_breaks_it():
+    """90 % promised, 1,000 patients, 500 for validation: the sd of the coverage is 0.017 (both parts), 4 sd 0.066."""
+    table = numbers(1000, 3, ("A", "B"), shift=0.0)
+    validation = np.abs(numbers(500, 4).values[0, :, 0] - numbers(500, 4).truth[:, 0])
+    residuals = {(0, 0): validation, (0, 1): validation}
+    found = conformal_intervals(table, residuals, 0.1, 0.95, unweighted)
+    assert abs(found["pooled"]["coverage"]["value"] - 0.9) < 0.066
+    moved = conformal_intervals(numbers(1000, 3, ("A", "B"), shift=1.0), residuals, 0.1, 0.95, unweighted)
+    assert moved["sites"]["B"]["coverage"]["high"] < 0.5 < 0.8 < moved["sites"]["A"]["coverage"]["low"]
+
+
+def test_too_few_for_an_interval():
+    table = numbers(20, 1)
+    found = conformal_intervals(table, {(0, 0): np.ones(8), (0, 1): np.ones(30)}, 0.1, 0.95, unweighted)
+    assert (found["pooled"], found["reason"]) == (None, "a fold has 8 validation patients, and 9 are needed")
+    assert conformal_intervals(table, {(0, 0): np.ones(9)}, 0.1, 0.95, unweighted)["reason"].startswith("a fold has no")
+    json.dumps(found, allow_nan=False)
+
+
+def test_residuals_come_from_the_bundles_of_the_folds(tmp_path):
+    table = numbers(6, 0)
+    for fold, kept in ((0, {"Q1": [2.5], "Q2": [1.0], "unknown": [3.0]}), (1, {"Q1": [0.0]})):
+        folder = tmp_path / "bundles" / f"repeat0_fold{fold}"
+        folder.mkdir(parents=True)
+        (folder / "bundle.json").write_text(json.dumps({"training": {"validation_values": kept}}))
+    found = read_residuals(tmp_path / "predictions_patients.csv", table, {"Q1": "2", "Q2": "4"})
+    assert {key: list(of) for key, of in found.items()} == {(0, 0): [0.5, 3.0], (0, 1): [2.0]}

@@ -141,13 +141,77 @@ def test_bad_input_gives_numbers_or_reasons(kind, case, tmp_path):
                 assert (m["value"] is None) == (m["reason"] is not None)
                 assert m["reason"] is None or m["reason"].startswith("not defined, because ")
     assert result["verdict"]
-    section = outcome_section(tmp_path, result, curves, "m")
+    section = outcome_section(tmp_path, result, curves, {}, "m")
     assert len(section["pictures"]) >= 1
     if case == "one_label" and kind == "survival":
         reasons = {line["code"]: line["text"] for line in result["verdict"]}
         assert "all 24 patients are censored" in reasons["undefined"]
     if case == "constant" and kind == "regression":
         assert "correlation is not defined, because all predictions are the same" in " ".join(section["undefined"])
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_models_are_compared_in_pairs_with_holm(kind):
+    made = [table(kind), table(kind, "other", noise=1.5), table(kind, "mean_pool_lr", noise=1.0)]
+    result, curves = evaluate_tables(made, QUICK)
+    check_no_nan(result, curves)
+    found = {(c["model"], c["reference"]): c for c in result["comparisons"]}
+    null = {"regression": "mean", "survival": "kaplan_meier"}.get(kind, "prevalence")
+    rivals = [("m", "other"), ("m", "mean_pool_lr"), ("other", "mean_pool_lr")]
+    assert next(iter(found)) == ("m", "other")
+    assert set(rivals) < set(found)
+    assert found["m", null]["p_holm"] is None  # being better than nothing claims nothing
+    raw = sorted(found[pair]["metrics"][result["primary"]]["p"] for pair in rivals)
+    corrected = sorted(found[pair]["p_holm"] for pair in rivals)
+    steps = [min(1, p * k) for p, k in zip(raw, (3, 2, 1), strict=True)]  # Holm 1979, by hand
+    assert corrected == pytest.approx(np.maximum.accumulate(steps))
+    assert found["m", "other"]["p_holm"] < 0.05
+    assert found["m", "other"]["metrics"][result["primary"]]["difference"] > 0
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_subgroups_and_the_gap_between_them(kind):
+    """The scanner B adds noise to what the model says of every second patient."""
+    made = table(kind, n=160)
+    spoilt = table(kind, n=160, noise=3.0)
+    on_b = np.arange(160) % 2 == 1
+    said = {
+        key: np.where(on_b[None, :, None], getattr(spoilt, key), getattr(made, key)) for key in ("values", "decisions")
+    }
+    made = OutcomeTable(**{**made.__dict__, **said})
+    scanner = {p: "B" if b else "A" for p, b in zip(made.patients, on_b, strict=True)}
+    of_age = {p: "few" if i < 6 else "others" for i, p in enumerate(made.patients)}
+    result, curves = evaluate_tables([made], QUICK, groups={"scanner": scanner, "age": of_age})
+    check_no_nan(result, curves)
+    subgroups, primary = result["models"]["m"]["subgroups"], result["primary"]
+    alone = OutcomeTable(
+        **{
+            **made.__dict__,
+            **{key: tuple(np.array(getattr(made, key))[on_b]) for key in ("patients", "sites")},
+            "truth": made.truth[on_b],
+            **{key: getattr(made, key)[:, on_b] for key in ("values", "decisions", "fold")},
+        }
+    )
+    expected = figures(evaluate_tables([alone], QUICK)[0])[primary]
+    assert subgroups["scanner"]["groups"]["B"]["metrics"][primary]["value"] == pytest.approx(expected)
+    gap = subgroups["scanner"]["gaps"][primary]
+    assert (gap["worst"], gap["best"]) == ("B", "A")
+    assert gap["gap"]["low"] > 0
+    assert gap["gap"]["value"] > gap["gap_by_chance"]
+    assert gap["p"] < 0.05
+    assert subgroups["age"]["groups"]["few"]["reason"] == "6 patients; 20 are needed"
+    assert subgroups["age"]["gaps"] == {}
+    assert any(line["code"] == "subgroup_gap" and "scanner" in line["text"] for line in result["verdict"])
+    assert "subgroups" not in result["models"]["m"]["scopes"]
+
+
+def test_groups_with_few_events_have_no_figures():
+    made = table("survival", n=100)
+    made.truth[:50, 1] = np.arange(50) < 2
+    values = {p: "quiet" if i < 50 else "usual" for i, p in enumerate(made.patients)}
+    found = evaluate_tables([made], QUICK, groups={"stain": values})[0]["models"]["m"]["subgroups"]["stain"]["groups"]
+    assert found["quiet"]["reason"] == "2 with the event; 5 are needed"
+    assert found["usual"]["reason"] is None
 
 
 def test_high_and_low_risk_are_compared():

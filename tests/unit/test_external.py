@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 from slidemake.conformal import conformal_limit
+from slidemake.evaluation_outcomes import evaluate_tables
 from slidemake.external import evaluate_external, external_predictions, true_labels
 from slidemake.failures import RunError
+from slidemake.report import external_section
+from slidemake.targets import label_task
+from test_evaluation_outcomes import table, written
 
 BUNDLE = {
     "classes": ["benign", "tumour"],
@@ -106,15 +110,13 @@ def test_patients_that_the_bundle_was_trained_on_stop_the_run(tmp_path):
 )
 def test_labels_that_cannot_be_used(rows, message):
     with pytest.raises(RunError, match=message):
-        true_labels(rows, "outcome", BUNDLE["classes"])
+        true_labels(rows, {"type": "binary", "label": "outcome"}, BUNDLE["classes"])
 
 
-def test_nobody_with_a_label_and_a_bundle_without_classes():
+def test_nobody_with_a_label():
     row = {"patient_id": "a", "prob_benign": "0.5", "prob_tumour": "0.5", "predicted": "benign"}
     with pytest.raises(RunError, match="none of 1 predicted patients has a label"):
         external_predictions([row], {}, BUNDLE)
-    with pytest.raises(RunError, match="for bundles that predict classes"):
-        external_predictions([row], {"a": "benign"}, {**BUNDLE, "target": {"type": "survival"}})
 
 
 def test_one_patient_of_one_class_has_reasons(tmp_path):
@@ -124,3 +126,66 @@ def test_one_patient_of_one_class_has_reasons(tmp_path):
     assert auroc["reason"] == "no patient of class tumour among 1"
     assert result["models"]["abmil"]["conformal"] is None
     json.dumps(result, allow_nan=False)
+
+
+OTHER = {
+    "regression": ({"type": "regression", "unit": "%"}, "purity", ["purity"]),
+    "survival": ({"type": "survival", "horizons": [2.0, 4.0, 8.0]}, "os", ["os_time", "os_event"]),
+    "multilabel": ({"type": "multilabel", "labels": ["er", "pr"]}, "labels", ["er", "pr"]),
+}
+
+
+def cells_of(kind, truth):
+    if kind == "regression":
+        return [f"{truth[0]:.12g}"]
+    if kind == "survival":
+        return [f"{truth[0]:.12g}", "yes" if truth[1] else "0"]
+    return ["" if v < 0 else str(int(v)) for v in truth]
+
+
+@pytest.mark.parametrize("kind", list(OTHER))
+def test_bundles_that_tell_no_classes(kind, tmp_path):
+    """Metrics of the external cohort are those of the same values evaluated as a run of their own."""
+    target, label, columns = OTHER[kind]
+    made = table(kind, n=60, repeats=1)
+    written(tmp_path / "oof.csv", kind, made)
+    rows = list(csv.DictReader((tmp_path / "oof.csv").open()))
+    with open(tmp_path / "patients.csv", "w", newline="") as handle:
+        out = csv.DictWriter(handle, list(rows[0]))
+        out.writeheader()
+        out.writerows([{**row, "label": "", "repeat": "", "fold": ""} for row in rows])
+    with open(tmp_path / "slides.csv", "w", newline="") as handle:
+        out = csv.writer(handle)
+        out.writerow(["slide_id", "patient_id", "site", "scanner", "status", *columns])
+        for i, patient in enumerate(made.patients):
+            out.writerow([f"{patient}-1", patient, made.sites[i], "AB"[i % 2], "ok", *cells_of(kind, made.truth[i])])
+            out.writerow([f"{patient}-2", patient, made.sites[i], "AB"[i % 2], "ok", *[""] * len(columns)])
+    bundle = {**BUNDLE, "classes": [], "target": target, "threshold": None, "model": "m"}
+    outputs = {name: tmp_path / f"{name}.json" for name in ("metrics", "curves")}
+    args = (tmp_path / "patients.csv", tmp_path / "slides.csv", bundle, label, {"bootstrap": 50})
+    result = evaluate_external(*args, table=tmp_path / "m.csv", **outputs)
+    expected, _ = evaluate_tables([made], {"bootstrap": 50})
+    for name, figure in expected["models"]["m"]["scopes"]["pooled"]["metrics"].items():
+        found = result["models"]["m"]["scopes"]["pooled"]["metrics"][name]["value"]
+        assert found == pytest.approx(figure["value"], rel=1e-6), name
+    assert result["external"]["trained_on"] == 2
+    assert result["patients"] == 60
+    assert set(result["models"]["m"]["subgroups"]["scanner"]["groups"]) == {"A", "B"}
+    section = external_section(tmp_path)
+    assert section["main"] == "m"
+    assert section["pictures"]
+    assert len(section["pictures"][0]) == 2
+    seen = {**bundle, "training": {"patients": ["P003"]}}
+    with pytest.raises(RunError, match="Leak: the bundle was trained on P003"):
+        evaluate_external(*args[:2], seen, *args[3:], table=tmp_path / "m.csv", **outputs)
+
+
+def test_truths_that_are_none():
+    row = {"slide_id": "a", "os_time": "soon", "os_event": "1"}
+    with pytest.raises(RunError, match='slide a, column os_time: "soon" is not a number'):
+        true_labels([row], {"type": "survival", "label": "os"})
+    assert true_labels(
+        [{**row, "os_time": "3"}, {**row, "slide_id": "b", "os_time": ""}], {"type": "survival", "label": "os"}
+    ) == {"a": "3"}
+    with pytest.raises(RunError, match=r"several labels .er, pr.. Write `bundle_label: labels`"):
+        label_task({"target": {"type": "multilabel", "labels": ["er", "pr"]}}, "er")

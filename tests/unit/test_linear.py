@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from slidemake.linear import ROWS, linear
 
 
+@pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("shape", [(0, 5), (1, 5), (ROWS - 1, 5), (ROWS, 5), (3, 50, 7), (2, 2, 40, 3)])
-def test_values_and_gradients_are_those_of_float64(shape):
+def test_values_and_gradients_are_those_of_float64(shape, wide, monkeypatch):
+    monkeypatch.setattr("slidemake.linear.WIDE", wide)  # with and without AVX-512
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(shape, generator=generator), torch.randn((4, shape[-1]), generator=generator)
     bias, upstream = torch.randn(4, generator=generator), torch.randn((*shape[:-1], 4), generator=generator)

@@ -1,0 +1,81 @@
+"""Split-conformal intervals of predicted numbers: how wide they are, and how often they hold the truth, per site.
+
+As `conformal` for classes. The score of a patient is |truth - prediction|; the limit of a fold is the
+ceil((n + 1)(1 - alpha))-th smallest score of its n validation patients, which its members were not fitted to, and an
+interval is the prediction plus and minus the limit (Lei et al. 2018, JASA 113:1094). It holds the truth with
+probability 1 - alpha at least for patients like those of validation, on average over patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slidemake.bootstrap import percentile_interval
+from slidemake.conformal import ROUNDING, conformal_limit
+from slidemake.outcome_table import OutcomeTable
+from slidemake.provenance import read_json_if_whole
+
+Residuals = Mapping[tuple[int, int], np.ndarray]  # (repeat, fold) -> |truth - prediction| of validation patients
+
+
+def read_residuals(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> Residuals:
+    """Of the validation patients that the bundles beside the predictions `path` carry; truth: {patient: label}."""
+    found = {}
+    for repeat, row in zip(table.repeats, table.fold, strict=True):
+        for fold in sorted(set(row.tolist()) - {-1}):
+            info = read_json_if_whole(Path(path).with_name("bundles") / f"repeat{repeat}_fold{fold}" / "bundle.json")
+            kept = ((info or {}).get("training") or {}).get("validation_values") or {}
+            known = [patient for patient in sorted(kept) if truth.get(patient)]
+            if known:
+                found[repeat, fold] = np.abs([float(truth[p]) - float(kept[p][0]) for p in known])
+    return found
+
+
+def conformal_intervals(
+    table: OutcomeTable,
+    residuals: Residuals,
+    alpha: float,
+    level: float,
+    weights_of: Callable[[str, np.ndarray], np.ndarray],
+) -> dict[str, Any]:
+    """Coverage and width of intervals that promise 1 - alpha, over all patients and per site.
+
+    weights_of(scope, chosen (m,) indices) gives bootstrap weights (B, m) of the chosen patients. Where a fold has too
+    few validation patients for this alpha there are no intervals, and `reason` says so.
+    """
+    nothing: dict[str, Any] = {"alpha": alpha, "pooled": None, "sites": {}, "validation": None}
+    limit = np.full(table.fold.shape, np.nan)
+    for r, repeat in enumerate(table.repeats):
+        for fold in sorted(set(table.fold[r].tolist()) - {-1}):
+            if (repeat, fold) not in residuals:
+                return {**nothing, "reason": "a fold has no validation patients"}
+            limit[r, table.fold[r] == fold] = conformal_limit(residuals[repeat, fold], alpha)
+    sizes = [len(of_fold) for of_fold in residuals.values()]
+    known = table.fold >= 0
+    if not np.isfinite(limit[known]).all():
+        needed = int(np.ceil(1 / alpha - ROUNDING)) - 1
+        return {**nothing, "reason": f"a fold has {min(sizes)} validation patients, and {needed} are needed"}
+    off = np.abs(table.truth[None, :, 0] - table.values[..., 0])
+    held = np.where(known, off <= limit + ROUNDING, 0).sum(0) / np.maximum(1, known.sum(0))
+    width = 2 * np.where(known, limit, 0).sum(0) / np.maximum(1, known.sum(0))
+
+    def figures(scope: str, chosen: np.ndarray) -> dict[str, Any]:
+        weights = weights_of(scope, chosen)
+        low, high = percentile_interval(weights @ held[chosen] / weights.sum(1), level)
+        covered = {"value": float(held[chosen].mean()), "low": low, "high": high}
+        return {"n": len(chosen), "coverage": covered, "width": float(width[chosen].mean())}
+
+    sites = np.array(table.sites)
+    return {
+        "alpha": alpha,
+        "validation": {"least": min(sizes), "most": max(sizes)},
+        "pooled": figures("pooled", np.arange(len(table.patients))),
+        "sites": {
+            site: figures(f"site:{site}", np.flatnonzero(sites == site)) for site in sorted(set(table.sites) - {""})
+        },
+        "reason": None,
+    }
