@@ -44,11 +44,15 @@ def evaluation_section(metrics: dict[str, Any], splits: dict[str, Any], main: st
 def comparable_section(
     metrics: dict[str, Any], splits: dict[str, Any], main: str, metric: str, title: str
 ) -> dict[str, Any]:
-    """What tasks of all types show: folds, comparisons of models by `metric` (called `title`), subgroups."""
+    """What tasks of all types show: folds, comparisons of models by `metric` (called `title`), subgroups; nothing of
+    what is of classes alone."""
     rows = splits.get("table", [])
     first = [row for row in rows if row["repeat"] == rows[0]["repeat"]] if rows else []
     return {
         "main": main,
+        "calibration": None,
+        "sets": None,
+        "pictures": [],
         "metric": metric,
         "title": title,
         "folds": first[:FOLDS_SHOWN],

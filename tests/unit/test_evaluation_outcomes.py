@@ -14,6 +14,7 @@ from slidemake.evaluation_outcomes import COLUMNS, evaluate_outcomes, evaluate_t
 from slidemake.failures import RunError
 from slidemake.metrics_survival import concordance, metrics_over
 from slidemake.outcome_table import OutcomeTable, read_outcomes
+from slidemake.report import _environment
 from slidemake.report_outcomes import outcome_section
 
 QUICK = {"bootstrap": 200, "seed": 0}
@@ -285,3 +286,19 @@ def test_tables_that_are_none(tmp_path):
         read_outcomes(tmp_path / "twice.csv", "m", "regression")
     with pytest.raises(RunError, match="no predictions to evaluate"):
         evaluate_tables([])
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
+    made = [table(kind, n=80), table(kind, "mean_pool_lr", n=80, noise=1.0)]
+    scanner = {p: "AB"[i % 2] for i, p in enumerate(made[0].patients)}
+    off = np.abs(np.random.default_rng(0).normal(size=30))
+    residuals = {"m": {(r, f): off for r in range(2) for f in range(3)}} if kind == "regression" else None
+    result, curves = evaluate_tables(made, QUICK, groups={"scanner": scanner}, residuals=residuals)
+    section = outcome_section(tmp_path, result, curves, {}, "m")
+    page = _environment().get_template("report_evaluation.html.j2").render(task={**section, "metrics": result})
+    assert "Is one model better than another?" in page
+    assert "DeLong" not in page
+    assert "By subgroup (m)" in page
+    assert "gap by chance" in page
+    assert ("truth is in the interval" in page) == (kind == "regression")

@@ -94,9 +94,9 @@ def test_a_survival_bundle_on_patients_of_known_outcome(every_type: Project, tmp
     rows = [row | {"patient_id": f"N{row['patient_id']}"} for row in project.rows()]
     project.write_sheet(rows)
     project.configure(bundle="bundle", bundle_label="os", tasks=None, models=None, background=None, explain=None)
-    jobs = project.planned("predict")
+    jobs = project.planned()
     assert not set(jobs) & {"screen_slides", "detect_tissue", "tile_slides"}
-    project.succeed("predict")
+    project.succeed()
     metrics = project.json("predictions/metrics.json")
     assert metrics["type"] == "survival"
     assert metrics["external"]["label"] == "os"
