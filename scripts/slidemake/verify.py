@@ -157,6 +157,13 @@ class Results:
             if not described.exists() and not path.parent.name.startswith("."):
                 yield self.finding(described, "is missing beside its weights", *self.remake(described))
 
+    def check_bags(self) -> Iterator[Finding]:
+        """Packed features without the JSON that says which slide they are of."""
+        for path in sorted((self.folder / "cohort" / "bags").glob("[!.]*.npy")):
+            described = path.with_suffix(".json")
+            if not described.exists():
+                yield self.finding(described, "is missing beside its features", path)
+
     def stores(self) -> list[Path]:
         found = [path for folder in STORES for path in sorted((self.folder / folder).glob("*/*.zarr"))]
         return [path for path in found if not path.name.startswith(".")]
@@ -210,6 +217,7 @@ def verify(folder: str | Path, threads: int = 1) -> tuple[list[Finding], dict[st
         checks: Iterable[list[Finding]] = [
             list(results.check_manifests()),
             list(results.check_bundles()),
+            list(results.check_bags()),
             *pool.map(lambda path: list(results.check_store(path)), stores),
             *pool.map(lambda path: list(results.check_json(path)), jsons),
         ]

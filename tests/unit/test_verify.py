@@ -136,6 +136,18 @@ def test_what_is_damaged_is_named_with_what_to_delete(results, capsys, spoil, na
         assert any("manifests" in path for path in deletions), shown
 
 
+def test_bags_without_their_index_are_named(results):
+    bags = results / "cohort" / "bags"
+    bags.mkdir(parents=True)
+    (bags / "enc.npy").write_bytes(b"features")
+    write_json(bags / "enc.json", {"files": file_sums(bags, ["enc.npy"])})
+    assert verify(results)[0] == []
+    (bags / "enc.json").unlink()
+    [finding] = verify(results)[0]
+    assert finding.path == bags / "enc.json"
+    assert finding.delete == (bags / "enc.npy",)
+
+
 def test_swapped_stores_and_records_are_found(results):
     one, two = (results / "tiles" / GRID / f"{slide}.zarr" for slide in "ab")
     one.rename(results / "x")
