@@ -31,8 +31,8 @@ rule fit_stain:
 rule make_stain_target:
     """The reference: TIAToolbox's image, an image of your own, the median of the cohort, or a bundle's own."""
     input:
-        manifests=(
-            [manifest("stain", rack) for rack in RACKS]
+        manifests=of_all_racks(
+            manifests("stain")
             if PLAN.stain_target == "cohort" and not PLAN.bundle
             else []
         ),
