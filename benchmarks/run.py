@@ -185,9 +185,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.text(max(row["ratio"], 1e-3), place, f" {row['ratio']:.2f}", va="center", fontsize=7)
         if row["bar"] and not row["absolute"]:
             axes.plot([float(row["bar"][2:])] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.5)
-    axes.set_xlabel(
-        "ratio (green: bar met in every turn, red: in none, yellow: turns disagree; a short line is the bar)"
-    )
+    axes.set_xlabel("ratio; a short line is its bar\n(green: met in every turn, red: in none, yellow: turns disagree)")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
