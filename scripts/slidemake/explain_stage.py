@@ -72,7 +72,8 @@ class Explainer:
         )
         described = read_json_if_whole(out / "explain.json")
         if described and described.get("fingerprint") == print_ and files_are_whole(out, described):
-            return {"fingerprint": print_, "reused": True, "tile_auroc": described.get("tile_auroc")}
+            same = {key: described.get(key) for key in ("tile_auroc", "tiles")}
+            return {"fingerprint": print_, "reused": True, **same}
         stored = self.results / "embeddings" / self.encoder / f"{slide_id}.zarr"
         features, attrs = open_embeddings(stored)
         if attrs.get("fingerprint") != record["fingerprint"]:

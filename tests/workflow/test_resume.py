@@ -134,6 +134,13 @@ def test_results_are_those_of_an_undisturbed_run(resumed: tuple[Project, dict[st
         assert mine
         assert mine == contents(finished.results / "explain", pattern), pattern
     assert contents(project.results / "cohort") == contents(finished.results / "cohort")
+    how_fast = ("seconds", "tiles_per_second", "reused")
+    for _, _, where in STAGES.values():
+        mine, theirs = (
+            [{k: v for k, v in record.items() if k not in how_fast} for record in of.manifest(where)]
+            for of in (project, finished)
+        )
+        assert mine == theirs, where  # a result that was found says what one that was computed says
 
 
 def test_nothing_half_written_is_left(resumed: tuple[Project, dict[str, Killed]]):
