@@ -49,6 +49,11 @@ include: "rules/report.smk"
 onstart:
     check_executor()
     try:
+        check_writable(
+            str(file)
+            for job in workflow.dag.needrun_jobs()
+            for file in [*job.output, *job.log, *filter(None, [job.benchmark])]
+        )
         claim_results(Path(OUTPUT))
     except RunError as error:
         sys.exit(f"\nslidemake cannot start.\n{error}\n")

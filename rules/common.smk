@@ -12,7 +12,12 @@ from slidemake.failures import RunError
 from slidemake.progress import Watch
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.racks import Machine
-from slidemake.running import claim_results, refusal, stop_jobs_on_sigterm
+from slidemake.running import (
+    check_writable,
+    claim_results,
+    refusal,
+    stop_jobs_on_sigterm,
+)
 from slidemake.setup import mark_results_folder, plan_run, rack_size_hint
 
 HAS_GPU = shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -48,6 +49,23 @@ NOT_A_RUN = {
     "--version",
 }
 _held: IO[str] | None = None  # kept open for as long as the run lasts
+
+
+def check_writable(files: Iterable[str | Path]) -> None:
+    """RunError that names the folders in which this run has to write `files` and may not.
+
+    Before the first job, because Snakemake itself removes and makes such files, and shows no more than a traceback.
+    """
+    folders = {Path(file).parent for file in files}
+    existing = {next(f for f in (folder, *folder.parents) if f.exists()) for folder in folders}
+    refused = sorted(str(folder) for folder in existing if not os.access(folder, os.W_OK | os.X_OK))
+    if refused:
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise RunError(
+            f"No permission to write in {', '.join(refused[:5])}{more}, where this run has to (a file system that is "
+            "mounted read-only, or a folder of another user's). Nothing was changed. Give this user access, or choose "
+            "another `output`; then run the same command again: whatever is finished is kept."
+        )
 
 
 def claim_results(output: Path, patience: float = 2.0) -> None:

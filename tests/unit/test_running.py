@@ -152,3 +152,22 @@ def test_sigterm_reaches_jobs_behind_their_shells():
     text, _ = process.communicate(timeout=120)
     assert text == "ended 7\nended 7\nstopped\n"
     assert process.returncode == 0
+
+
+def test_folders_that_may_not_be_written_are_named_before_the_first_job(tmp_path, monkeypatch):
+    (tmp_path / "results" / "logs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    files = ["results/logs/a.log", "results/tiles/g/r0.json", "results/tiles/g/r1.json"]
+    running.check_writable(files)
+    asked = []
+
+    def access(path, mode):
+        asked.append(str(path))
+        return str(path) != "results/logs"
+
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(RunError, match="No permission to write in results/logs, where this run has to"):
+        running.check_writable(files)
+    assert sorted(asked) == ["results", "results/logs"]  # what is not there yet is made in what is
+    running.check_writable(files[1:])
+    running.check_writable([])
