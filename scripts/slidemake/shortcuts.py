@@ -91,10 +91,14 @@ def probe_shortcuts(slides: Slides, seed: int = 0, nulls: int = NULLS) -> dict[s
 
 
 def reduce_vectors(vectors: np.ndarray) -> np.ndarray:
-    """(S, K) standardised principal components; fitted on all slides, without labels."""
+    """(S, K) principal components of the standardised vectors; fitted on all slides, without labels.
+
+    They keep their spread: a linear model then sees what it would see in the vectors themselves. With all components
+    made equal, as many of noise as there are slides hide the few in which site or label show.
+    """
     scaled = StandardScaler().fit_transform(vectors)
     count = max(1, min(COMPONENTS, len(vectors) - 1, vectors.shape[1]))
-    return StandardScaler().fit_transform(PCA(count, svd_solver="full").fit_transform(scaled))
+    return PCA(count, svd_solver="full").fit_transform(scaled)
 
 
 def _about_column(slides: Slides, reduced: np.ndarray, values: Sequence[str], seed: int, nulls: int) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def test_unconfounded_cohorts_raise_none():
     assert result["null"]["null_low"] < 0.5 < result["null"]["null_high"]
 
 
+def test_few_slides_of_many_features_still_tell_what_they_know():
+    """24 patients, 300 features of which one tells the label and three the site, as much as a good embedding does."""
+    rng = np.random.default_rng(4)
+    label, site = np.arange(24) % 2, np.arange(24) // 2 % 3
+    shared = rng.normal(size=(24, 6)) @ rng.normal(size=(6, 300))  # features go together, as those of embeddings do
+    x = shared + 0.5 * rng.normal(size=(24, 300))
+    x += 3 * np.outer(label - 0.5, rng.normal(size=300)) + 3 * rng.normal(size=(3, 300))[site]
+    names = tuple(f"P{i}" for i in range(24))
+    slides = Slides(x, names, tuple("nt"[k] for k in label), tuple("ABC"[k] for k in site), ("one",) * 24)
+    result = measured(slides)
+    assert result["columns"]["site"]["probe"]["balanced_accuracy"] > 0.9
+    assert result["null"]["auroc"] > 0.9
+    assert codes(result) == {"tells_site"}
+
+
 def test_embeddings_that_do_not_know_the_site():
     result = measured(cohort(confound=0.85, site_shift=0.0, signal=1.0))
     assert "shortcut_site" not in codes(result)
