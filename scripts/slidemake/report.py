@@ -316,6 +316,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["p_value"] = _p_value
     environment.filters["duration"] = _duration
     environment.filters["interval"] = _interval
     environment.filters["cell"] = _cell
@@ -329,6 +330,11 @@ def _number(value: Any, digits: int = 2) -> str:
         return "–"
     number = float(value)
     return f"{number:,.0f}" if digits == 0 or abs(number) >= 1000 else f"{number:.{digits}f}"
+
+
+def _p_value(value: float | None) -> str:
+    """A p-value, and no 0.000."""
+    return "< 0.001" if value is not None and value < 0.0005 else _number(value, 3)
 
 
 def _duration(seconds: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slidemake.report_figures import COLOURS, _figure, _svg
+from slidemake.verdict import SHUFFLED
 
 BARS = 0.16  # height of the counts below a reliability diagram, as a share of the axis
 FOLDS_SHOWN = 30
@@ -59,7 +60,12 @@ def comparable_section(
         "folds_left_out": max(0, len(first) - FOLDS_SHOWN),
         "method": splits.get("method", ""),
         "about": splits.get("about", {}),
-        "comparisons": [c for c in metrics["comparisons"] if c["p_holm"] is not None or c["reason"]],
+        # shuffled labels are another cohort: nothing to compare, and nothing to say
+        "comparisons": [
+            c
+            for c in metrics["comparisons"]
+            if (c["p_holm"] is not None or c["reason"]) and SHUFFLED not in (c["model"], c["reference"])
+        ],
         "subgroups": metrics["models"][main]["subgroups"],
         "intervals": metrics["models"][main].get("conformal") if "type" in metrics else None,
     }
