@@ -98,7 +98,7 @@ rule probe_shortcuts:
     input:
         background=lambda wildcards: (
             manifests("background", encoder=wildcards.encoder)
-            if wildcards.encoder in PLAN.background_of()
+            if wildcards.encoder in PLAN.background_encoders()
             else []
         ),
         slides=rules.cohort_table.output.slides,

@@ -1,11 +1,12 @@
 """Rule embed_background: slides of a rack with their tissue -> mean feature of each slide's background, manifest."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.background import embed_background
 from slidemake.devices import claimed_device
+from slidemake.embedding import warm_encoder
 from slidemake.encoder_runtime import effective_precision, keep_freed_memory
 from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
 from slidemake.grid import parse_grid
@@ -14,20 +15,13 @@ from slidemake.racks import read_manifest, run_rack
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates
     import torch
-    from slidemake.embedding import BATCH
-    from slidemake.embedding_engine import Forward
-    from slidemake.encoder_loading import load_encoder
 
     torch.set_num_threads(sm.threads)
     record = EncoderRecord.from_dict(dict(sm.params.encoder))
     with claimed_device(sm.params.embedding["device"]) as device:
         precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
         known = identity(record, weights_sha256(resolve_weights(record)), precision)
-
-        @cache  # loaded for the first slide that is not finished
-        def forward():
-            return Forward(load_encoder(record, device, precision), device, BATCH["cpu" if device == "cpu" else "cuda"])
-
+        forward = cache(partial(warm_encoder, record, device, precision))  # loaded when a slide is not finished
         run_rack(
             "background",
             sm.output.manifest,

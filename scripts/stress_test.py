@@ -7,7 +7,7 @@ from pathlib import Path
 from slidemake.adapter import job
 from slidemake.cohort_table import read_table
 from slidemake.devices import claimed_device
-from slidemake.embedding import BATCH, make_slide_job
+from slidemake.embedding import make_slide_job, warm_encoder
 from slidemake.encoder_runtime import effective_precision, keep_freed_memory
 from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
 from slidemake.provenance import read_json
@@ -19,8 +19,6 @@ from slidemake.stress_stage import tested_patients, write_stress
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates
     import torch
-    from slidemake.embedding_engine import Forward
-    from slidemake.encoder_loading import load_encoder
 
     torch.set_num_threads(1)
     results, trained, options = Path(sm.params.results), Path(sm.input.trained).parent, dict(sm.params.options)
@@ -34,14 +32,11 @@ with job(snakemake) as sm:  # noqa: F821
         precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
         known = identity(record, weights_sha256(resolve_weights(record)), precision)
         target = read_json(sm.input.target)
-        batch = BATCH["cpu" if device == "cpu" else "cuda"]
         make_job = partial(make_slide_job, results, record, known, sm.params.stain, target, "float32")
         patients = tested_patients(read_splits(sm.input.splits), slides, trained, make_job, known, options["patients"])
         probabilities = stress_cohort(
             patients,
-            lambda: Forward(
-                load_encoder(record, device, precision), device, BATCH["cpu" if device == "cpu" else "cuda"]
-            ),
+            partial(warm_encoder, record, device, precision),
             options,
             known,
             trained / "stress",

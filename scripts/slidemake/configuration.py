@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from slidemake.failures import RunError
 from slidemake.json_schemas import validator as json_validator
 from slidemake.sweeps import expand_sweeps, in_sweeps
-from slidemake.targets import label_columns
+from slidemake.targets import label_columns, label_task
 
 if TYPE_CHECKING:
     import jsonschema
@@ -121,13 +121,15 @@ def stage_options(config: dict[str, Any], stage: str) -> dict[str, Any]:
     return in_order({key: value for key, value in config[section].items() if keys is None or key in keys})
 
 
-def sheet_columns(config: dict[str, Any]) -> list[str]:
-    """Columns that the tasks need in the sheet: their labels, and those that their folds are made of."""
+def sheet_columns(config: dict[str, Any], bundle: Mapping[str, Any] | None = None) -> list[str]:
+    """Columns that the tasks need in the sheet: their labels, and those that their folds are made of; with a bundle
+    (its bundle.json) those that say what it should predict.
+    """
     tasks = config["tasks"].values()
     splits = [column for task in tasks if (column := split_column(task["splits"])) not in (None, "site")]
     groups = set(config["evaluation"]["subgroups"] or ()) if tasks or config["bundle_label"] else set()
     if config["bundle"] and config["bundle_label"]:
-        groups |= set(label_columns(config.get("bundle_task") or {"label": config["bundle_label"]}))
+        groups |= set(label_columns(label_task(bundle or {}, config["bundle_label"])))
     labels = {column for task in tasks for column in label_columns(task)}
     return sorted(labels | {str(column) for column in splits} | groups)
 

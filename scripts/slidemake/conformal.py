@@ -57,9 +57,15 @@ def sets_of(p: Predictions, calibration: Calibration, alpha: float, by_class: bo
     return sets
 
 
-def _mean(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+def mean_where_known(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """(n,) mean over the repeats (R, n) that tested a patient."""
     return np.where(known, values, 0).sum(0) / np.maximum(1, known.sum(0))
+
+
+def coverage(covered: np.ndarray, weights: np.ndarray, level: float) -> dict[str, Any]:
+    """How often the truth was held, (n,) by patient, with an interval over bootstrap weights (B, n)."""
+    low, high = percentile_interval(weights @ covered / weights.sum(1), level)
+    return {"value": float(covered.mean()), "low": low, "high": high}
 
 
 def _figures(p: Predictions, sets: np.ndarray, inside: np.ndarray, weights: np.ndarray, level: float) -> dict[str, Any]:
@@ -67,16 +73,14 @@ def _figures(p: Predictions, sets: np.ndarray, inside: np.ndarray, weights: np.n
     sets, labels = sets[:, inside], p.labels[inside]
     known, size = p.fold[:, inside] >= 0, sets.sum(2)
     held = np.take_along_axis(sets, np.broadcast_to(labels[None, :, None], (*sets.shape[:2], 1)), 2)[..., 0]
-    covered, decided = _mean(held, known), _mean(size == 1, known)
-    right = _mean((size == 1) & held, known)
-    draws = weights @ covered / weights.sum(1)
-    low, high = percentile_interval(draws, level)
+    covered, decided = mean_where_known(held, known), mean_where_known(size == 1, known)
+    right = mean_where_known((size == 1) & held, known)
     return {
         "n": len(labels),
-        "coverage": {"value": float(covered.mean()), "low": low, "high": high},
-        "set_size": float(_mean(size, known).mean()),
+        "coverage": coverage(covered, weights, level),
+        "set_size": float(mean_where_known(size, known).mean()),
         "decided": float(decided.mean()),
-        "empty": float(_mean(size == 0, known).mean()),
+        "empty": float(mean_where_known(size == 0, known).mean()),
         "accuracy_if_decided": float(right.sum() / decided.sum()) if decided.sum() else None,
     }
 

@@ -14,25 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.bootstrap import percentile_interval
-from slidemake.conformal import ROUNDING, conformal_limit
+from slidemake.conformal import ROUNDING, conformal_limit, coverage, mean_where_known
 from slidemake.outcome_table import OutcomeTable
-from slidemake.provenance import read_json_if_whole
+from slidemake.prediction_table import validation_of_folds
 
 Residuals = Mapping[tuple[int, int], np.ndarray]  # (repeat, fold) -> |truth - prediction| of validation patients
 
 
 def read_residuals(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> Residuals:
     """Of the validation patients that the bundles beside the predictions `path` carry; truth: {patient: label}."""
-    found = {}
-    for repeat, row in zip(table.repeats, table.fold, strict=True):
-        for fold in sorted(set(row.tolist()) - {-1}):
-            info = read_json_if_whole(Path(path).with_name("bundles") / f"repeat{repeat}_fold{fold}" / "bundle.json")
-            kept = ((info or {}).get("training") or {}).get("validation_values") or {}
-            known = [patient for patient in sorted(kept) if truth.get(patient)]
-            if known:
-                found[repeat, fold] = np.abs([float(truth[p]) - float(kept[p][0]) for p in known])
-    return found
+    kept = validation_of_folds(path, table.repeats, table.fold, "validation_values", lambda p: bool(truth.get(p)))
+    return {
+        where: np.abs([float(truth[patient]) - float(value[0]) for patient, value in values.items()])
+        for where, values in kept.items()
+    }
 
 
 def conformal_intervals(
@@ -60,13 +55,10 @@ def conformal_intervals(
         needed = int(np.ceil(1 / alpha - ROUNDING)) - 1
         return {**nothing, "reason": f"a fold has {min(sizes)} validation patients, and {needed} are needed"}
     off = np.abs(table.truth[None, :, 0] - table.values[..., 0])
-    held = np.where(known, off <= limit + ROUNDING, 0).sum(0) / np.maximum(1, known.sum(0))
-    width = 2 * np.where(known, limit, 0).sum(0) / np.maximum(1, known.sum(0))
+    held, width = mean_where_known(off <= limit + ROUNDING, known), 2 * mean_where_known(limit, known)
 
     def figures(scope: str, chosen: np.ndarray) -> dict[str, Any]:
-        weights = weights_of(scope, chosen)
-        low, high = percentile_interval(weights @ held[chosen] / weights.sum(1), level)
-        covered = {"value": float(held[chosen].mean()), "low": low, "high": high}
+        covered = coverage(held[chosen], weights_of(scope, chosen), level)
         return {"n": len(chosen), "coverage": covered, "width": float(width[chosen].mean())}
 
     sites = np.array(table.sites)

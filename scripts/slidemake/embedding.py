@@ -39,6 +39,18 @@ class Lane:
     run: Callable[[list[Record], Callable[[Record], Record]], list[Record]]
 
 
+def batch_of(device: str) -> int:
+    """Tiles of a batch where nobody says how many."""
+    return BATCH["cpu" if device == "cpu" else "cuda"]
+
+
+def warm_encoder(record: Any, device: str, precision: str) -> Forward:
+    """An encoder that is ready for batches of the usual size, for stages that embed a sample of tiles."""
+    from slidemake.encoder_loading import load_encoder
+
+    return Forward(load_encoder(record, device, precision), device, batch_of(device))
+
+
 def embedding_fingerprint(tiles: str, encoder: dict[str, Any], stain: dict[str, Any], dtype: str) -> str:
     """Identity of an embedding store: the tiles, the encoder with its weights and transform, the stain transform."""
     return fingerprint("embed", tiles=tiles, encoder=encoder, stain=stain, dtype=dtype)
@@ -149,7 +161,7 @@ def process_rack(
         for r in records
     ]
     work = [of_slide for of_slide in work if of_slide]
-    batch = BATCH["cpu" if device == "cpu" else "cuda"] if batch_size == "auto" else int(batch_size)
+    batch = batch_of(device) if batch_size == "auto" else int(batch_size)
     models = {n: Forward(lane.load(), device, batch) for n, lane in enumerate(lanes) if any(n == p[0] for p in pending)}
     tiles = {r["slide_id"]: r.get("tiles", 0) for r in records}
 

@@ -86,7 +86,7 @@ def _one_model(
     p: Predictions, draws: Draws, groups: dict[str, dict[str, str]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     options = draws.options
-    mean_draws, repeats, pooled = subset_scopes(p, np.ones(len(p.patients), bool), "pooled", draws)
+    mean_draws, repeats, pooled = subset_scopes(p, np.arange(len(p.patients)), "pooled", draws)
     folds = fold_scopes(p, draws)
     count = max(len(set(row.tolist()) - {-1}) for row in p.fold)
     scopes = {"pooled": pooled, "ensemble": ensemble_scope(p, draws), **repeats, **folds, **site_scopes(p, draws)}

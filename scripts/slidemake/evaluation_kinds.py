@@ -15,6 +15,7 @@ import numpy as np
 from slidemake import metrics, metrics_ordinal, metrics_regression, metrics_survival
 from slidemake.outcome_table import OutcomeTable
 from slidemake.outcomes import median_grade
+from slidemake.subgroups import too_few
 from slidemake.survival import kaplan_meier, log_rank, step
 
 Figures = dict[str, np.ndarray]
@@ -53,8 +54,8 @@ class Kind:
 
     def too_small(self, table: OutcomeTable, chosen: np.ndarray, options: dict[str, Any]) -> str | None:
         """Why the group of patients `chosen` gets no figures, or None."""
-        if len(chosen) < options["subgroup_patients"]:
-            return f"{len(chosen)} patients; {options['subgroup_patients']} are needed"
+        if reason := too_few(len(chosen), options):
+            return reason
         few = self.few_in(table, chosen, options["subgroup_class"])
         return f"{few}; {options['subgroup_class']} are needed" if few else None
 

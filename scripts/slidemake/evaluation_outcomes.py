@@ -30,8 +30,8 @@ from slidemake.failures import RunError
 from slidemake.model_comparison import adjust, paired, pairs
 from slidemake.outcome_table import OutcomeTable, read_outcomes
 from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
-from slidemake.subgroups import as_scopes, gaps, group_members, groups_of
-from slidemake.verdict import CONTROLS, REFERENCE, SHUFFLED, SITE_ONLY
+from slidemake.subgroups import as_scopes, by_group, groups_of
+from slidemake.verdict import CONTROLS, REFERENCE
 from slidemake.verdict_outcomes import outcome_verdict
 
 OPTIONS: dict[str, Any] = {
@@ -126,23 +126,19 @@ def _site_scopes(table: OutcomeTable, draws: _Draws) -> dict[str, Any]:
 def _group_scopes(table: OutcomeTable, values: dict[str, str], column: str, draws: _Draws) -> dict[str, Any]:
     """Groups of a column of the sheet: their scopes, or why a group has none, and the gap between them."""
     kind = draws.kind
-    members, unstated = group_members(table.patients, values)
-    scopes, of_draws = {}, {}
-    for group, inside in members.items():
-        chosen = np.flatnonzero(inside)
-        reason = kind.too_small(table, chosen, draws.options)
-        if reason:
-            scopes[group] = _entry(kind, table, chosen, {}, reason)
-        else:
-            of_draws[group], _, scopes[group] = _scope(table, chosen, f"group:{column}={group}", draws)
+
+    def look(group: str, chosen: np.ndarray) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
+        if reason := kind.too_small(table, chosen, draws.options):
+            return None, _entry(kind, table, chosen, {}, reason)
+        found, _, entry = _scope(table, chosen, f"group:{column}={group}", draws)
+        return found, entry
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
         known = [(r, np.flatnonzero(table.known(r))) for r in range(len(table.repeats))]
         return mean_over([kind.over(table, r, part, weights[:, part]) for r, part in known])
 
-    large = {group: members[group] for group in of_draws}
-    apart = gaps(large, scopes, of_draws, kind.strata(table.truth), measure, kind.less_is_better, draws.options)
-    return {"groups": scopes, "unstated": unstated, "gaps": apart}
+    strata = kind.strata(table.truth)
+    return by_group(table.patients, values, look, strata, measure, kind.less_is_better, draws.options)
 
 
 def _spread(scopes: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -173,8 +169,11 @@ def _one_model(
     entry: dict[str, Any] = {"control": control, "scopes": scopes, "spread": spread, "subgroups": subgroups}
     if residuals is not None:
         alpha, level = draws.options["abstention_alpha"], draws.options["level"]
-        weights_of = lambda scope, chosen: draws.weights(scope, table, chosen)  # noqa: E731
-        entry["conformal"] = conformal_intervals(table, residuals, alpha, level, weights_of)
+
+        def weights_of(scope: str, chosen: np.ndarray) -> np.ndarray:
+            return draws.weights(scope, table, chosen)
+
+        entry["intervals"] = conformal_intervals(table, residuals, alpha, level, weights_of)
     return {**entry, **kind.extras(table)}, mean_draws
 
 
@@ -293,8 +292,11 @@ def evaluate_outcomes(
     residuals = {}
     if splits is not None and kind == "regression":
         truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
-        own = [(path, t) for path, t in zip(predictions, tables, strict=True) if t.name not in (SHUFFLED, SITE_ONLY)]
-        residuals = {t.name: read_residuals(path, t, truth) for path, t in own}
+        residuals = {
+            t.name: read_residuals(path, t, truth)
+            for path, t in zip(predictions, tables, strict=True)
+            if t.name not in CONTROLS or t.name == REFERENCE
+        }
     result, points = evaluate_tables(tables, options, contamination, groups, residuals)
     write_text(table, outcome_metrics_table(result))
     write_json(curves, points)

@@ -16,7 +16,7 @@ from slidemake.bootstrap import (
 from slidemake.calibration_report import bins_for, mean_over_repeats
 from slidemake.metrics import LOWER_IS_BETTER, METRICS, metrics_over, why_undefined
 from slidemake.prediction_table import Predictions
-from slidemake.subgroups import gaps, group_members, too_small
+from slidemake.subgroups import by_group, too_small
 
 MIN_SITE = 5  # patients below which a site gets no figures of its own
 
@@ -74,13 +74,12 @@ def scope_entry(labels: np.ndarray, classes: tuple[str, ...], metrics: dict[str,
     return {**about, "metrics": metrics, **more}
 
 
-def subset_scopes(p: Predictions, chosen: np.ndarray, scope: str, draws: Draws) -> tuple[dict, dict, dict[str, Any]]:
-    """Scope `scope` over the patients `chosen` (n,) bool: mean over repeats.
+def subset_scopes(p: Predictions, index: np.ndarray, scope: str, draws: Draws) -> tuple[dict, dict, dict[str, Any]]:
+    """Scope `scope` over the patients `index` (m,): mean over repeats.
 
     Returns the draws of the mean {metric: (B,)}, the figures per repeat, and the scope's entry.
     """
-    options, index = draws.options, np.flatnonzero(chosen)
-    labels = p.labels[index]
+    options, labels = draws.options, p.labels[index]
     weights = draws.weights(scope, tuple(p.patients[i] for i in index), labels)
     points, resampled, single = [], [], {}
     for r, repeat in enumerate(p.repeats):
@@ -128,22 +127,19 @@ def site_scopes(p: Predictions, draws: Draws) -> dict[str, Any]:
         if reason:
             scopes[f"site:{site}"] = scope_entry(labels, p.classes, {}) | {"reason": reason}
         else:
-            scopes[f"site:{site}"] = subset_scopes(p, chosen, f"site:{site}", draws)[2]
+            scopes[f"site:{site}"] = subset_scopes(p, np.flatnonzero(chosen), f"site:{site}", draws)[2]
     return scopes
 
 
 def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Draws) -> dict[str, Any]:
     """Groups of a column of the sheet: their scopes, or why a group has none, and the gap between them."""
-    members, unstated = group_members(p.patients, values)
-    scopes, of_draws = {}, {}
-    for group, chosen in members.items():
-        labels, name = p.labels[chosen], f"group:{column}={group}"
-        reason = too_small(labels, p.classes, draws.options)
-        if reason:
-            scopes[group] = scope_entry(labels, p.classes, {}) | {"reason": reason}
-        else:
-            of_draws[group], _, scopes[group] = subset_scopes(p, chosen, name, draws)
-    large = {group: members[group] for group in of_draws}
+
+    def look(group: str, chosen: np.ndarray) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
+        labels = p.labels[chosen]
+        if reason := too_small(labels, p.classes, draws.options):
+            return None, scope_entry(labels, p.classes, {}) | {"reason": reason}
+        found, _, entry = subset_scopes(p, chosen, f"group:{column}={group}", draws)
+        return found, entry
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
         of_repeats = []
@@ -154,8 +150,7 @@ def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Dra
             of_repeats.append(measured(*of_repeat, weights[:, known], size))
         return mean_over(of_repeats)
 
-    apart = gaps(large, scopes, of_draws, p.labels, measure, LOWER_IS_BETTER.__contains__, draws.options)
-    return {"groups": scopes, "unstated": unstated, "gaps": apart}
+    return by_group(p.patients, values, look, p.labels, measure, LOWER_IS_BETTER.__contains__, draws.options)
 
 
 def ensemble_scope(p: Predictions, draws: Draws) -> dict[str, Any]:

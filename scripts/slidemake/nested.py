@@ -18,12 +18,9 @@ CHOSEN = "best_by_validation"
 TINY = 1e-7  # probability below which the log-loss grows no more
 
 
-def validation_loss(p: Predictions, repeat: int, fold: int) -> float | None:
+def validation_loss(p: Predictions, repeat: int, fold: int) -> float:
     """Mean log-loss of the validation patients of a fold, predicted by members that were not fitted to them."""
-    found = (p.validation or {}).get((repeat, fold))
-    if found is None:
-        return None
-    prob, labels = found
+    prob, labels = (p.validation or {})[repeat, fold]
     return float(-np.log(np.clip(prob[np.arange(len(labels)), labels], TINY, 1)).mean())
 
 
@@ -38,28 +35,21 @@ def choose(models: Sequence[Predictions]) -> tuple[Predictions, dict[str, str]] 
         return None
     if any(m.cohort() != first.cohort() or not np.array_equal(m.fold, first.fold) for m in models):
         return None
-    with_logits = all(m.logits is not None for m in models)
-    made = replace(
-        first,
-        name=CHOSEN,
-        prob=first.prob.copy(),
-        predicted=first.predicted.copy(),
-        logits=first.logits.copy() if with_logits and first.logits is not None else None,
-        validation={},
-    )
-    names = {}
+    known = [m.logits for m in models if m.logits is not None]
+    all_logits = np.stack(known) if len(known) == len(models) else None
+    prob, predicted = first.prob.copy(), first.predicted.copy()
+    logits = None if all_logits is None else all_logits[0].copy()
+    validation, names = {}, {}
     for r, repeat in enumerate(first.repeats):
         for fold in sorted(set(first.fold[r].tolist()) - {-1}):
-            losses = [validation_loss(m, repeat, fold) for m in models]
-            if any(loss is None for loss in losses):
+            if any((repeat, fold) not in (m.validation or {}) for m in models):
                 return None
-            best = models[int(np.argmin(np.array(losses, float)))]
-            inside = first.fold[r] == fold
-            made.prob[r, inside], made.predicted[r, inside] = best.prob[r, inside], best.predicted[r, inside]
-            if made.logits is not None and best.logits is not None:
-                made.logits[r, inside] = best.logits[r, inside]
-            assert best.validation is not None
-            assert made.validation is not None
-            made.validation[repeat, fold] = best.validation[repeat, fold]
-            names[f"{repeat}/{fold}"] = best.name
+            best = int(np.argmin([validation_loss(m, repeat, fold) for m in models]))
+            inside, model = first.fold[r] == fold, models[best]
+            prob[r, inside], predicted[r, inside] = model.prob[r, inside], model.predicted[r, inside]
+            if logits is not None and all_logits is not None:
+                logits[r, inside] = all_logits[best, r, inside]
+            validation[repeat, fold] = (model.validation or {})[repeat, fold]
+            names[f"{repeat}/{fold}"] = model.name
+    made = replace(first, name=CHOSEN, prob=prob, predicted=predicted, logits=logits, validation=validation)
     return made, names

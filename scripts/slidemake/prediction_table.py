@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,13 +118,26 @@ def read_validation(path: str | Path, p: Predictions, truth: Mapping[str, str]) 
 
     truth: {patient: label}. Patients without a label, and folds without a bundle, are left out.
     """
-    found = {}
-    for repeat, row in zip(p.repeats, p.fold, strict=True):
-        for fold in sorted(set(row.tolist()) - {-1}):
-            info = read_json_if_whole(Path(path).with_name("bundles") / f"repeat{repeat}_fold{fold}" / "bundle.json")
-            kept = ((info or {}).get("training") or {}).get("validation_probability") or {}
-            known = [patient for patient in sorted(kept) if truth.get(patient) in p.classes]
-            if known:
-                prob = np.array([kept[patient] for patient in known], float)
-                found[repeat, fold] = (prob, np.array([p.classes.index(truth[patient]) for patient in known]))
+    kept = validation_of_folds(path, p.repeats, p.fold, "validation_probability", lambda q: truth.get(q) in p.classes)
+    found = {
+        where: (np.array([*values.values()], float), np.array([p.classes.index(truth[patient]) for patient in values]))
+        for where, values in kept.items()
+    }
     return replace(p, validation=found or None)
+
+
+def validation_of_folds(
+    path: str | Path, repeats: Sequence[int], fold: np.ndarray, key: str, wanted: Callable[[str], bool]
+) -> dict[tuple[int, int], dict[str, list[float]]]:
+    """{(repeat, fold): {patient: values}} of the validation patients that are `wanted`, sorted; folds without any are
+    left out. They are in the folds' bundles beside the predictions `path`; fold (R, n) is -1 where a patient was not
+    tested; key: `validation_probability` or, where the outcome has no classes, `validation_values`.
+    """
+    found = {}
+    for repeat, row in zip(repeats, fold, strict=True):
+        for number in sorted(set(row.tolist()) - {-1}):
+            info = read_json_if_whole(Path(path).with_name("bundles") / f"repeat{repeat}_fold{number}" / "bundle.json")
+            kept = ((info or {}).get("training") or {}).get(key) or {}
+            if known := {patient: kept[patient] for patient in sorted(kept) if wanted(patient)}:
+                found[repeat, number] = known
+    return found

@@ -67,7 +67,7 @@ def comparable_section(
             if (c["p_holm"] is not None or c["reason"]) and SHUFFLED not in (c["model"], c["reference"])
         ],
         "subgroups": metrics["models"][main]["subgroups"],
-        "intervals": metrics["models"][main].get("conformal") if "type" in metrics else None,
+        "intervals": metrics["models"][main].get("intervals"),
     }
 
 

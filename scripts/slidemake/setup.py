@@ -24,7 +24,6 @@ from slidemake.remote import check_addresses, is_remote
 from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
 from slidemake.sweeps import axis_table
-from slidemake.targets import label_task
 
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
 MARKER = "slidemake.json"  # in the results folder: the version of its format, and the size of its racks
@@ -155,7 +154,7 @@ class Plan:
             return []
         return sorted({self.encoder_of(task, model) for model in self.models_of(task)})
 
-    def background_of(self) -> list[str]:
+    def background_encoders(self) -> list[str]:
         """Folder names of the encoders that look at the background, where the configuration asks for it."""
         if not self.config["background"]["tiles"]:
             return []
@@ -218,7 +217,7 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     tasks = config["tasks"]
     # write_sheet makes the sheet that is not there yet
     new_sheet = config["slides_folder"] and not Path(config["sheet"]).exists()
-    rows = [] if new_sheet else read_sheet(config["sheet"], sheet_columns(config), tasks)
+    rows = [] if new_sheet else read_sheet(config["sheet"], sheet_columns(config, bundle), tasks)
     encoders = {}
     for model in used_features(config, tasks, bundle):
         record = features_record(model, config, known)
@@ -309,8 +308,6 @@ def apply_bundle(config: dict[str, Any], bundle: dict[str, Any]) -> dict[str, An
     config["tiling"] = {**bundle["tiling"], **{key: config["tiling"][key] for key in ("store", "codec", "min_tiles")}}
     config["stain"] = {**config["stain"], **bundle["stain"]}
     config["embedding"] = {**config["embedding"], "features": bundle["features"]}
-    if config["bundle_label"]:
-        config["bundle_task"] = label_task(bundle, config["bundle_label"])
     return config
 
 

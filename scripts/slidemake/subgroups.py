@@ -60,10 +60,16 @@ def _thirds(numbers: dict[str, float], everyone: Iterable[str]) -> dict[str, str
     return {p: placed.get(p, "") for p in everyone}
 
 
+def too_few(patients: int, options: Mapping[str, Any]) -> str | None:
+    """Why a group of so many patients gets no figures, or None."""
+    needed = options["subgroup_patients"]
+    return f"{patients} patients; {needed} are needed" if patients < needed else None
+
+
 def too_small(labels: np.ndarray, classes: Sequence[str], options: Mapping[str, Any]) -> str | None:
     """Why a group gets no figures, or None: enough patients, and enough of each class."""
-    if len(labels) < options["subgroup_patients"]:
-        return f"{len(labels)} patients; {options['subgroup_patients']} are needed"
+    if reason := too_few(len(labels), options):
+        return reason
     counts = np.bincount(labels, minlength=len(classes))
     few = [
         f"{count} of class {name}"
@@ -74,6 +80,29 @@ def too_small(labels: np.ndarray, classes: Sequence[str], options: Mapping[str, 
 
 
 Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # weights (B, n) of the patients -> {metric: (B,)}
+# name and patients (indices) of a group -> draws {metric: (B,)}, None for a group without figures, and its entry
+Look = Callable[[str, np.ndarray], tuple[Mapping[str, np.ndarray] | None, dict[str, Any]]]
+
+
+def by_group(
+    patients: Sequence[str],
+    values: Mapping[str, str],
+    look: Look,
+    strata: np.ndarray,
+    measure: Measure,
+    less_is_better: Callable[[str], bool],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Groups of the patients by their `values` of a column: their entries, or why a group has no figures, how many
+    patients have no value, and the gaps between the groups with figures (see `gaps`).
+    """
+    members, unstated = group_members(patients, values)
+    looked = {group: look(group, np.flatnonzero(inside)) for group, inside in members.items()}
+    entries = {group: entry for group, (_, entry) in looked.items()}
+    draws = {group: found for group, (found, _) in looked.items() if found is not None}
+    large = {group: members[group] for group in draws}
+    apart = gaps(large, entries, draws, strata, measure, less_is_better, options)
+    return {"groups": entries, "unstated": unstated, "gaps": apart}
 
 
 def gaps(

@@ -86,13 +86,13 @@ def confounding(models: list[Predictions], entries: dict[str, Any], seed: int) -
     return {"sites": table, "association": association, "within_site": within}
 
 
-def _interval(m: dict[str, Any], value: str = "value") -> str:
+def interval(m: dict[str, Any], value: str = "value") -> str:
     if m["low"] is None:
         return f"{m[value]:.2f}"
     return f"{m[value]:.2f} ({m['low']:.2f} to {m['high']:.2f})"
 
 
-def _say(level: str, code: str, text: str) -> dict[str, str]:
+def say(level: str, code: str, text: str) -> dict[str, str]:
     return {"level": level, "code": code, "text": text}
 
 
@@ -102,21 +102,21 @@ def _about_size(result: dict[str, Any]) -> list[dict[str, str]]:
     n, events = result["patients"], counts[rarest]
     if events == 0:
         text = f"No patient is labelled {rarest}: nothing that compares classes can be computed."
-        return [_say("warning", "one_class", text)]
+        return [say("warning", "one_class", text)]
     if events >= SMALL:
         return []
     text = (
         f"Small sample: {n} patients, {events} of them {rarest}. One patient of this class ranked differently moves "
         f"the AUROC by up to {1 / events:.2f}; read the intervals, not the figures, and confirm on another cohort."
     )
-    return [_say("warning", "small_sample", text)]
+    return [say("warning", "small_sample", text)]
 
 
 def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     """Is this model better than the best of the controls that could have worked?"""
     scope = result["models"][name]["scopes"]["pooled"]["metrics"]["auroc"]
     if scope["value"] is None:
-        return [_say("warning", "undefined", f"{name}: no AUROC ({scope['reason']}).")]
+        return [say("warning", "undefined", f"{name}: no AUROC ({scope['reason']}).")]
     rivals = {
         c["reference"]: c["metrics"]["auroc"]
         for c in result["comparisons"]
@@ -127,28 +127,26 @@ def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]
     }
     if not rivals:
         return [
-            _say("note", "no_comparison", f"{name}: AUROC {_interval(scope)}; there is no control to compare it with.")
+            say("note", "no_comparison", f"{name}: AUROC {interval(scope)}; there is no control to compare it with.")
         ]
     best = min(rivals, key=lambda control: rivals[control]["difference"])
     control = result["models"][best]["scopes"]["pooled"]["metrics"]["auroc"]
-    text = (
-        f"{name}: AUROC {_interval(scope)}. The best control, {best}, reaches {_interval(control)}; the difference is "
-    )
-    text += _interval(rivals[best], "difference")
+    text = f"{name}: AUROC {interval(scope)}. The best control, {best}, reaches {interval(control)}; the difference is "
+    text += interval(rivals[best], "difference")
     if scope["value"] == 1:
         note = (
             f"{name} ranks every patient correctly; resampling cannot show errors that this sample lacks, so the width "
         )
-        perfect = [_say("note", "perfect", note + "of its interval means nothing.")]
+        perfect = [say("note", "perfect", note + "of its interval means nothing.")]
     else:
         perfect = []
     if rivals[best]["low"] > 0:
         text += ", which excludes 0: better than the controls in this cohort."
-        return [_say("good", "better_than_controls", text), *perfect]
+        return [say("good", "better_than_controls", text), *perfect]
     if rivals[best]["high"] < 0:
-        return [_say("warning", "worse_than_control", f"{text}: worse than the control."), *perfect]
+        return [say("warning", "worse_than_control", f"{text}: worse than the control."), *perfect]
     text += ", which includes 0: not shown to be better than the control."
-    return [_say("warning", "not_better", text), *perfect]
+    return [say("warning", "not_better", text), *perfect]
 
 
 def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -157,16 +155,16 @@ def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
     m = result["models"][SHUFFLED]["scopes"]["pooled"]["metrics"]["auroc"]
     if m["low"] is None:
         return []
-    text = f"The control trained on shuffled labels has AUROC {_interval(m)}"
+    text = f"The control trained on shuffled labels has AUROC {interval(m)}"
     if m["low"] <= 0.5 <= m["high"]:
-        return [_say("good", "shuffled_at_chance", f"{text}, which contains 0.5, as it must.")]
+        return [say("good", "shuffled_at_chance", f"{text}, which contains 0.5, as it must.")]
     if m["low"] > 0.5:
         text += ": above chance. Either labels leak between folds (look at the splits) or the shuffle was unlucky; "
         return [
-            _say("warning", "shuffled_above_chance", text + "train with another seed before believing any figure here.")
+            say("warning", "shuffled_above_chance", text + "train with another seed before believing any figure here.")
         ]
     text += ": below chance, which happens when few patients are shuffled; more repeats bring it to 0.5."
-    return [_say("note", "shuffled_below_chance", text)]
+    return [say("note", "shuffled_below_chance", text)]
 
 
 def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -179,17 +177,17 @@ def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
         if association:
             text += f" (Cramér's V {association['cramers_v']:.2f}, permutation p {association['p']:.2g})"
         if predictive:
-            text += f"; the site alone predicts it with AUROC {_interval(site)}"
+            text += f"; the site alone predicts it with AUROC {interval(site)}"
         text += ". A model can score by recognising the laboratory: use leave-one-site-out splits."
-        said.append(_say("warning", "site_predicts_label", text))
+        said.append(say("warning", "site_predicts_label", text))
     elif association:
         text = f"Label and site are not visibly associated (Cramér's V {association['cramers_v']:.2f}, "
-        said.append(_say("good", "site_balanced", text + f"permutation p {association['p']:.2g})."))
+        said.append(say("good", "site_balanced", text + f"permutation p {association['p']:.2g})."))
     for name, figures in known["within_site"].items():
         if figures and figures["pooled"] - figures["within"] > GAP:
             text = f"{name}: AUROC is {figures['pooled']:.2f} over all patients but {figures['within']:.2f} between "
             text += "patients of one site: part of it comes from differences between sites."
-            said.append(_say("warning", "between_sites", text))
+            said.append(say("warning", "between_sites", text))
     return said
 
 
@@ -201,8 +199,8 @@ def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]
     text = f"{name}: calibration error (ECE) {measured:.2f}; perfectly calibrated predictions would show "
     text += f"{null['mean']:.2f} on average and at most {null['p95']:.2f} in 95 % of samples of this size"
     if measured > null["p95"]:
-        return [_say("warning", "miscalibrated", f"{text}: do not read its probabilities as risks.")]
-    return [_say("note", "calibration", f"{text}: no evidence against calibration.")]
+        return [say("warning", "miscalibrated", f"{text}: do not read its probabilities as risks.")]
+    return [say("note", "calibration", f"{text}: no evidence against calibration.")]
 
 
 def about_groups(
@@ -215,11 +213,11 @@ def about_groups(
         if gap is None or gap["gap_by_chance"] is None or gap["gap"]["value"] <= gap["gap_by_chance"]:
             continue
         text = (
-            f"{name}: by {column}, {title} is {_interval(gap['worst_value'])} for {gap['worst']} and "
-            f"{_interval(gap['best_value'])} for {gap['best']}, a gap of {_interval(gap['gap'])}; groups of these "
+            f"{name}: by {column}, {title} is {interval(gap['worst_value'])} for {gap['worst']} and "
+            f"{interval(gap['best_value'])} for {gap['best']}, a gap of {interval(gap['gap'])}; groups of these "
             f"sizes differ by up to {gap['gap_by_chance']:.2f} by chance."
         )
-        said.append(_say("warning", "subgroup_gap", text))
+        said.append(say("warning", "subgroup_gap", text))
     return said
 
 
@@ -230,14 +228,14 @@ def _about_coverage(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
         return []
     promise = 1 - sets["alpha"]
     short = [
-        f"{site} ({_interval(found['coverage'])})"
+        f"{site} ({interval(found['coverage'])})"
         for site, found in sets["sites"].items()
         if found["coverage"]["high"] is not None and found["coverage"]["high"] < promise
     ]
     if not short:
         return []
     text = f"{name}: sets that promise to hold the truth for {promise:.0%} of patients hold it less often at "
-    return [_say("warning", "coverage", f"{text}{', '.join(short)}: do not rely on its certainty there.")]
+    return [say("warning", "coverage", f"{text}{', '.join(short)}: do not rely on its certainty there.")]
 
 
 def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -245,7 +243,7 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
     said = _about_size(result)
     for encoder, corpora in result["contamination"].items():
         text = in_words(encoder, corpora)
-        said.append(_say("warning", "contaminated", f"{text[0].upper()}{text[1:]}."))
+        said.append(say("warning", "contaminated", f"{text[0].upper()}{text[1:]}."))
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]
     for name in names:
@@ -257,5 +255,5 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
         text = (
             "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "
         )
-        said.append(_say("note", "intervals", text + "is the spread over repeats."))
+        said.append(say("note", "intervals", text + "is the spread over repeats."))
     return said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slidemake.verdict import GAP, REFERENCE, SHUFFLED, SITE_ONLY, SMALL, about_groups
+from slidemake.verdict import GAP, REFERENCE, SHUFFLED, SITE_ONLY, SMALL, about_groups, interval, say
 
 TITLES = {
     "c_index": "C-index",
@@ -21,16 +21,6 @@ TITLES = {
 }
 
 
-def _say(level: str, code: str, text: str) -> dict[str, str]:
-    return {"level": level, "code": code, "text": text}
-
-
-def _interval(m: dict[str, Any], value: str = "value") -> str:
-    if m["low"] is None:
-        return f"{m[value]:.2f}"
-    return f"{m[value]:.2f} ({m['low']:.2f} to {m['high']:.2f})"
-
-
 def _pooled(result: dict[str, Any], name: str, metric: str) -> dict[str, Any] | None:
     entry = result["models"].get(name)
     return entry["scopes"]["pooled"]["metrics"].get(metric) if entry else None
@@ -44,7 +34,7 @@ def _about_size(result: dict[str, Any]) -> list[dict[str, str]]:
     if what.startswith("of the"):
         of = f"{count} patients {what}"
     text = f"Small sample: {of}. Read the intervals, not the figures, and confirm on another cohort."
-    return [_say("warning", "small_sample", text)]
+    return [say("warning", "small_sample", text)]
 
 
 def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
@@ -52,26 +42,26 @@ def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]
     metric = result["primary"]
     title, found = TITLES[metric], _pooled(result, name, metric)
     if found is None or found["value"] is None:
-        return [_say("warning", "undefined", f"{name}: {title} {found['reason'] if found else 'missing'}.")]
+        return [say("warning", "undefined", f"{name}: {title} {found['reason'] if found else 'missing'}.")]
     rivals = {
         c["reference"]: c["metrics"][metric]
         for c in result["comparisons"]
         if c["model"] == name and c["reference"] != SHUFFLED and c["metrics"].get(metric, {}).get("low") is not None
     }
     if not rivals:
-        text = f"{name}: {title} {_interval(found)}; there is no control to compare it with."
-        return [_say("note", "no_comparison", text)]
+        text = f"{name}: {title} {interval(found)}; there is no control to compare it with."
+        return [say("note", "no_comparison", text)]
     best = min(rivals, key=lambda control: rivals[control]["difference"])
     control = _pooled(result, best, metric)
     assert control is not None
-    text = f"{name}: {title} {_interval(found)}. The best control, {best}, reaches {_interval(control)}; the "
-    text += f"difference is {_interval(rivals[best], 'difference')}"
+    text = f"{name}: {title} {interval(found)}. The best control, {best}, reaches {interval(control)}; the "
+    text += f"difference is {interval(rivals[best], 'difference')}"
     if rivals[best]["low"] > 0:
         text += ", which excludes 0: better than the controls in this cohort."
-        return [_say("good", "better_than_controls", text)]
+        return [say("good", "better_than_controls", text)]
     if rivals[best]["high"] < 0:
-        return [_say("warning", "worse_than_control", f"{text}: worse than the control.")]
-    return [_say("warning", "not_better", f"{text}, which includes 0: not shown to be better than the control.")]
+        return [say("warning", "worse_than_control", f"{text}: worse than the control.")]
+    return [say("warning", "not_better", f"{text}, which includes 0: not shown to be better than the control.")]
 
 
 def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -79,29 +69,29 @@ def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
     m = _pooled(result, SHUFFLED, metric)
     if m is None or m["low"] is None:
         return []
-    text = f"The control trained on shuffled labels has {TITLES[metric]} {_interval(m)}"
+    text = f"The control trained on shuffled labels has {TITLES[metric]} {interval(m)}"
     if m["low"] <= chance <= m["high"]:
-        return [_say("good", "shuffled_at_chance", f"{text}, which contains {chance:g}, as it must.")]
+        return [say("good", "shuffled_at_chance", f"{text}, which contains {chance:g}, as it must.")]
     if m["low"] > chance:
         text += ": above chance. Either labels leak between folds (look at the splits) or the shuffle was unlucky; "
         text += "train with another seed before believing any figure here."
-        return [_say("warning", "shuffled_above_chance", text)]
+        return [say("warning", "shuffled_above_chance", text)]
     text += f": below chance, which happens when few patients are shuffled; more repeats bring it to {chance:g}."
-    return [_say("note", "shuffled_below_chance", text)]
+    return [say("note", "shuffled_below_chance", text)]
 
 
 def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
     said, metric = [], result["check"]
     site = _pooled(result, SITE_ONLY, metric)
     if site and site["low"] is not None and site["low"] > result["chance"]:
-        text = f"The site alone predicts the label with {TITLES[metric]} {_interval(site)}. A model can score by "
+        text = f"The site alone predicts the label with {TITLES[metric]} {interval(site)}. A model can score by "
         text += "recognising the laboratory: use leave-one-site-out splits."
-        said.append(_say("warning", "site_predicts_label", text))
+        said.append(say("warning", "site_predicts_label", text))
     for name, figures in result["confounding"]["within_site"].items():
         if figures and figures["pooled"] - figures["within"] > GAP:
             text = f"{name}: {TITLES[result['primary']]} is {figures['pooled']:.2f} over all patients but "
             text += f"{figures['within']:.2f} within sites: part of it comes from differences between sites."
-            said.append(_say("warning", "between_sites", text))
+            said.append(say("warning", "between_sites", text))
     return said
 
 
@@ -111,13 +101,13 @@ def _about_risk_groups(name: str, result: dict[str, Any]) -> list[dict[str, str]
     if test is None:
         return []
     if test["p"] is None:
-        return [_say("note", "log_rank", f"{name}: no log-rank test, because {test['reason']}.")]
+        return [say("note", "log_rank", f"{name}: no log-rank test, because {test['reason']}.")]
     found = {"value": test["hazard_ratio"], **{key: test[key] for key in ("low", "high")}}
     text = f"{name}: divided at the median risk of validation patients, the hazard of the high-risk group is "
-    text += f"{_interval(found)} times that of the low-risk group (log-rank p {test['p']:.2g}"
+    text += f"{interval(found)} times that of the low-risk group (log-rank p {test['p']:.2g}"
     each = [t["p"] for t in result["models"][name]["log_rank_by_repeat"] if t["p"] is not None]
     text += f"; by repeat {min(each):.2g} to {max(each):.2g})." if len(each) > 1 else ")."
-    return [_say("good" if test["p"] < 0.05 and test["hazard_ratio"] > 1 else "note", "log_rank", text)]
+    return [say("good" if test["p"] < 0.05 and test["hazard_ratio"] > 1 else "note", "log_rank", text)]
 
 
 def _about_brier(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
@@ -125,17 +115,17 @@ def _about_brier(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     own, curve = _pooled(result, name, "ibs"), _pooled(result, "kaplan_meier", "ibs")
     if not own or not curve or own["value"] is None or curve["value"] is None:
         return []
-    text = f"{name}: integrated Brier score {_interval(own)}; the Kaplan-Meier curve of the whole cohort has "
-    text += f"{_interval(curve)}"
+    text = f"{name}: integrated Brier score {interval(own)}; the Kaplan-Meier curve of the whole cohort has "
+    text += f"{interval(curve)}"
     if own["value"] >= curve["value"]:
-        return [_say("warning", "miscalibrated", f"{text}: do not read its survival probabilities as such.")]
-    return [_say("note", "calibration", f"{text}: its probabilities carry information.")]
+        return [say("warning", "miscalibrated", f"{text}: do not read its survival probabilities as such.")]
+    return [say("note", "calibration", f"{text}: its probabilities carry information.")]
 
 
 def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dict[str, str]]:
     """Findings as {level: good | note | warning, code, text}, most general first."""
     said = _about_size(result)
-    said += [_say("warning", "contaminated", f"{text[0].upper()}{text[1:]}.") for text in contaminated]
+    said += [say("warning", "contaminated", f"{text[0].upper()}{text[1:]}.") for text in contaminated]
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]
     for name in names:
@@ -149,5 +139,5 @@ def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dic
         text = (
             "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "
         )
-        said.append(_say("note", "intervals", text + "is the spread over repeats."))
+        said.append(say("note", "intervals", text + "is the spread over repeats."))
     return said

@@ -46,12 +46,12 @@ class Stage:
     spoil: str
     ask: tuple[str, ...]
     may_go_on: bool = False  # without a log, for one
+    of: str = "usual"  # the project that has this stage: see `finished_projects`
 
 
-def _per_rack(name: str, delete: str, spoil: str, where: str) -> Stage:
-    return Stage(
-        name, (delete, f"manifests/{where}/*"), spoil, tuple(f"manifests/{where}/{rack}.json" for rack in RACKS)
-    )
+def _per_rack(name: str, delete: str, spoil: str, where: str, of: str = "usual") -> Stage:
+    asked = tuple(f"manifests/{where}/{rack}.json" for rack in RACKS)
+    return Stage(name, (delete, f"manifests/{where}/*"), spoil, asked, of=of)
 
 
 TASK, MODEL = "tasks/tumour", "tasks/tumour/abmil"
@@ -75,6 +75,17 @@ STAGES = (
     _per_rack("explain", "explain/tumour/abmil/*", "explain", "explain/tumour/abmil"),
     Stage("report", ("report/index.html",), "report", ("report/index.html",)),
     _per_rack("manifests", "manifests/stain/*", "manifests", "stain"),
+    _per_rack("background", "slides/*/background_*", "slides", f"background/{ENCODER}", "optional"),
+    Stage("stress", (f"{MODEL}/stress*",), "tasks", (f"{MODEL}/stress.json",), of="optional"),
+    Stage("predict", ("predictions/[ps]*.csv",), "predictions", ("predictions/patients.csv",), of="predict"),
+    Stage(
+        "external",
+        ("predictions/metrics.*", "predictions/curves.json"),
+        "predictions",
+        ("predictions/metrics.json",),
+        of="predict",
+    ),
+    Stage("drift", ("predictions/drift.*",), "predictions", ("predictions/drift.json",), of="predict"),
     Stage("logs", ("logs/make_stain_target.log", *_TARGET.delete), "logs", _TARGET.ask, may_go_on=True),
 )
 
@@ -130,6 +141,24 @@ SCRIPTS = {
         chown -R 0 results/{spoil}; chmod -R u+w results/{spoil}
         run mended "$@" """,
 }
+
+
+def finished_projects(folder: Path) -> dict[str, Project]:
+    """Undisturbed runs: the usual one, the same with the optional stages, and its model applied to other patients."""
+    usual = reference_run(folder)
+    optional, predict = Project(folder / "optional"), Project(folder / "predict")
+    if not (folder / "projects.done").exists():
+        for project in (optional, predict):
+            shutil.rmtree(project.folder, ignore_errors=True)
+            usual.copy(project.folder)
+        optional.configure(stress={"tiles": 2}, background={"tiles": 2})
+        optional.succeed()
+        shutil.move(predict.results / MODEL / "bundle", predict.folder / "bundle")
+        predict.write_sheet([row | {"patient_id": f"N{row['patient_id']}"} for row in predict.rows()])
+        predict.configure(bundle="bundle", bundle_label="diagnosis", tasks=None, models=None, explain=None)
+        predict.succeed()
+        (folder / "projects.done").touch()
+    return {"usual": usual, "optional": optional, "predict": predict}
 
 
 def inject(stage: Stage, kind: str, reference: Project, folder: Path) -> Fault:
@@ -261,15 +290,15 @@ def run(folder: Path, kinds: list[str], stages: list[str] | None = None) -> list
     """Every kind at every stage; a line of JSON for each goes into `folder`/faults.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    reference = reference_run(folder)
+    projects = finished_projects(folder)
     faults: list[Fault] = []
     for kind in kinds:
         if kind in SCRIPTS:
             chosen = [stage for stage in STAGES if stages is None or stage.name in stages]
-            found = (inject(stage, kind, reference, folder) for stage in chosen)
+            found = (inject(stage, kind, projects[stage.of], folder) for stage in chosen)
         else:
             hook = {"slow": SLOW_HOOK, "late": LATE_HOOK}[kind]
-            found = (whole_run(kind, hook, reference, folder) for _ in range(1))
+            found = (whole_run(kind, hook, projects["usual"], folder) for _ in range(1))
         for fault in found:
             faults.append(fault)
             with open(folder / "faults.jsonl", "a") as handle:
