@@ -34,7 +34,9 @@ def users_of_slides(wildcards):
     ]
     if CONFIG["tiling"]["store"] == "coords":
         stages += [manifest("embed", rack, encoder=encoder) for encoder in ENCODERS]
-    stages += [manifest("background", rack, encoder=e) for e in PLAN.background_encoders()]
+    stages += [
+        manifest("background", rack, encoder=e) for e in PLAN.background_encoders()
+    ]
     return stages
 
 

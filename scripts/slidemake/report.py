@@ -178,13 +178,11 @@ def external_section(folder: Path) -> dict[str, Any] | None:
     scopes, curves = metrics["models"][main]["scopes"], read_json(folder / "curves.json")
     sites = {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")}
     if metrics.get("type") in TITLES:
-        found = outcome_section(folder, metrics, curves, {}, main)
-        found["pictures"] = [picture[:2] for picture in found["pictures"]]
-        return {"metrics": metrics, "main": main, "sites": sites, **found}
+        return {"metrics": metrics, "main": main, "sites": sites, **outcome_section(folder, metrics, curves, {}, main)}
     pictures = []
     if metrics["positive"] is not None:
-        pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics)))
-        pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics)))
+        pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics), ""))
+        pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics), ""))
     return {
         "metrics": metrics,
         "main": main,
