@@ -8,41 +8,31 @@ probability 1 - alpha at least for patients like those of validation, on average
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from slidemake.conformal import ROUNDING, conformal_limit, coverage, mean_where_known
 from slidemake.outcome_table import OutcomeTable
-from slidemake.prediction_table import validation_of_folds
-
-Residuals = Mapping[tuple[int, int], np.ndarray]  # (repeat, fold) -> |truth - prediction| of validation patients
-
-
-def read_residuals(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> Residuals:
-    """Of the validation patients that the bundles beside the predictions `path` carry; truth: {patient: label}."""
-    kept = validation_of_folds(path, table.repeats, table.fold, "validation_values", lambda p: bool(truth.get(p)))
-    return {
-        where: np.abs([float(truth[patient]) - float(value[0]) for patient, value in values.items()])
-        for where, values in kept.items()
-    }
 
 
 def conformal_intervals(
     table: OutcomeTable,
-    residuals: Residuals,
     alpha: float,
     level: float,
     weights_of: Callable[[str, np.ndarray], np.ndarray],
 ) -> dict[str, Any]:
     """Coverage and width of intervals that promise 1 - alpha, over all patients and per site.
 
-    weights_of(scope, chosen (m,) indices) gives bootstrap weights (B, m) of the chosen patients. Where a fold has too
-    few validation patients for this alpha there are no intervals, and `reason` says so.
+    The table carries its validation patients. weights_of(scope, chosen (m,) indices) gives bootstrap weights (B, m) of
+    the chosen patients. Where a fold has too few validation patients for this alpha there are no intervals, and
+    `reason` says so.
     """
     nothing: dict[str, Any] = {"alpha": alpha, "pooled": None, "sites": {}, "validation": None}
+    residuals = {
+        where: np.abs(truth[:, 0] - values[:, 0]) for where, (values, truth) in (table.validation or {}).items()
+    }
     limit = np.full(table.fold.shape, np.nan)
     for r, repeat in enumerate(table.repeats):
         for fold in sorted(set(table.fold[r].tolist()) - {-1}):

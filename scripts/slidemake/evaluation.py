@@ -36,7 +36,7 @@ from slidemake.evaluation_scopes import (
 from slidemake.failures import RunError
 from slidemake.metrics import confusion
 from slidemake.model_comparison import adjust, compare, pairs
-from slidemake.nested import CHOSEN, choose
+from slidemake.nested import CHOSEN, choose, validation_loss
 from slidemake.prediction_table import Predictions, read_predictions, read_validation
 from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
 from slidemake.reliability import roc_and_pr
@@ -153,7 +153,8 @@ def evaluate_models(
     first = models[0]
     models = [m for m in models if m.name != "prevalence"] + [prevalence_model(first)]
     asked = pairs(models, CONTROLS)
-    if found := choose([m for m in models if m.name not in CONTROLS]):
+    rivals = [m for m in models if m.name not in CONTROLS]
+    if found := choose(rivals, validation_loss, ("prob", "predicted", "logits")):
         # compared with the controls, and not with the models that it is made of
         asked += [(found[0], m) for m in models if m.name in CONTROLS]
         models = sorted([*models, found[0]], key=lambda m: m.name in CONTROLS)  # stable: controls come last
@@ -161,7 +162,7 @@ def evaluate_models(
     for model in models:
         entries[model.name], resampled[model.name] = _one_model(model, draws, groups or {})
     if found:
-        entries[CHOSEN]["chosen"] = found[1]
+        entries[CHOSEN] |= {"chosen": found[1], "chosen_by": "log-loss"}
     comparisons = [compare(a, b, entries, resampled, options["level"]) for a, b in asked]
     adjust(comparisons)
     counts = np.bincount(first.labels, minlength=len(first.classes))

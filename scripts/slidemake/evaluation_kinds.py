@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from slidemake import metrics, metrics_ordinal, metrics_regression, metrics_survival
+from slidemake.nested import log_loss
 from slidemake.outcome_table import OutcomeTable
 from slidemake.outcomes import median_grade
 from slidemake.subgroups import too_few
@@ -32,10 +33,20 @@ class Kind:
     lower_is_better: tuple[str, ...] = ()
     null = "prevalence"
     few = "patients"
+    criterion = "log-loss"  # what `validation_loss` is called
 
     def over(self, table: OutcomeTable, repeat: int, chosen: np.ndarray, weights: np.ndarray | None) -> Figures:
         """{metric: (B,)} of the patients `chosen` (indices) in one repeat, for weights (B, m)."""
         raise NotImplementedError
+
+    def loss(self, values: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> float:
+        """A proper loss of predicted values (m, P), NaN where it is not defined."""
+        raise NotImplementedError
+
+    def validation_loss(self, table: OutcomeTable, repeat: int, fold: int) -> float:
+        """Loss of the validation patients of a fold, predicted by members that were not fitted to them."""
+        values, truth = (table.validation or {})[repeat, fold]
+        return self.loss(values, truth, table.names)
 
     def why(self, metric: str, table: OutcomeTable, repeat: int, chosen: np.ndarray) -> str | None:
         """Why a metric has no value."""
@@ -102,6 +113,9 @@ class OrdinalKind(Kind):
         decided = table.decisions[repeat, chosen, 0].astype(int)
         return metrics_ordinal.metrics_over(truth, expected, decided, len(table.names), weights)
 
+    def loss(self, values: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> float:
+        return log_loss(values[np.arange(len(values)), truth[:, 0].astype(int)])
+
     def why(self, metric: str, table: OutcomeTable, repeat: int, chosen: np.ndarray) -> str | None:
         decided = table.decisions[repeat, chosen, 0].astype(int)
         return metrics_ordinal.why_undefined(metric, table.truth[chosen, 0].astype(int), decided, table.names)
@@ -159,6 +173,10 @@ class MultilabelKind(Kind):
         columns = zip(table.names, table.truth[chosen].T, strict=True)
         return [name for name, column in columns if {0.0, 1.0} <= set(column.tolist())]
 
+    def loss(self, values: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> float:
+        known = truth >= 0
+        return log_loss(np.where(truth == 1, values, 1 - values)[known]) if known.any() else np.nan
+
     def why(self, metric: str, table: OutcomeTable, repeat: int, chosen: np.ndarray) -> str | None:
         metric, _, name = metric.partition(":")
         if not name:
@@ -184,9 +202,13 @@ class MultilabelKind(Kind):
 class RegressionKind(Kind):
     kind, primary, check, chance, null = "regression", "r2", "pearson", 0.0, "mean"
     metrics, lower_is_better = metrics_regression.METRICS, metrics_regression.LOWER_IS_BETTER
+    criterion = "squared error"
 
     def over(self, table: OutcomeTable, repeat: int, chosen: np.ndarray, weights: np.ndarray | None) -> Figures:
         return metrics_regression.metrics_over(table.truth[chosen, 0], table.values[repeat, chosen, 0], weights)
+
+    def loss(self, values: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> float:
+        return float(((values[:, 0] - truth[:, 0]) ** 2).mean())
 
     def why(self, metric: str, table: OutcomeTable, repeat: int, chosen: np.ndarray) -> str | None:
         return metrics_regression.why_undefined(metric, table.truth[chosen, 0], table.values[repeat, chosen, 0])
@@ -203,19 +225,25 @@ class RegressionKind(Kind):
 class SurvivalKind(Kind):
     kind, primary, null = "survival", "c_index", "kaplan_meier"
     metrics, lower_is_better = metrics_survival.METRICS, metrics_survival.LOWER_IS_BETTER
-    few = "with the event"
+    few, criterion = "with the event", "integrated Brier score"
 
     def _horizons(self, table: OutcomeTable) -> tuple[float, ...]:
         return tuple(float(name) for name in table.names)
 
     def over(self, table: OutcomeTable, repeat: int, chosen: np.ndarray, weights: np.ndarray | None) -> Figures:
         time, event = table.truth[chosen, 0], table.truth[chosen, 1] == 1
-        values = table.values[repeat, chosen]
-        return metrics_survival.metrics_over(time, event, values[:, 0], values[:, 1:], self._horizons(table), weights)
+        values, fold = table.values[repeat, chosen], table.fold[repeat, chosen]
+        at = self._horizons(table)
+        return metrics_survival.metrics_over(time, event, values[:, 0], values[:, 1:], at, weights, fold)
+
+    def loss(self, values: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> float:
+        at, event = tuple(float(name) for name in names), truth[:, 1] == 1
+        return float(metrics_survival.metrics_over(truth[:, 0], event, values[:, 0], values[:, 1:], at)["ibs"][0])
 
     def why(self, metric: str, table: OutcomeTable, repeat: int, chosen: np.ndarray) -> str | None:
         time, event = table.truth[chosen, 0], table.truth[chosen, 1] == 1
-        return metrics_survival.why_undefined(metric, time, event, self._horizons(table))
+        fold = table.fold[repeat, chosen]
+        return metrics_survival.why_undefined(metric, time, event, self._horizons(table), fold)
 
     def strata(self, truth: np.ndarray) -> np.ndarray:
         return truth[:, 1].astype(int)

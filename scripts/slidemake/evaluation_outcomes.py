@@ -8,7 +8,6 @@ models; `ensemble` is of the prediction averaged over repeats. What is computed 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,17 @@ from slidemake.bootstrap import (
     scope_seed,
     with_intervals,
 )
+from slidemake.calibration_report import calibration_report
 from slidemake.cohort_table import read_table
-from slidemake.conformal_intervals import Residuals, conformal_intervals, read_residuals
+from slidemake.conformal import conformal, risk_coverage
+from slidemake.conformal_intervals import conformal_intervals
 from slidemake.contamination import in_words
 from slidemake.csv_cells import write_rows
 from slidemake.evaluation_kinds import KINDS, Kind
 from slidemake.failures import RunError
 from slidemake.model_comparison import adjust, paired, pairs
-from slidemake.outcome_table import OutcomeTable, read_outcomes
+from slidemake.nested import CHOSEN, choose
+from slidemake.outcome_table import OutcomeTable, as_classes, read_outcome_validation, read_outcomes
 from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
 from slidemake.subgroups import as_scopes, by_group, groups_of
 from slidemake.verdict import CONTROLS, REFERENCE
@@ -42,6 +44,7 @@ OPTIONS: dict[str, Any] = {
     "subgroup_patients": 20,
     "subgroup_class": 5,
     "abstention_alpha": 0.1,
+    "ece_bins": 10,
 }
 MIN_SITE = 5  # patients below which a site gets no figures of its own
 COLUMNS = ("model", "metric", "scope", "value", "low", "high", "n", "positives", "reason")
@@ -154,8 +157,12 @@ def _spread(scopes: dict[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
+def _is_control(table: OutcomeTable, kind: Kind) -> bool:
+    return table.name in CONTROLS or table.name == kind.null
+
+
 def _one_model(
-    table: OutcomeTable, draws: _Draws, groups: dict[str, dict[str, str]], residuals: Residuals | None
+    table: OutcomeTable, draws: _Draws, groups: dict[str, dict[str, str]]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     kind, everyone = draws.kind, np.arange(len(table.patients))
     mean_draws, repeats, pooled = _scope(table, everyone, "pooled", draws)
@@ -163,17 +170,22 @@ def _one_model(
     folds, sites = _fold_scopes(table, draws), _site_scopes(table, draws)
     scopes = {"pooled": pooled, "ensemble": ensemble, **repeats, **folds, **sites}
     spread = {"repeats": _spread(repeats, "repeat:"), "folds": _spread(folds, "fold:")}
-    control = table.name in CONTROLS or table.name == kind.null
+    control = _is_control(table, kind)
     looked_at = groups if not control or table.name == REFERENCE else {}
     subgroups = {column: _group_scopes(table, values, column, draws) for column, values in looked_at.items()}
     entry: dict[str, Any] = {"control": control, "scopes": scopes, "spread": spread, "subgroups": subgroups}
-    if residuals is not None:
-        alpha, level = draws.options["abstention_alpha"], draws.options["level"]
+    alpha, level = draws.options["abstention_alpha"], draws.options["level"]
 
-        def weights_of(scope: str, chosen: np.ndarray) -> np.ndarray:
-            return draws.weights(scope, table, chosen)
+    def weights_of(scope: str, chosen: np.ndarray) -> np.ndarray:
+        """chosen: indices, or (n,) bool."""
+        return draws.weights(scope, table, np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
 
-        entry["intervals"] = conformal_intervals(table, residuals, alpha, level, weights_of)
+    if kind.kind == "regression" and table.validation is not None:
+        entry["intervals"] = conformal_intervals(table, alpha, level, weights_of)
+    if kind.kind == "ordinal":
+        p = as_classes(table)
+        entry |= {"calibration": calibration_report(p, draws.options), "abstention": risk_coverage(p)}
+        entry["conformal"] = conformal(p, p.validation, alpha, level, weights_of) if p.validation else None
     return {**entry, **kind.extras(table)}, mean_draws
 
 
@@ -195,13 +207,12 @@ def evaluate_tables(
     options: dict[str, Any] | None = None,
     contamination: dict | None = None,
     groups: dict[str, dict[str, str]] | None = None,
-    residuals: Mapping[str, Residuals] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
 
-    groups: {column: {patient: value}} to look at. residuals: of validation patients, by model, of predicted numbers.
-    The baseline that knows no features (prevalence, mean, kaplan_meier) is added here. Raises RunError without models,
-    or when they are of different tasks.
+    groups: {column: {patient: value}} to look at. The baseline that knows no features (prevalence, mean, kaplan_meier)
+    and, of models that carry their validation patients, the choice among them are added here. Raises RunError without
+    models, or when they are of different tasks.
     """
     options = OPTIONS | {key: value for key, value in (options or {}).items() if key in OPTIONS}
     if not tables:
@@ -210,12 +221,18 @@ def evaluate_tables(
         raise RunError("evaluate: the models of one task were trained for different labels; train them again")
     kind, first = KINDS[tables[0].kind], tables[0]
     tables = [*tables, kind.null_model(first)]
+    controls = {t.name for t in tables if _is_control(t, kind)}
+    asked = pairs(tables, controls)
+    if found := choose([t for t in tables if t.name not in controls], kind.validation_loss, ("values", "decisions")):
+        # compared with the controls, and not with the models that it is made of
+        asked += [(found[0], t) for t in tables if t.name in controls]
+        tables = sorted([*tables, found[0]], key=lambda t: t.name in controls)  # stable: controls come last
     draws, entries, resampled = _Draws(kind, options), {}, {}
     for table in tables:
-        of_validation = (residuals or {}).get(table.name)
-        entries[table.name], resampled[table.name] = _one_model(table, draws, groups or {}, of_validation)
-    controls = {name for name, entry in entries.items() if entry["control"]}
-    comparisons = [paired(a, b, entries, resampled, options["level"]) for a, b in pairs(tables, controls)]
+        entries[table.name], resampled[table.name] = _one_model(table, draws, groups or {})
+    if found:
+        entries[CHOSEN] |= {"chosen": found[1], "chosen_by": kind.criterion}
+    comparisons = [paired(a, b, entries, resampled, options["level"]) for a, b in asked]
     adjust(comparisons, kind.primary)
     result = {
         "format": "slidemake-metrics",
@@ -283,21 +300,19 @@ def evaluate_outcomes(
     """Read the predictions of every model of a task of type `kind` and write metrics.json, metrics.csv, curves.json.
 
     slides: cohort/slides.csv, for the subgroups; splits: splits.csv, for the labels of validation patients. Without
-    them there are no subgroups, and no conformal intervals.
+    them there are no subgroups, no choice among models and no conformal intervals.
     """
     if len(predictions) != len(names):
         raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
     tables = [read_outcomes(path, name, kind) for path, name in zip(predictions, names, strict=True)]
     groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
-    residuals = {}
-    if splits is not None and kind == "regression":
+    if splits is not None:
         truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
-        residuals = {
-            t.name: read_residuals(path, t, truth)
+        tables = [
+            t if t.name in CONTROLS and t.name != REFERENCE else read_outcome_validation(path, t, truth)
             for path, t in zip(predictions, tables, strict=True)
-            if t.name not in CONTROLS or t.name == REFERENCE
-        }
-    result, points = evaluate_tables(tables, options, contamination, groups, residuals)
+        ]
+    result, points = evaluate_tables(tables, options, contamination, groups)
     write_text(table, outcome_metrics_table(result))
     write_json(curves, points)
     write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,11 @@ def evaluate_external(
     else:
         p = external_outcomes(rows, truth, bundle)
         kept = bundle["training"].get("validation") or {}
-        residuals = {}
         if kind == "regression" and kept.get("labels"):
-            off = np.abs(np.array(kept["values"], float)[:, 0] - np.array(kept["labels"], float))
-            residuals[p.name] = {(0, 0): off}
-        result, points = evaluate_tables([p], dict(options), None, groups, residuals)
+            # one cohort of validation patients, whatever the fold that they were held out in: the bundle is the mean
+            of_validation = np.array(kept["values"], float), np.array(kept["labels"], float)[:, None]
+            p = replace(p, validation={(0, 0): of_validation})
+        result, points = evaluate_tables([p], dict(options), None, groups)
         text = outcome_metrics_table(result)
     result["external"] = {
         "bundle": bundle["fingerprint"],

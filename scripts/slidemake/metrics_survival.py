@@ -9,6 +9,11 @@ c_index   Harrell's C (1982): of the pairs of which one is known to have the eve
 c_uno     Uno's C (2011): the same with IPCW, for events before the last horizon; does not depend on the censoring
 td_auc    cumulative/dynamic AUC with IPCW (Uno 2007; Hung and Chiang 2010), mean over the horizons
 ibs       integrated Brier score with IPCW (Graf 1999), trapezoids over the horizons; 0.25 is a coin's
+
+c_index, c_uno and td_auc rank patients, and compare those of one `group` only, the fold in which they were tested (all
+pairs of all folds weigh the same). The risk of another fold has another baseline hazard, estimated without the fold's
+own patients: where they live longer than the rest by chance, the rest predicts them shorter. Ranked across folds, a
+model that knows nothing comes out below 0.5 (Parker, Guenter, Bedo 2007, BMC Bioinformatics 8:326).
 """
 
 from __future__ import annotations
@@ -22,23 +27,36 @@ LOWER_IS_BETTER = ("ibs",)
 PAIRS = 25_000_000  # pairs of patients for which matrices are formed at once
 
 
-def _pairs(time: np.ndarray, event: np.ndarray, risk: np.ndarray, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    """For patients i in `rows` and all j: whether i is known to come first (r, n), and that times what ranks it so."""
+def _pairs(
+    time: np.ndarray, event: np.ndarray, risk: np.ndarray, rows: slice, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """For patients i in `rows` and all j of the same group: whether i is known to come first (r, n), and that times
+    what ranks it so."""
     t, e, r = time[rows, None], event[rows, None], risk[rows, None]
     comparable = e & ((t < time) | ((t == time) & ~event))
+    if groups is not None:
+        comparable &= groups[rows, None] == groups
     agree = comparable * ((r > risk) + 0.5 * (r == risk))
     return comparable.astype(np.float32), agree.astype(np.float32)
 
 
 def weighted_concordance(
-    time: np.ndarray, event: np.ndarray, risk: np.ndarray, first: np.ndarray, second: np.ndarray
+    time: np.ndarray,
+    event: np.ndarray,
+    risk: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(B,) sum over pairs of first_i second_j agree_ij / the same of comparable pairs; first, second (B, n)."""
+    """(B,) sum over pairs of first_i second_j agree_ij / the same of comparable pairs; first, second (B, n).
+
+    groups (n,): pairs are of one group each; None: of any two patients.
+    """
     numerator, denominator = np.zeros(len(first)), np.zeros(len(first))
     step = max(1, PAIRS // max(1, len(time)))
     for start in range(0, len(time), step):
         rows = slice(start, start + step)
-        comparable, agree = _pairs(time, event, risk, rows)
+        comparable, agree = _pairs(time, event, risk, rows, groups)
         weighed = first[:, rows].astype(np.float32)
         numerator += ((weighed @ agree).astype(float) * second).sum(1)
         denominator += ((weighed @ comparable).astype(float) * second).sum(1)
@@ -71,19 +89,34 @@ def _inverse(probability: np.ndarray) -> np.ndarray:
 
 
 def auc_at(
-    t: float, time: np.ndarray, event: np.ndarray, marker: np.ndarray, weights: np.ndarray, censoring: Censoring
+    t: float,
+    time: np.ndarray,
+    event: np.ndarray,
+    marker: np.ndarray,
+    weights: np.ndarray,
+    censoring: Censoring,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(B,) probability that a patient with the event by t has a higher marker than one without it at t."""
+    """(B,) probability that a patient with the event by t has a higher marker than one without it at t, both of one
+    group (n,)."""
     cases = weights * (event & (time <= t)) * _inverse(censoring.before_each)
     controls = weights * (time > t)
-    order = np.argsort(-marker, kind="stable")
-    starts = np.flatnonzero(np.r_[True, marker[order][1:] != marker[order][:-1]])
-    case = np.add.reduceat(cases[:, order], starts, axis=1)
-    control = np.add.reduceat(controls[:, order], starts, axis=1)
-    below = control.sum(1)[:, None] - np.cumsum(control, axis=1) + 0.5 * control
-    pairs = case.sum(1) * control.sum(1)
+    agree, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    for members in _members(groups, len(time)):
+        order = members[np.argsort(-marker[members], kind="stable")]
+        starts = np.flatnonzero(np.r_[True, marker[order][1:] != marker[order][:-1]])
+        case = np.add.reduceat(cases[:, order], starts, axis=1)
+        control = np.add.reduceat(controls[:, order], starts, axis=1)
+        below = control.sum(1)[:, None] - np.cumsum(control, axis=1) + 0.5 * control
+        agree += (case * below).sum(1)
+        pairs += case.sum(1) * control.sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(pairs > 0, (case * below).sum(1) / pairs, np.nan)
+        return np.where(pairs > 0, agree / pairs, np.nan)
+
+
+def _members(groups: np.ndarray | None, n: int) -> list[np.ndarray]:
+    """Indices of the patients of each group."""
+    return [np.arange(n)] if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
 
 def brier_at(
@@ -109,10 +142,12 @@ def metrics_over(
     survival: np.ndarray,
     horizons: tuple[float, ...],
     weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """METRICS, and td_auc and brier at each horizon, for every row of `weights` (default: one row of ones).
 
-    A mean over horizons is over those at which the plain sample has a value.
+    groups (n,): the fold of each patient; None where all were predicted by the same model. A mean over horizons is over
+    those at which the plain sample has a value.
     """
     n = len(time)
     weights = np.ones((1, n)) if weights is None else np.asarray(weights, float)
@@ -120,16 +155,16 @@ def metrics_over(
     plain, censoring = Censoring(time, event, ones), Censoring(time, event, weights)
     early = event & (time < horizons[-1])
     found = {
-        "c_index": weighted_concordance(time, event, risk, weights, weights),
+        "c_index": weighted_concordance(time, event, risk, weights, weights, groups),
         "c_uno": weighted_concordance(
-            time, event, risk, weights * early * _inverse(censoring.before_each) ** 2, weights
+            time, event, risk, weights * early * _inverse(censoring.before_each) ** 2, weights, groups
         ),
     }
     aucs, briers, used_auc, used = [], [], [], []
     for h, t in enumerate(horizons):
-        aucs.append(auc_at(t, time, event, 1 - survival[:, h], weights, censoring))
+        aucs.append(auc_at(t, time, event, 1 - survival[:, h], weights, censoring, groups))
         briers.append(brier_at(t, time, event, survival[:, h], weights, censoring))
-        used_auc.append(bool(np.isfinite(auc_at(t, time, event, 1 - survival[:, h], ones, plain)[0])))
+        used_auc.append(bool(np.isfinite(auc_at(t, time, event, 1 - survival[:, h], ones, plain, groups)[0])))
         used.append(bool(np.isfinite(brier_at(t, time, event, survival[:, h], ones, plain)[0])))
     nothing = np.full(len(weights), np.nan)
     found["td_auc"] = _mean([a for a, u in zip(aucs, used_auc, strict=True) if u], nothing)
@@ -155,23 +190,39 @@ def _integral(at: np.ndarray, values: list[np.ndarray], nothing: np.ndarray) -> 
     return np.trapezoid(np.array(values), at, axis=0) / (at[-1] - at[0])
 
 
-def why_undefined(metric: str, time: np.ndarray, event: np.ndarray, horizons: tuple[float, ...]) -> str | None:
+def why_undefined(
+    metric: str, time: np.ndarray, event: np.ndarray, horizons: tuple[float, ...], groups: np.ndarray | None = None
+) -> str | None:
     """Why `metric` has no value for these patients, or None when it has one."""
     if not len(time):
         return "no patients"
     if not event.any() and not metric.startswith(("ibs", "brier")):
         return f"all {len(time)} patients are censored"
     name, _, at = metric.partition("@")
+    within = "" if groups is None or len(np.unique(groups)) < 2 else " within a fold"
     if name in ("c_index", "c_uno"):
-        if name == "c_uno" and not (event & (time < horizons[-1])).any():
+        early = event & (time < horizons[-1]) if name == "c_uno" else event
+        if not early.any():
             return f"no event before {horizons[-1]:g}"
-        comparable = _pairs(time, event, np.zeros(len(time)), slice(None))[0]
-        return None if comparable.any() else "no two patients whose order is known"
+        comparable = _pairs(time, event, np.zeros(len(time)), slice(None), groups)[0]
+        return None if comparable[early].any() else f"no two patients{within} whose order is known"
     for t in [float(at)] if at else horizons:
-        missing = "patient known to be without the event" if not (time > t).any() else None
-        if name == "td_auc" and not (event & (time <= t)).any():
-            missing = "event"
-        if missing is None:
+        if name != "td_auc":
+            missing = "" if (time > t).any() else "patient known to be without the event"
+        else:
+            missing = _no_pairs(t, time, event, groups)
+        if not missing:
             return None
     where = f"at {at}" if at else "at any horizon"
-    return f"no {missing} {where}"
+    return f"no {missing}{within if name == 'td_auc' else ''} {where}"
+
+
+def _no_pairs(t: float, time: np.ndarray, event: np.ndarray, groups: np.ndarray | None) -> str:
+    """What is missing for an AUC at t in every group; empty where one has it all."""
+    died, alive = event & (time <= t), time > t
+    if not died.any():
+        return "event"
+    if not alive.any():
+        return "patient known to be without the event"
+    both = any(died[members].any() and alive[members].any() for members in _members(groups, len(time)))
+    return "" if both else "event beside a patient known to be without it"

@@ -7,8 +7,9 @@ tested: nested cross-validation (Varma and Simon 2006, BMC Bioinformatics 7:91).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,38 +19,67 @@ CHOSEN = "best_by_validation"
 TINY = 1e-7  # probability below which the log-loss grows no more
 
 
+class Chosen(Protocol):
+    """What is chosen among: predictions that know their folds and the validation patients of each."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def repeats(self) -> tuple[int, ...]: ...
+
+    @property
+    def fold(self) -> np.ndarray: ...
+
+    @property
+    def validation(self) -> Mapping[tuple[int, int], Any] | None: ...
+
+    def cohort(self) -> tuple[Any, ...]: ...
+
+
+M = TypeVar("M", bound=Chosen)
+
+
+def log_loss(of_label: np.ndarray) -> float:
+    """Mean log-loss from the probabilities that were given to what came true."""
+    return float(-np.log(np.clip(of_label, TINY, 1)).mean())
+
+
 def validation_loss(p: Predictions, repeat: int, fold: int) -> float:
     """Mean log-loss of the validation patients of a fold, predicted by members that were not fitted to them."""
     prob, labels = (p.validation or {})[repeat, fold]
-    return float(-np.log(np.clip(prob[np.arange(len(labels)), labels], TINY, 1)).mean())
+    return log_loss(prob[np.arange(len(labels)), labels])
 
 
-def choose(models: Sequence[Predictions]) -> tuple[Predictions, dict[str, str]] | None:
+def choose(
+    models: Sequence[M], loss: Callable[[M, int, int], float], parts: Sequence[str]
+) -> tuple[M, dict[str, str]] | None:
     """The predictions of the model chosen in each fold, and {"repeat/fold": its name}.
 
-    None for fewer than two models, for models that did not test the same patients in the same folds, and where a fold
-    has no validation patients.
+    loss(model, repeat, fold): of the validation patients of a fold, the least is chosen; parts: the attributes
+    (R, n, ...) that hold predictions, of which those that a model lacks are left out. None for fewer than two models,
+    for models that did not test the same patients in the same folds, and where a fold has no validation patients or
+    none of the models a loss that is defined.
     """
     first = models[0] if models else None
     if first is None or len(models) < 2:
         return None
     if any(m.cohort() != first.cohort() or not np.array_equal(m.fold, first.fold) for m in models):
         return None
-    known = [m.logits for m in models if m.logits is not None]
-    all_logits = np.stack(known) if len(known) == len(models) else None
-    prob, predicted = first.prob.copy(), first.predicted.copy()
-    logits = None if all_logits is None else all_logits[0].copy()
+    known = [part for part in parts if all(getattr(m, part) is not None for m in models)]
+    made: dict[str, Any] = {part: getattr(first, part).copy() if part in known else None for part in parts}
     validation, names = {}, {}
     for r, repeat in enumerate(first.repeats):
         for fold in sorted(set(first.fold[r].tolist()) - {-1}):
             if any((repeat, fold) not in (m.validation or {}) for m in models):
                 return None
-            best = int(np.argmin([validation_loss(m, repeat, fold) for m in models]))
-            inside, model = first.fold[r] == fold, models[best]
-            prob[r, inside], predicted[r, inside] = model.prob[r, inside], model.predicted[r, inside]
-            if logits is not None and all_logits is not None:
-                logits[r, inside] = all_logits[best, r, inside]
-            validation[repeat, fold] = (model.validation or {})[repeat, fold]
-            names[f"{repeat}/{fold}"] = model.name
-    made = replace(first, name=CHOSEN, prob=prob, predicted=predicted, logits=logits, validation=validation)
-    return made, names
+            losses = np.array([loss(m, repeat, fold) for m in models])
+            if not np.isfinite(losses).any():
+                return None
+            best = models[int(np.nanargmin(losses))]
+            inside = first.fold[r] == fold
+            for part in known:
+                made[part][r, inside] = getattr(best, part)[r, inside]
+            validation[repeat, fold] = (best.validation or {})[repeat, fold]
+            names[f"{repeat}/{fold}"] = best.name
+    return replace(first, name=CHOSEN, validation=validation, **made), names  # type: ignore[type-var]

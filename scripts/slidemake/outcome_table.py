@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.failures import RunError
-from slidemake.prediction_table import NEEDED
+from slidemake.prediction_table import NEEDED, Predictions, validation_of_folds
 from slidemake.provenance import check_file, read_json
 from slidemake.targets import parse_multilabel, parse_survival
 
@@ -39,6 +39,8 @@ class OutcomeTable:
     values: np.ndarray  # NaN where a repeat has no prediction for a patient
     decisions: np.ndarray  # NaN likewise
     fold: np.ndarray  # (R, n) int, -1 where missing
+    # (repeat, fold) -> values (m, P) and truth (m, T) of validation patients, predicted by members not fitted to them
+    validation: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
     def known(self, repeat: int) -> np.ndarray:
         """(n,) whether the repeat (its index) predicts a patient."""
@@ -58,7 +60,10 @@ class OutcomeTable:
             decisions = median_grade(values)[..., None].astype(float)
         else:
             decisions = (decisions >= 0.5).astype(float)
-        return replace(self, repeats=(0,), values=values, decisions=decisions, fold=self.fold.max(0, keepdims=True))
+        fold = self.fold.max(0, keepdims=True)
+        if len(self.repeats) > 1:  # patients of one fold in one repeat are of several in the others
+            fold = np.where(fold >= 0, 0, -1)
+        return replace(self, repeats=(0,), values=values, decisions=decisions, fold=fold)
 
 
 def _columns(kind: str, columns: list[str]) -> tuple[tuple[str, ...], list[str], list[str]]:
@@ -144,3 +149,31 @@ def parse_outcomes(
         sites[i] = row.get("site") or ""
     table = np.array([truth[i] for i in range(len(patients))], float)
     return OutcomeTable(name, kind, names, patients, tuple(sites), table, repeats, values, decisions, fold)
+
+
+def read_outcome_validation(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> OutcomeTable:
+    """The table with the validation patients that the bundles beside the predictions `path` carry.
+
+    truth: {patient: label}. Patients without a label, and folds without a bundle, are left out.
+    """
+    key = "validation_probability" if table.kind == "ordinal" else "validation_values"
+    kept = validation_of_folds(path, table.repeats, table.fold, key, lambda patient: bool(truth.get(patient)))
+    found = {
+        where: (
+            np.array([*values.values()], float),
+            np.array([_truth(table.kind, table.names, truth[patient]) for patient in values], float),
+        )
+        for where, values in kept.items()
+    }
+    return replace(table, validation=found or None)
+
+
+def as_classes(table: OutcomeTable) -> Predictions:
+    """Grades as classes, for what looks at them without their order (calibration, conformal sets, abstention)."""
+    validation = None
+    if table.validation is not None:
+        validation = {at: (values, truth[:, 0].astype(int)) for at, (values, truth) in table.validation.items()}
+    grades = np.nan_to_num(table.decisions[..., 0], nan=-1).astype(int)
+    truth = table.truth[:, 0].astype(int)
+    about = (table.name, table.names, table.patients, table.sites, truth, table.repeats)
+    return Predictions(*about, table.values, grades, table.fold, None, validation)

@@ -20,23 +20,27 @@ CALIBRATION = {
 
 def evaluation_section(metrics: dict[str, Any], splits: dict[str, Any], main: str) -> dict[str, Any]:
     """What report_evaluation.html.j2 shows of a task; `metrics` is metrics.json, `splits` splits.json."""
-    entry = metrics["models"][main]
-    calibration, sets = entry["calibration"], entry["conformal"]
+    section = comparable_section(metrics, splits, main, "auroc", "AUROC")
+    return {**section, **probabilities_section(metrics["models"][main]), "delong": True, "prevalence": True}
+
+
+def probabilities_section(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of the probabilities of classes, or of grades: calibration, conformal sets, abstention."""
+    calibration = entry["calibration"]
     most = max(row["count"] for row in calibration["table"])
     pictures = [
         (f"Reliability, bins of equal mass (up to {most} patients each)", reliability(calibration, "table")),
         ("Reliability, bins of equal width (bars: patients)", reliability(calibration, "table_width")),
     ]
     if any(site["after"] for site in calibration["sites"].values()):
-        pictures.append(("Reliability by site, after scaling", reliability_by_site(calibration)))
+        pictures.append(("Reliability by site", reliability_by_site(calibration)))
     if entry["abstention"]["share"]:
         pictures.append(("Errors among the patients that the model is surest of", abstention(entry["abstention"])))
     return {
-        **comparable_section(metrics, splits, main, "auroc", "AUROC"),
         "titles": CALIBRATION,
         "calibration": calibration,
-        "bins": [("before", calibration["before"]), ("after", calibration)],
-        "sets": sets,
+        "bins": [("before", calibration["before"]), ("after" if calibration["before"] else "", calibration)],
+        "sets": entry["conformal"],
         "abstention": entry["abstention"],
         "pictures": pictures,
     }
@@ -46,13 +50,15 @@ def comparable_section(
     metrics: dict[str, Any], splits: dict[str, Any], main: str, metric: str, title: str
 ) -> dict[str, Any]:
     """What tasks of all types show: folds, comparisons of models by `metric` (called `title`), subgroups; nothing of
-    what is of classes alone."""
+    what is of probabilities."""
     rows = splits.get("table", [])
     first = [row for row in rows if row["repeat"] == rows[0]["repeat"]] if rows else []
     return {
         "main": main,
         "calibration": None,
         "sets": None,
+        "delong": False,
+        "prevalence": False,
         "pictures": [],
         "metric": metric,
         "title": title,
@@ -75,9 +81,10 @@ def reliability(calibration: dict[str, Any], table: str) -> str:
     """Observed against predicted, before (grey) and after (blue), with the patients of each bin as bars below."""
     figure, axes = _figure(3.6, 3.6)
     axes.plot([0, 1], [0, 1], ":", color="#9aa0a6", linewidth=1)
-    for name, found, colour in (("before", calibration["before"], "#8a9099"), ("after", calibration, COLOURS[0])):
-        if found:
-            _points(axes, found[table], colour, f"{name}: ECE {found['ece' if table == 'table' else 'ece_width']:.2f}")
+    before, key = calibration["before"], "ece" if table == "table" else "ece_width"
+    if before:
+        _points(axes, before[table], "#8a9099", f"before: ECE {before[key]:.2f}")
+    _points(axes, calibration[table], COLOURS[0], f"{'after: ' if before else ''}ECE {calibration[key]:.2f}")
     if table == "table_width":  # bins of equal mass hold equal numbers
         _counts(axes, calibration[table])
     _finish(axes)
@@ -85,7 +92,7 @@ def reliability(calibration: dict[str, Any], table: str) -> str:
 
 
 def reliability_by_site(calibration: dict[str, Any]) -> str:
-    """Observed against predicted at each site, with the number of patients in the legend."""
+    """Observed against predicted at each site, after scaling, with the number of patients in the legend."""
     figure, axes = _figure(3.6, 3.6)
     axes.plot([0, 1], [0, 1], ":", color="#9aa0a6", linewidth=1)
     measured = {site: found["after"] for site, found in calibration["sites"].items() if found["after"]}

@@ -7,7 +7,7 @@ from typing import Any
 
 from slidemake import report_figures, report_figures_outcomes
 from slidemake.cohort_table import read_table
-from slidemake.report_evaluation import comparable_section
+from slidemake.report_evaluation import comparable_section, probabilities_section
 
 TITLES: dict[str, dict[str, str]] = {
     "regression": {
@@ -66,6 +66,9 @@ def outcome_section(
     if kind == "ordinal":
         table = report_figures_outcomes.confusion(entry["confusion"], metrics["classes"], main)
         pictures.append(("Predicted and true grade", table, ""))
+    section = comparable_section(metrics, splits, main, metrics["primary"], titles[metrics["primary"]])
+    if kind == "ordinal":
+        section |= probabilities_section(entry)
     learning = folder / main / "curves.csv"
     if learning.exists() and (trained := report_figures.training(read_table(learning), main)):
         pictures.append(("Training", trained, ""))
@@ -75,8 +78,7 @@ def outcome_section(
         "positives": "with the event" if kind == "survival" else "positive",
         "quantity": QUANTITY[kind],
         "pictures": pictures,
-        # calibration and conformal sets are of classes
-        "evaluation": comparable_section(metrics, splits, main, metrics["primary"], titles[metrics["primary"]]),
+        "evaluation": section,
         "tables": _tables(metrics, main, unit),
         "undefined": _undefined(metrics, titles),
     }

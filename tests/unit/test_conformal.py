@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from slidemake.conformal import (
     risk_coverage,
     sets_of,
 )
-from slidemake.conformal_intervals import conformal_intervals, read_residuals
-from slidemake.outcome_table import OutcomeTable
+from slidemake.conformal_intervals import conformal_intervals
+from slidemake.outcome_table import OutcomeTable, read_outcome_validation
 from slidemake.prediction_table import Predictions, read_predictions, read_validation
 
 
@@ -194,14 +195,19 @@ def numbers(n, seed, sites=("",), shift=0.0):
     )
 
 
+def off_by(table, *residuals):
+    """The table with validation patients who are that far off, for each fold."""
+    made = {(0, f): (np.zeros((len(off), 1)), off[:, None]) for f, off in enumerate(residuals)}
+    return replace(table, validation=made)
+
+
 def unweighted(scope, chosen):
     return bootstrap_weights(np.zeros(len(chosen), int), 50, 0)[0]
 
 
 def test_intervals_of_numbers_are_mapies():
     table, residual = numbers(60, 1), np.abs(np.random.default_rng(2).normal(size=80))
-    residuals = {(0, 0): residual, (0, 1): residual}
-    found = conformal_intervals(table, residuals, 0.1, 0.95, unweighted)
+    found = conformal_intervals(off_by(table, residual, residual), 0.1, 0.95, unweighted)
     mapie = SplitConformalRegressor(GivenNumber().fit(None, None), confidence_level=0.9, prefit=True)
     zero = np.zeros((80, 1))
     mapie.conformalize(zero, residual)
@@ -215,26 +221,30 @@ def test_intervals_keep_their_promise_and_show_the_site_that_breaks_it():
     """90 % promised, 1,000 patients, 500 for validation: the sd of the coverage is 0.017 (both parts), 4 sd 0.066."""
     table = numbers(1000, 3, ("A", "B"), shift=0.0)
     validation = np.abs(numbers(500, 4).values[0, :, 0] - numbers(500, 4).truth[:, 0])
-    residuals = {(0, 0): validation, (0, 1): validation}
-    found = conformal_intervals(table, residuals, 0.1, 0.95, unweighted)
+    found = conformal_intervals(off_by(table, validation, validation), 0.1, 0.95, unweighted)
     assert abs(found["pooled"]["coverage"]["value"] - 0.9) < 0.066
-    moved = conformal_intervals(numbers(1000, 3, ("A", "B"), shift=1.0), residuals, 0.1, 0.95, unweighted)
+    other = off_by(numbers(1000, 3, ("A", "B"), shift=1.0), validation, validation)
+    moved = conformal_intervals(other, 0.1, 0.95, unweighted)
     assert moved["sites"]["B"]["coverage"]["high"] < 0.5 < 0.8 < moved["sites"]["A"]["coverage"]["low"]
 
 
 def test_too_few_for_an_interval():
     table = numbers(20, 1)
-    found = conformal_intervals(table, {(0, 0): np.ones(8), (0, 1): np.ones(30)}, 0.1, 0.95, unweighted)
+    found = conformal_intervals(off_by(table, np.ones(8), np.ones(30)), 0.1, 0.95, unweighted)
     assert (found["pooled"], found["reason"]) == (None, "a fold has 8 validation patients, and 9 are needed")
-    assert conformal_intervals(table, {(0, 0): np.ones(9)}, 0.1, 0.95, unweighted)["reason"].startswith("a fold has no")
+    one_fold = conformal_intervals(off_by(table, np.ones(9)), 0.1, 0.95, unweighted)
+    assert one_fold["reason"].startswith("a fold has no")
     json.dumps(found, allow_nan=False)
 
 
-def test_residuals_come_from_the_bundles_of_the_folds(tmp_path):
+def test_validation_comes_from_the_bundles_of_the_folds(tmp_path):
     table = numbers(6, 0)
     for fold, kept in ((0, {"Q1": [2.5], "Q2": [1.0], "unknown": [3.0]}), (1, {"Q1": [0.0]})):
         folder = tmp_path / "bundles" / f"repeat0_fold{fold}"
         folder.mkdir(parents=True)
         (folder / "bundle.json").write_text(json.dumps({"training": {"validation_values": kept}}))
-    found = read_residuals(tmp_path / "predictions_patients.csv", table, {"Q1": "2", "Q2": "4"})
-    assert {key: list(of) for key, of in found.items()} == {(0, 0): [0.5, 3.0], (0, 1): [2.0]}
+    found = read_outcome_validation(tmp_path / "predictions_patients.csv", table, {"Q1": "2", "Q2": "4"}).validation
+    assert {where: (values.tolist(), truth.tolist()) for where, (values, truth) in found.items()} == {
+        (0, 0): ([[2.5], [1.0]], [[2.0], [4.0]]),
+        (0, 1): ([[0.0]], [[2.0]]),
+    }

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from lifelines.utils import concordance_index
 from sklearn.metrics import r2_score, roc_auc_score
 from slidemake.bootstrap import bootstrap_weights, percentile_interval
 from slidemake.evaluation_outcomes import COLUMNS, evaluate_outcomes, evaluate_tables
 from slidemake.failures import RunError
-from slidemake.metrics_survival import concordance, metrics_over
+from slidemake.metrics_survival import metrics_over
 from slidemake.outcome_table import OutcomeTable, read_outcomes
 from slidemake.report import _environment
 from slidemake.report_outcomes import outcome_section
@@ -66,6 +68,13 @@ def table(kind, name="m", n=60, noise=0.15, repeats=2, seed=0, constant=False):
     return OutcomeTable(name, kind, NAMES[kind], people, sites, truth, tuple(range(repeats)), values, decisions, fold)
 
 
+def with_validation(made, n=30):
+    """The table with n validation patients of every fold, predicted as its own are."""
+    other = table(made.kind, n=n, seed=9)
+    of_validation = other.values[0], other.truth
+    return replace(made, validation={(r, f): of_validation for r in made.repeats for f in range(3)})
+
+
 def check_no_nan(result, curves):
     text = json.dumps([result, curves], allow_nan=False)  # raises for NaN
     assert "NaN" not in text
@@ -100,7 +109,11 @@ def test_pooled_figures_are_those_of_the_libraries():
     )
     one = table("survival", repeats=1)
     found = figures(evaluate_tables([one], QUICK)[0])
-    assert found["c_index"] == pytest.approx(concordance(one.truth[:, 0], one.truth[:, 1] == 1, one.values[0, :, 0]))
+    (time, event), risk = one.truth.T, one.values[0, :, 0]
+    folds = [np.flatnonzero(one.fold[0] == f) for f in range(3)]  # patients of one fold are compared
+    pairs = [sum(event[i] and time[i] < time[j] for i in f for j in f) for f in folds]
+    inside = [concordance_index(time[f], -risk[f], event[f]) for f in folds]
+    assert found["c_index"] == pytest.approx(np.average(inside, weights=pairs))
     one = table("multilabel", repeats=1)
     found = figures(evaluate_tables([one], QUICK)[0])
     areas = []
@@ -206,6 +219,28 @@ def test_subgroups_and_the_gap_between_them(kind):
     assert "subgroups" not in result["models"]["m"]["scopes"]
 
 
+def test_probabilities_of_grades_are_calibrated_and_abstain():
+    made = with_validation(table("ordinal", n=150), 150)
+    entry = evaluate_tables([made], QUICK)[0]["models"]["m"]
+    mean, truth = made.values.mean(0), made.truth[:, 0].astype(int)
+    onehot = np.eye(3)[truth]
+    found = entry["calibration"]
+    assert found["brier"] == pytest.approx(((mean - onehot) ** 2).sum(1).mean())
+    # by hand: mean gap of confidence and accuracy over bins of equal mass of the most probable grade
+    order = np.argsort(mean.max(1), kind="stable")
+    gap = (mean.max(1) - (mean.argmax(1) == truth))[order]
+    assert found["ece"] == pytest.approx(sum(abs(b.sum()) for b in np.array_split(gap, found["bins"])) / 150)
+    assert found["before"] is None
+    assert set(found["sites"]) == {"s0", "s1", "s2"}
+    sets = entry["conformal"]
+    assert sets["validation"] == {"least": 150, "most": 150}
+    # 90 % promised; sd of the coverage over 150 validation and 150 tested patients 0.035, of which 3
+    assert abs(sets["pooled"]["coverage"]["value"] - 0.9) < 0.105
+    assert set(sets["by_class"]) == {"a", "b", "c"}
+    assert entry["abstention"]["aurc"] < 0.5
+    assert evaluate_tables([table("ordinal")], QUICK)[0]["models"]["m"]["conformal"] is None
+
+
 def test_groups_with_few_events_have_no_figures():
     made = table("survival", n=100)
     made.truth[:50, 1] = np.arange(50) < 2
@@ -292,9 +327,8 @@ def test_tables_that_are_none(tmp_path):
 def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
     made = [table(kind, n=80), table(kind, "mean_pool_lr", n=80, noise=1.0)]
     scanner = {p: "AB"[i % 2] for i, p in enumerate(made[0].patients)}
-    off = np.abs(np.random.default_rng(0).normal(size=30))
-    residuals = {"m": {(r, f): off for r in range(2) for f in range(3)}} if kind == "regression" else None
-    result, curves = evaluate_tables(made, QUICK, groups={"scanner": scanner}, residuals=residuals)
+    made[0] = with_validation(made[0])
+    result, curves = evaluate_tables(made, QUICK, groups={"scanner": scanner})
     section = outcome_section(tmp_path, result, curves, {}, "m")
     page = _environment().get_template("report_evaluation.html.j2").render(task={**section, "metrics": result})
     assert "Is one model better than another?" in page
@@ -302,3 +336,6 @@ def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
     assert "By subgroup (m)" in page
     assert "gap by chance" in page
     assert ("truth is in the interval" in page) == (kind == "regression")
+    assert ("Calibration (m)" in page) == ("truth is in the set" in page) == (kind == "ordinal")
+    assert "Before:" not in page  # a model of grades has no logits of its classes
+    assert "prevalence" not in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,7 +165,8 @@ def test_bundles_that_tell_no_classes(kind, tmp_path):
     outputs = {name: tmp_path / f"{name}.json" for name in ("metrics", "curves")}
     args = (tmp_path / "patients.csv", tmp_path / "slides.csv", bundle, label, {"bootstrap": 50})
     result = evaluate_external(*args, table=tmp_path / "m.csv", **outputs)
-    expected, _ = evaluate_tables([made], {"bootstrap": 50})
+    one_model = replace(made, fold=np.zeros_like(made.fold))  # a bundle has no folds: any two patients are compared
+    expected, _ = evaluate_tables([one_model], {"bootstrap": 50})
     for name, figure in expected["models"]["m"]["scopes"]["pooled"]["metrics"].items():
         found = result["models"]["m"]["scopes"]["pooled"]["metrics"][name]["value"]
         assert found == pytest.approx(figure["value"], rel=1e-6), name

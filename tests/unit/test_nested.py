@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, mean_squared_error
 from slidemake.evaluation import evaluate_models
+from slidemake.evaluation_kinds import KINDS
+from slidemake.evaluation_outcomes import evaluate_tables
+from slidemake.metrics_survival import metrics_over
 from slidemake.nested import CHOSEN, choose, validation_loss
+from slidemake.outcome_table import OutcomeTable
 from slidemake.prediction_table import Predictions
+
+PARTS = ("prob", "predicted", "logits")
 
 
 def model(name, seed, n=60, skill=0.0, folds=3, repeats=2):
@@ -42,7 +48,7 @@ def test_the_loss_is_the_libraries():
 
 def test_every_fold_takes_the_model_with_the_least_loss():
     models = [model("a", 1), model("b", 2), model("c", 3)]
-    made, names = choose(models)
+    made, names = choose(models, validation_loss, PARTS)
     by_name = {m.name: m for m in models}
     assert len(names) == 6
     assert len(set(names.values())) > 1
@@ -90,4 +96,78 @@ def test_where_nothing_can_be_chosen(case):
         b = replace(b, fold=b.fold[::-1])
     if case == "no validation":
         b = replace(b, validation={key: value for key, value in b.validation.items() if key != (1, 1)})
-    assert choose([a] if case == "one model" else [a, b]) is None
+    assert choose([a] if case == "one model" else [a, b], validation_loss, PARTS) is None
+
+
+NAMES = {"ordinal": ("1", "2", "3"), "multilabel": ("a", "b"), "regression": (), "survival": ("2", "4")}
+
+
+def outcomes(kind, rng, n, skill):
+    """(truth, values, decisions) of n patients, predicted with some skill."""
+    signal = rng.normal(size=n)
+    seen = skill * signal + (1 - skill) * rng.normal(size=n)
+    if kind == "regression":
+        return signal[:, None], seen[:, None], np.empty((n, 0))
+    if kind == "survival":
+        time = 3 * np.exp(-signal)
+        truth = np.stack([time, (rng.random(n) < 0.8).astype(float)], 1)
+        risk = 1 / (1 + np.exp(-seen))
+        return truth, np.stack([risk, 1 - risk / 2, 1 - risk], 1), (risk > 0.5)[:, None].astype(float)
+    if kind == "ordinal":
+        grade = np.digitize(signal, [-0.5, 0.5])
+        prob = np.exp(-((seen[:, None] - np.array([-1, 0, 1])) ** 2))
+        prob /= prob.sum(1, keepdims=True)
+        return grade[:, None].astype(float), prob, prob.argmax(1)[:, None].astype(float)
+    truth = np.stack([signal > 0, signal > 0.5], 1).astype(float)
+    truth[::7, 1] = -1
+    prob = 1 / (1 + np.exp(-np.stack([3 * seen, 3 * seen - 1.5], 1)))
+    return truth, prob, (prob > 0.5).astype(float)
+
+
+def outcome_model(kind, name, skill, n=40, folds=2):
+    truth, values, decisions = outcomes(kind, np.random.default_rng(1), n, skill)
+    fold = (np.arange(n) % folds)[None]
+    made = {(0, f): outcomes(kind, np.random.default_rng([2, f]), 24, skill) for f in range(folds)}
+    validation = {where: (of[1], of[0]) for where, of in made.items()}
+    people, sites = tuple(f"P{i:02d}" for i in range(n)), ("A",) * n
+    return OutcomeTable(
+        name, kind, NAMES[kind], people, sites, truth, (0,), values[None], decisions[None], fold, validation
+    )
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_losses_of_other_outcomes_are_the_libraries(kind):
+    table = outcome_model(kind, "m", 0.5)
+    values, truth = table.validation[0, 1]
+    if kind == "ordinal":
+        expected = log_loss(truth[:, 0], values)
+    elif kind == "multilabel":
+        known = truth >= 0
+        expected = log_loss(truth[known], values[known])
+    elif kind == "regression":
+        expected = mean_squared_error(truth[:, 0], values[:, 0])
+    else:  # itself against torchsurv in test_survival
+        at = tuple(float(name) for name in NAMES[kind])
+        expected = metrics_over(truth[:, 0], truth[:, 1] == 1, values[:, 0], values[:, 1:], at)["ibs"][0]
+    assert KINDS[kind].validation_loss(table, 0, 1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_of_other_outcomes_the_better_model_is_chosen(kind):
+    models = [outcome_model(kind, "poor", 0.0), outcome_model(kind, "good", 0.9), outcome_model(kind, "site_only", 0.0)]
+    result, curves = evaluate_tables(models, {"bootstrap": 50})
+    assert list(result["models"]) == ["poor", "good", CHOSEN, "site_only", KINDS[kind].null]
+    entry = result["models"][CHOSEN]
+    assert entry["chosen"] == {"0/0": "good", "0/1": "good"}
+    assert entry["chosen_by"] == KINDS[kind].criterion
+    assert entry["scopes"]["pooled"]["metrics"] == result["models"]["good"]["scopes"]["pooled"]["metrics"]
+    assert not any(c["reference"] == CHOSEN for c in result["comparisons"])
+    assert CHOSEN in curves["models"]
+
+
+def test_a_loss_that_is_not_defined_chooses_nothing():
+    models = [outcome_model("survival", name, 0.5) for name in "ab"]
+    for m in models:
+        for _, truth in m.validation.values():
+            truth[:, 0] = 0.5  # nobody is seen at any horizon
+    assert choose(models, KINDS["survival"].validation_loss, ("values", "decisions")) is None
