@@ -1,0 +1,77 @@
+"""How often the shortcut probes give a false alarm, and how often they see a planted confounder.
+
+    .venv/bin/python benchmarks/alarms.py --cohorts 200
+
+Cohorts are drawn as slides' mean embeddings are: many features that go together, a site that shifts them, a label that
+shifts them less. Without confounding the label is dealt at random, at every site with the same chance; with it, a share
+of the patients has the label of the site's parity. Printed: the share of the cohorts with each warning, and a 95 %
+interval (Wilson).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from slidemake.shortcuts import Slides, probe_shortcuts
+
+FEATURES, SHARED, SITES = 300, 12, 4
+ALARMS = ("shortcut_site", "optimism")
+
+
+def cohort(seed: int, patients: int, confound: float) -> Slides:
+    """A slide of each patient; the site shifts embeddings three times as far as the label."""
+    rng = np.random.default_rng([seed, patients, round(100 * confound)])
+    site = rng.permutation(np.arange(patients) % SITES)
+    label = np.where(rng.random(patients) < confound, site % 2, rng.integers(2, size=patients))
+    x = rng.normal(size=(patients, SHARED)) @ rng.normal(size=(SHARED, FEATURES))
+    x += rng.normal(size=x.shape) + 3 * rng.normal(size=(SITES, FEATURES))[site]
+    x += np.outer(2 * label - 1, rng.normal(size=FEATURES))
+    people = tuple(f"P{i:04d}" for i in range(patients))
+    return Slides(x, people, tuple("nt"[k] for k in label), tuple("ABCD"[k] for k in site), ("one",) * patients)
+
+
+def warned(seed: int, patients: int, confound: float) -> list[str]:
+    """Codes of the warnings about a cohort."""
+    found = probe_shortcuts(cohort(seed, patients, confound), seed=seed)["findings"]
+    return [finding["code"] for finding in found if finding["level"] == "warning"]
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share k / n (Wilson 1927)."""
+    z, p = 1.96, k / n
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def main() -> None:
+    """Print a table of alarms by size of the cohort and confounding."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cohorts", type=int, default=200, help="of each kind (default: 200)")
+    parser.add_argument("--patients", type=int, nargs="+", default=[24, 80, 200], help="in a cohort")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    print(f"| patients | confounded | {' | '.join(ALARMS)} | either |\n|{'---|' * (len(ALARMS) + 3)}")
+    for patients in options.patients:
+        for confound in (0.0, 0.85):
+            one = partial(warned, patients=patients, confound=confound)
+            with ProcessPoolExecutor(options.workers) as pool:
+                found = list(pool.map(one, range(options.cohorts)))
+            counts = Counter(code for codes in found for code in set(codes))
+            counts["either"] = sum(any(code in codes for code in ALARMS) for codes in found)
+            cells = []
+            for code in (*ALARMS, "either"):
+                low, high = wilson(counts[code], len(found))
+                cells.append(f"{counts[code] / len(found):.3f} ({low:.3f} to {high:.3f})")
+            print(f"| {patients} | {confound:g} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
