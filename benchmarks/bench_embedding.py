@@ -117,7 +117,7 @@ def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path, othe
 
     `others`: peers that are installed, as `peers.find` gives them.
     """
-    from slidemake.encoder_runtime import keep_freed_memory
+    from slidemake.memory import keep_freed_memory
 
     keep_freed_memory()
     from slidemake.encoder_loading import load_encoder

@@ -42,6 +42,9 @@ def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
         done = tissue_stage.process_slide({**facts, "slide_id": "large"}, folder, options)
         (folder / "tissue.txt").write_text(done["fingerprint"])
         return {}
+    from slidemake.memory import keep_freed_memory
+
+    keep_freed_memory()
     from inputs import GRID, Slide, tile
 
     mark = {"slide_id": "large", "fingerprint": (folder / "tissue.txt").read_text()}
@@ -57,9 +60,6 @@ def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
 
 
 def embed(slide: Any, store: Path, folder: Path, part: int, count: int) -> dict[str, Any]:
-    from slidemake.encoder_runtime import keep_freed_memory
-
-    keep_freed_memory()
     import bench_embedding
     from slidemake.encoder_loading import load_encoder
     from slidemake.encoders import load_record

@@ -33,7 +33,7 @@ def extractor(slide: Slide, window: Any, coords: np.ndarray) -> float:
 
 def measure(slide: Slide, repeats: int, most: int) -> list[Row]:
     import torch
-    from slidemake.encoder_runtime import keep_freed_memory
+    from slidemake.memory import keep_freed_memory
     from slidemake.reader import open_slide
     from slidemake.stain import StainTransform
     from slidemake.stain_torch import apply_stain

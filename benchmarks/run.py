@@ -59,6 +59,10 @@ def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> di
     known = json.loads(given)
     large, one, small, *own = [Slide(**{**s, "results": Path(s["results"])}) for s in known["slides"]]
     repeats, rows, sizes, jpeg = size["repeats"], [], [], []
+    if name in ("reading", "store", "mil"):
+        from slidemake.memory import keep_freed_memory
+
+        keep_freed_memory()  # as the jobs do, and for whatever is measured beside them in this process
     if name == "reading":
         import bench_reading
 

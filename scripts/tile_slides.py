@@ -4,12 +4,14 @@ from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.grid import parse_grid
+from slidemake.memory import keep_freed_memory
 from slidemake.provenance import read_json
 from slidemake.racks import read_manifest, run_rack
 from slidemake.stain_stage import slide_transform
 from slidemake.tiling import process_slide
 
 with job(snakemake) as sm:  # noqa: F821
+    keep_freed_memory()  # every stored tile would be unmapped again
     results, options = Path(sm.params.results), dict(sm.params.options)
     grid = parse_grid(sm.wildcards.grid, options.pop("stride_px", None))
     target = read_json(sm.input.target) if options["pixels"] == "normalised" else None

