@@ -44,7 +44,7 @@ OPTIONS: dict[str, Any] = {
     "subgroup_patients": 20,
     "subgroup_class": 5,
     "abstention_alpha": 0.1,
-    "ece_bins": 10,
+    "ece_bins": 15,
 }
 MIN_SITE = 5  # patients below which a site gets no figures of its own
 COLUMNS = ("model", "metric", "scope", "value", "low", "high", "n", "positives", "reason")

@@ -20,7 +20,7 @@ from slidemake.objectives import Objective
 
 STATISTICS_TILES = 512  # tiles per patient, evenly spaced, for the mean and deviation of features
 VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an epoch is computed on ...
-EARLY_TILES = 256  # ... and in epochs that may not be kept, where it is only drawn: a seventh of all time otherwise
+EARLY_TILES = 256  # ... and in epochs that may not be kept, where it is only drawn: an eighth of all time otherwise
 
 # Chosen on cohorts of 24 patients (compose_cohort, three seeds) and plain enough to hold elsewhere: the outcome moves
 # little within factors of two of each.
