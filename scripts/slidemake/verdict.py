@@ -122,6 +122,7 @@ def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]
         for c in result["comparisons"]
         if c["model"] == name
         and c["reference"] != SHUFFLED
+        and result["models"][c["reference"]]["control"]  # not another model of the task
         and c["metrics"]
         and c["metrics"]["auroc"]["low"] is not None
     }

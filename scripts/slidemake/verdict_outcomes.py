@@ -46,7 +46,10 @@ def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]
     rivals = {
         c["reference"]: c["metrics"][metric]
         for c in result["comparisons"]
-        if c["model"] == name and c["reference"] != SHUFFLED and c["metrics"].get(metric, {}).get("low") is not None
+        if c["model"] == name
+        and c["reference"] != SHUFFLED
+        and result["models"][c["reference"]]["control"]  # not another model of the task
+        and c["metrics"].get(metric, {}).get("low") is not None
     }
     if not rivals:
         text = f"{name}: {title} {interval(found)}; there is no control to compare it with."

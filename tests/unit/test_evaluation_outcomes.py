@@ -166,7 +166,7 @@ def test_bad_input_gives_numbers_or_reasons(kind, case, tmp_path):
 
 @pytest.mark.parametrize("kind", list(NAMES))
 def test_models_are_compared_in_pairs_with_holm(kind):
-    made = [table(kind), table(kind, "other", noise=1.5), table(kind, "mean_pool_lr", noise=1.0)]
+    made = [table(kind), table(kind, "other", noise=0.6), table(kind, "mean_pool_lr", noise=1.5)]
     result, curves = evaluate_tables(made, QUICK)
     check_no_nan(result, curves)
     found = {(c["model"], c["reference"]): c for c in result["comparisons"]}
@@ -179,6 +179,8 @@ def test_models_are_compared_in_pairs_with_holm(kind):
     corrected = sorted(found[pair]["p_holm"] for pair in rivals)
     steps = [min(1, p * k) for p, k in zip(raw, (3, 2, 1), strict=True)]  # Holm 1979, by hand
     assert corrected == pytest.approx(np.maximum.accumulate(steps))
+    about = {line["text"].split(":")[0]: line["text"] for line in result["verdict"] if "difference" in line["text"]}
+    assert "The best control, other," not in about["m"]  # it is the best of the others, but no control
     assert found["m", "other"]["p_holm"] < 0.05
     assert found["m", "other"]["metrics"][result["primary"]]["difference"] > 0
 

@@ -87,6 +87,15 @@ def test_it_stands_beside_the_models_and_is_compared_with_controls_only():
     assert CHOSEN in curves["models"]
 
 
+def test_models_are_measured_against_controls_not_against_each_other():
+    result, _ = evaluate_models(
+        [model("good", 1, skill=1.0), model("fair", 2, skill=0.6), model("mean_pool_lr", 3)], {"bootstrap": 50}
+    )
+    about = {line["text"].split(":")[0]: line["text"] for line in result["verdict"] if "difference" in line["text"]}
+    assert all("The best control, fair," not in about[name] for name in ("good", CHOSEN))
+    assert "The best control, mean_pool_lr," in about["good"]
+
+
 @pytest.mark.parametrize("case", ["one model", "other patients", "other folds", "no validation"])
 def test_where_nothing_can_be_chosen(case):
     a, b = model("a", 1), model("b", 2)
