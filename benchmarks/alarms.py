@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from slidemake.shortcuts import Slides, probe_shortcuts
 
 FEATURES, SHARED, SITES = 300, 12, 4
+NULLS = 19  # permutations of the probes: enough for p = 0.05, and sites are told with far less
 ALARMS = ("shortcut_site", "optimism")
 
 
@@ -40,7 +41,7 @@ def cohort(seed: int, patients: int, confound: float) -> Slides:
 
 def warned(seed: int, patients: int, confound: float) -> list[str]:
     """Codes of the warnings about a cohort."""
-    found = probe_shortcuts(cohort(seed, patients, confound), seed=seed)["findings"]
+    found = probe_shortcuts(cohort(seed, patients, confound), seed, NULLS)["findings"]
     return [finding["code"] for finding in found if finding["level"] == "warning"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,7 @@ def _environment() -> Any:
     environment.filters["duration"] = _duration
     environment.filters["interval"] = _interval
     environment.filters["cell"] = _cell
+    environment.filters["counts"] = _counts
     environment.filters["counted"] = lambda values: Counter(values).most_common()
     return environment
 
@@ -328,6 +330,13 @@ def _number(value: Any, digits: int = 2) -> str:
         return "–"
     number = float(value)
     return f"{number:,.0f}" if digits == 0 or abs(number) >= 1000 else f"{number:.{digits}f}"
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    """How many patients each class has: `12 benign, 17 tumour`; labels that are numbers as `label 1: 12, label 2: 17`."""
+    if any(name.replace(".", "", 1).isdigit() for name in found):
+        return ", ".join(f"label {name}: {n}" for name, n in found.items())
+    return ", ".join(f"{n} {name}" for name, n in found.items())
 
 
 def _p_value(value: float | None) -> str:

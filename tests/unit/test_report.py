@@ -6,7 +6,7 @@ import re
 import pytest
 from slidemake.cohort_table import FAILURE_COLUMNS, write_table
 from slidemake.provenance import write_json
-from slidemake.report import slide_cards, stage_times, write_report
+from slidemake.report import _environment, slide_cards, stage_times, write_report
 from slidemake.report_timeline import POINTS, busy_times, running, timeline_section, working_time
 from slidemake.timings import job_runs
 
@@ -139,3 +139,9 @@ def test_thousands_of_jobs_are_drawn_in_few_steps(results):
     # The area under the curve is the time that jobs ran: 4,000 times 5 s.
     assert float((jobs[:-1] * (times[1:] - times[:-1])).sum()) == pytest.approx(20_000, rel=1e-6)
     assert len(timeline_section(results)["figure"]) < 200_000
+
+
+def test_counts_of_labels_that_are_numbers_are_told_from_the_labels():
+    counts = _environment().filters["counts"]
+    assert counts({"benign": 12, "tumour": 17}) == "12 benign, 17 tumour"
+    assert counts({"1": 2, "2": 4}) == "label 1: 2, label 2: 4"
