@@ -333,7 +333,7 @@ def _number(value: Any, digits: int = 2) -> str:
 
 
 def _counts(found: Mapping[str, int]) -> str:
-    """How many patients each class has: `12 benign, 17 tumour`; labels that are numbers as `label 1: 12, label 2: 17`."""
+    """Patients of each class: `12 benign, 17 tumour`; of labels that are numbers: `label 1: 12, label 2: 17`."""
     if any(name.replace(".", "", 1).isdigit() for name in found):
         return ", ".join(f"label {name}: {n}" for name, n in found.items())
     return ", ".join(f"{n} {name}" for name, n in found.items())
