@@ -26,6 +26,7 @@ from slidemake.report_outcomes import TITLES, outcome_section
 from slidemake.report_stress import stress_section
 from slidemake.report_timeline import timeline_section
 
+ALIKE = 3  # lines of a verdict of one kind that are all shown
 STAGE_TITLES = {
     "screen": "screening",
     "tissue": "tissue detection",
@@ -320,6 +321,7 @@ def _environment() -> Any:
     environment.filters["interval"] = _interval
     environment.filters["cell"] = _cell
     environment.filters["counts"] = _counts
+    environment.filters["alike"] = _alike
     environment.filters["counted"] = lambda values: Counter(values).most_common()
     return environment
 
@@ -337,6 +339,22 @@ def _counts(found: Mapping[str, int]) -> str:
     if any(name.replace(".", "", 1).isdigit() for name in found):
         return ", ".join(f"label {name}: {n}" for name, n in found.items())
     return ", ".join(f"{n} {name}" for name, n in found.items())
+
+
+def _alike(lines: list[dict[str, str]]) -> list[tuple[dict[str, str], list[dict[str, str]]]]:
+    """Lines of a verdict in their order; of more than three of one kind (a sweep has many models) the first, and the
+    others to be folded away beside it."""
+    kinds: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for line in lines:
+        kinds.setdefault((line["level"], line["code"]), []).append(line)
+    found: list[tuple[dict[str, str], list[dict[str, str]]]] = []
+    for line in lines:
+        same = kinds[line["level"], line["code"]]
+        if len(same) <= ALIKE:
+            found.append((line, []))
+        elif line is same[0]:
+            found.append((line, same[1:]))
+    return found
 
 
 def _p_value(value: float | None) -> str:

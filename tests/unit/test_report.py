@@ -145,3 +145,16 @@ def test_counts_of_labels_that_are_numbers_are_told_from_the_labels():
     counts = _environment().filters["counts"]
     assert counts({"benign": 12, "tumour": 17}) == "12 benign, 17 tumour"
     assert counts({"1": 2, "2": 4}) == "label 1: 2, label 2: 4"
+
+
+def test_a_verdict_about_many_models_is_folded():
+    alike = _environment().filters["alike"]
+    lines = [{"level": "note", "code": "size", "text": "few"}]
+    lines += [{"level": "warning", "code": "not_better", "text": f"m{i}"} for i in range(5)]
+    lines += [
+        {"level": "good", "code": "not_better", "text": "another level"},
+        {"level": "note", "code": "end", "text": ""},
+    ]
+    assert alike(lines) == [(lines[0], []), (lines[1], lines[2:6]), (lines[6], []), (lines[7], [])]
+    assert alike(lines[:4]) == [(line, []) for line in lines[:4]]
+    assert alike([]) == []
