@@ -13,7 +13,6 @@ the figure itself. `calibration.ece_if_calibrated` says what perfect predictions
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ import numpy as np
 from slidemake.calibration_report import calibration_report, mean_over_repeats
 from slidemake.cohort_table import read_table
 from slidemake.conformal import conformal, risk_coverage
-from slidemake.csv_cells import write_rows
 from slidemake.evaluation_scopes import (
     Draws,
     ensemble_scope,
@@ -35,12 +33,13 @@ from slidemake.evaluation_scopes import (
 )
 from slidemake.failures import RunError
 from slidemake.metrics import confusion
+from slidemake.metrics_files import write_metrics
 from slidemake.model_comparison import adjust, compare, pairs
 from slidemake.nested import CHOSEN, choose, validation_loss
 from slidemake.prediction_table import Predictions, read_predictions, read_validation
-from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
+from slidemake.provenance import STAGE_VERSIONS
 from slidemake.reliability import roc_and_pr
-from slidemake.subgroups import as_scopes, groups_of
+from slidemake.subgroups import groups_of
 from slidemake.verdict import CONTROLS, REFERENCE, confounding, verdict
 
 DEFAULTS: dict[str, Any] = {
@@ -55,7 +54,6 @@ DEFAULTS: dict[str, Any] = {
     "subgroup_patients": 20,
     "subgroup_class": 5,
 }
-COLUMNS = ("model", "metric", "scope", "value", "low", "high", "n", "positives", "prevalence", "reason")
 
 
 def prevalence_model(like: Predictions) -> Predictions:
@@ -187,23 +185,6 @@ def evaluate_models(
     return result, {"of": entries[first.name]["calibration"]["of"], "positive": result["positive"], "models": curves}
 
 
-def metrics_table(result: dict[str, Any]) -> str:
-    """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason."""
-    text = io.StringIO()
-    rows: list[tuple[Any, ...]] = [COLUMNS]
-    number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
-    for model, entry in result["models"].items():
-        for scope, body in {**entry["scopes"], **as_scopes(entry["subgroups"])}.items():
-            size = (body["n"], "" if body["positives"] is None else body["positives"], number(body["prevalence"]))
-            if not body["metrics"]:
-                rows.append((model, "auroc", scope, "", "", "", *size, body["reason"]))
-            for metric, m in body["metrics"].items():
-                figures = (number(m["value"]), number(m["low"]), number(m["high"]))
-                rows.append((model, metric, scope, *figures, *size, m["reason"] or ""))
-    write_rows(text, rows)
-    return text.getvalue()
-
-
 def evaluate(
     predictions: list[str | Path],
     names: list[str],
@@ -232,7 +213,5 @@ def evaluate(
         ]
     groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
     result, points = evaluate_models(models, options, contamination, groups, graded)
-    write_text(table, metrics_table(result))
-    write_json(curves, points)
-    write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
+    write_metrics(result, points, metrics, table, curves)
     return result

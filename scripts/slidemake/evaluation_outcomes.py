@@ -7,7 +7,6 @@ models; `ensemble` is of the prediction averaged over repeats. What is computed 
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from slidemake.cohort_table import read_table
 from slidemake.conformal import conformal, risk_coverage
 from slidemake.conformal_intervals import conformal_intervals
 from slidemake.contamination import in_words
-from slidemake.csv_cells import write_rows
 from slidemake.evaluation_kinds import KINDS, Kind
 from slidemake.failures import RunError
+from slidemake.metrics_files import write_metrics
 from slidemake.model_comparison import adjust, paired, pairs
 from slidemake.nested import CHOSEN, choose
 from slidemake.outcome_table import OutcomeTable, as_classes, read_outcome_validation, read_outcomes
-from slidemake.provenance import STAGE_VERSIONS, file_sums, write_json, write_text
-from slidemake.subgroups import as_scopes, by_group, groups_of
+from slidemake.provenance import STAGE_VERSIONS
+from slidemake.subgroups import by_group, groups_of
 from slidemake.verdict import CONTROLS, REFERENCE
 from slidemake.verdict_outcomes import outcome_verdict
 
@@ -47,7 +46,6 @@ OPTIONS: dict[str, Any] = {
     "ece_bins": 15,
 }
 MIN_SITE = 5  # patients below which a site gets no figures of its own
-COLUMNS = ("model", "metric", "scope", "value", "low", "high", "n", "positives", "reason")
 
 
 class _Draws:
@@ -268,23 +266,6 @@ def evaluate_tables(
     return result, {"type": kind.kind, "positive": None, "models": curves}
 
 
-def outcome_metrics_table(result: dict[str, Any]) -> str:
-    """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason."""
-    text = io.StringIO()
-    rows: list[tuple[Any, ...]] = [COLUMNS]
-    number = lambda value: "" if value is None else f"{value:.6g}"  # noqa: E731
-    for model, entry in result["models"].items():
-        for scope, body in {**entry["scopes"], **as_scopes(entry["subgroups"])}.items():
-            size = (body["n"], "" if body["positives"] is None else body["positives"])
-            if not body["metrics"]:
-                rows.append((model, result["primary"], scope, "", "", "", *size, body["reason"]))
-            for metric, m in body["metrics"].items():
-                figures = (number(m["value"]), number(m["low"]), number(m["high"]))
-                rows.append((model, metric, scope, *figures, *size, m["reason"] or ""))
-    write_rows(text, rows)
-    return text.getvalue()
-
-
 def evaluate_outcomes(
     predictions: list[str | Path],
     names: list[str],
@@ -313,7 +294,5 @@ def evaluate_outcomes(
             for path, t in zip(predictions, tables, strict=True)
         ]
     result, points = evaluate_tables(tables, options, contamination, groups)
-    write_text(table, outcome_metrics_table(result))
-    write_json(curves, points)
-    write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
+    write_metrics(result, points, metrics, table, curves)
     return result

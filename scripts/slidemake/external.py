@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from slidemake.cohort_table import read_table
-from slidemake.evaluation import evaluate_models, metrics_table
-from slidemake.evaluation_outcomes import evaluate_tables, outcome_metrics_table
+from slidemake.evaluation import evaluate_models
+from slidemake.evaluation_outcomes import evaluate_tables
 from slidemake.failures import RunError
+from slidemake.metrics_files import write_metrics
 from slidemake.outcome_table import OutcomeTable, parse_outcomes
 from slidemake.prediction_table import Predictions
-from slidemake.provenance import file_sums, write_json, write_text
 from slidemake.split_patients import some
 from slidemake.subgroups import groups_of
 from slidemake.targets import CLASSES, LabelError, canonical, join_cells, label_columns, label_task
@@ -144,7 +144,6 @@ def evaluate_external(
     if kind in CLASSES:
         p = external_predictions(rows, truth, bundle)
         result, points = evaluate_models([p], dict(options), None, groups, graded=kind == "ordinal")
-        text = metrics_table(result)
     else:
         p = external_outcomes(rows, truth, bundle)
         kept = bundle["training"].get("validation") or {}
@@ -153,7 +152,6 @@ def evaluate_external(
             of_validation = np.array(kept["values"], float), np.array(kept["labels"], float)[:, None]
             p = replace(p, validation={(0, 0): of_validation})
         result, points = evaluate_tables([p], dict(options), None, groups)
-        text = outcome_metrics_table(result)
     result["external"] = {
         "bundle": bundle["fingerprint"],
         "model": p.name,
@@ -162,7 +160,5 @@ def evaluate_external(
         "trained_on": len(bundle["training"].get("patients", ())),
         "without_label": len(rows) - len(p.patients),
     }
-    write_text(table, text)
-    write_json(curves, points)
-    write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
+    write_metrics(result, points, metrics, table, curves)
     return result

@@ -11,8 +11,9 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 from slidemake.bootstrap import bootstrap_indices, percentile_interval, scope_seed
 from slidemake.calibration_report import bins_for
-from slidemake.evaluation import evaluate, evaluate_models, metrics_table
+from slidemake.evaluation import evaluate, evaluate_models
 from slidemake.failures import RunError
+from slidemake.metrics_files import metrics_table
 from slidemake.prediction_table import Predictions, read_predictions
 from slidemake.verdict import cramers_v
 

@@ -12,8 +12,9 @@ import pytest
 from lifelines.utils import concordance_index
 from sklearn.metrics import r2_score, roc_auc_score
 from slidemake.bootstrap import bootstrap_weights, percentile_interval
-from slidemake.evaluation_outcomes import COLUMNS, evaluate_outcomes, evaluate_tables
+from slidemake.evaluation_outcomes import evaluate_outcomes, evaluate_tables
 from slidemake.failures import RunError
+from slidemake.metrics_files import FIGURES
 from slidemake.metrics_survival import metrics_over
 from slidemake.outcome_table import OutcomeTable, read_outcomes
 from slidemake.report import _environment
@@ -304,7 +305,7 @@ def test_files(kind, tmp_path):
     paths = {name: tmp_path / name for name in ("metrics", "table", "curves")}
     evaluate_outcomes([tmp_path / "p.csv"], ["m"], kind, QUICK, **paths)
     rows = list(csv.reader(io.StringIO(paths["table"].read_text())))
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == (*FIGURES, "reason")
     assert not any(cell.lower() in ("nan", "inf") for row in rows for cell in row)
 
 

@@ -10,8 +10,9 @@ import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from slidemake.calibration import probabilities
 from slidemake.calibration_report import calibration_report
-from slidemake.evaluation import DEFAULTS, evaluate_models, metrics_table
+from slidemake.evaluation import DEFAULTS, evaluate_models
 from slidemake.evaluation_scopes import Draws, group_scopes
+from slidemake.metrics_files import metrics_table
 from slidemake.prediction_table import Predictions
 from slidemake.subgroups import group_members, patient_values
 
