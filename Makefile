@@ -17,7 +17,7 @@ help:
 setup: .venv/ready
 
 .venv/ready: envs/requirements.txt
-	@echo "slidemake: setting up .venv with the locked packages (about 2 GB to download, 7 GB on disk, 3 to 6 minutes or more)"
+	@echo "slidemake: setting up .venv with the locked packages (about 2 GB to download, 7 GB on disk, about 6 minutes)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "slidemake needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r envs/requirements.txt
@@ -35,7 +35,7 @@ soak: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --folder "$${SOAK:-$$(mktemp -d -t slidemake-soak-XXXXXX)}"
 
 test: setup
-	@echo "slidemake: running the tests (10 to 30 minutes on 2 cores; real slides are used where SLIDEMAKE_TEST_DATA points)"
+	@echo "slidemake: running the tests (about half an hour on 2 cores; real slides are used where SLIDEMAKE_TEST_DATA points)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup

@@ -4,8 +4,8 @@
 
 Cohorts are drawn as slides' mean embeddings are: many features that go together, a site that shifts them, a label that
 shifts them less. Without confounding the label is dealt at random, at every site with the same chance; with it, a share
-of the patients has the label of the site's parity. Printed: the share of the cohorts with each warning, and a 95 %
-interval (Wilson).
+of the patients is given its site's label (two sites have each), and the others' is dealt at random. Printed: the share
+of the cohorts with each warning, and a 95 % interval (Wilson).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from slidemake.reliability import wilson_interval
 from slidemake.shortcuts import Slides, probe_shortcuts
 
 FEATURES, SHARED, SITES = 300, 12, 4
@@ -45,13 +46,6 @@ def warned(seed: int, patients: int, confound: float) -> list[str]:
     return [finding["code"] for finding in found if finding["level"] == "warning"]
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share k / n (Wilson 1927)."""
-    z, p = 1.96, k / n
-    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def main() -> None:
     """Print a table of alarms by size of the cohort and confounding."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,7 +63,7 @@ def main() -> None:
             counts["either"] = sum(any(code in codes for code in ALARMS) for codes in found)
             cells = []
             for code in (*ALARMS, "either"):
-                low, high = wilson(counts[code], len(found))
+                low, high = wilson_interval(counts[code], len(found))
                 cells.append(f"{counts[code] / len(found):.3f} ({low:.3f} to {high:.3f})")
             print(f"| {patients} | {confound:g} | {' | '.join(cells)} |", flush=True)
 

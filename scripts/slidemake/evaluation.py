@@ -34,8 +34,8 @@ from slidemake.evaluation_scopes import (
 from slidemake.failures import RunError
 from slidemake.metrics import confusion
 from slidemake.metrics_files import write_metrics
-from slidemake.model_comparison import adjust, compare, pairs
-from slidemake.nested import CHOSEN, choose, validation_loss
+from slidemake.model_comparison import adjust, compare
+from slidemake.nested import CHOSEN, validation_loss, with_choice
 from slidemake.prediction_table import Predictions, read_predictions, read_validation
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.reliability import roc_and_pr
@@ -150,17 +150,12 @@ def evaluate_models(
         raise RunError(f"evaluate: the models of one task have different classes ({listed}); train them again")
     first = models[0]
     models = [m for m in models if m.name != "prevalence"] + [prevalence_model(first)]
-    asked = pairs(models, CONTROLS)
-    rivals = [m for m in models if m.name not in CONTROLS]
-    if found := choose(rivals, validation_loss, ("prob", "predicted", "logits")):
-        # compared with the controls, and not with the models that it is made of
-        asked += [(found[0], m) for m in models if m.name in CONTROLS]
-        models = sorted([*models, found[0]], key=lambda m: m.name in CONTROLS)  # stable: controls come last
+    models, asked, chosen = with_choice(models, CONTROLS, validation_loss, ("prob", "predicted", "logits"))
     draws, entries, resampled = Draws({**options, "graded": graded}), {}, {}
     for model in models:
         entries[model.name], resampled[model.name] = _one_model(model, draws, groups or {})
-    if found:
-        entries[CHOSEN] |= {"chosen": found[1], "chosen_by": "log-loss"}
+    if chosen:
+        entries[CHOSEN] |= {"chosen": chosen, "chosen_by": "log-loss"}
     comparisons = [compare(a, b, entries, resampled, options["level"]) for a, b in asked]
     adjust(comparisons)
     counts = np.bincount(first.labels, minlength=len(first.classes))

@@ -7,6 +7,7 @@ knows no type but through it.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ Figures = dict[str, np.ndarray]
 LABEL_METRICS = ("auroc", "auprc", "balanced_accuracy", "f1", "sensitivity", "specificity", "brier")
 
 
-class Kind:
+class Kind(ABC):
     """Defaults. `primary` compares models; `null` is the name of the baseline that knows no features."""
 
     kind = ""
@@ -35,22 +36,22 @@ class Kind:
     few = "patients"
     criterion = "log-loss"  # what `validation_loss` is called
 
+    @abstractmethod
     def over(self, table: OutcomeTable, repeat: int, chosen: np.ndarray, weights: np.ndarray | None) -> Figures:
         """{metric: (B,)} of the patients `chosen` (indices) in one repeat, for weights (B, m)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, values: np.ndarray, truth: np.ndarray, names: tuple[str, ...]) -> float:
         """A proper loss of predicted values (m, P), NaN where it is not defined."""
-        raise NotImplementedError
 
     def validation_loss(self, table: OutcomeTable, repeat: int, fold: int) -> float:
         """Loss of the validation patients of a fold, predicted by members that were not fitted to them."""
         values, truth = (table.validation or {})[repeat, fold]
         return self.loss(values, truth, table.names)
 
+    @abstractmethod
     def why(self, metric: str, table: OutcomeTable, repeat: int, chosen: np.ndarray) -> str | None:
         """Why a metric has no value."""
-        raise NotImplementedError
 
     def strata(self, truth: np.ndarray) -> np.ndarray:
         """(n,) int: groups that are resampled each by itself."""
@@ -81,9 +82,9 @@ class Kind:
         """How many patients carry the information; few of them are warned about (`few` says what they are)."""
         return len(table.truth)
 
+    @abstractmethod
     def baseline(self, table: OutcomeTable) -> tuple[np.ndarray, np.ndarray]:
         """(values (P,), decisions (Q,)) of the baseline, the same for every patient."""
-        raise NotImplementedError
 
     def extras(self, table: OutcomeTable) -> dict[str, Any]:
         """What is reported of a model besides metrics."""

@@ -27,8 +27,8 @@ from slidemake.contamination import in_words
 from slidemake.evaluation_kinds import KINDS, Kind
 from slidemake.failures import RunError
 from slidemake.metrics_files import write_metrics
-from slidemake.model_comparison import adjust, paired, pairs
-from slidemake.nested import CHOSEN, choose
+from slidemake.model_comparison import adjust, paired
+from slidemake.nested import CHOSEN, with_choice
 from slidemake.outcome_table import OutcomeTable, as_classes, read_outcome_validation, read_outcomes
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.subgroups import by_group, groups_of
@@ -220,16 +220,12 @@ def evaluate_tables(
     kind, first = KINDS[tables[0].kind], tables[0]
     tables = [*tables, kind.null_model(first)]
     controls = {t.name for t in tables if _is_control(t, kind)}
-    asked = pairs(tables, controls)
-    if found := choose([t for t in tables if t.name not in controls], kind.validation_loss, ("values", "decisions")):
-        # compared with the controls, and not with the models that it is made of
-        asked += [(found[0], t) for t in tables if t.name in controls]
-        tables = sorted([*tables, found[0]], key=lambda t: t.name in controls)  # stable: controls come last
+    tables, asked, chosen = with_choice(tables, controls, kind.validation_loss, ("values", "decisions"))
     draws, entries, resampled = _Draws(kind, options), {}, {}
     for table in tables:
         entries[table.name], resampled[table.name] = _one_model(table, draws, groups or {})
-    if found:
-        entries[CHOSEN] |= {"chosen": found[1], "chosen_by": kind.criterion}
+    if chosen:
+        entries[CHOSEN] |= {"chosen": chosen, "chosen_by": kind.criterion}
     comparisons = [paired(a, b, entries, resampled, options["level"]) for a, b in asked]
     adjust(comparisons, kind.primary)
     result = {

@@ -7,12 +7,13 @@ tested: nested cross-validation (Varma and Simon 2006, BMC Bioinformatics 7:91).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import Field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
+from slidemake.model_comparison import pairs
 from slidemake.prediction_table import Predictions
 
 CHOSEN = "best_by_validation"
@@ -20,7 +21,9 @@ TINY = 1e-7  # probability below which the log-loss grows no more
 
 
 class Chosen(Protocol):
-    """What is chosen among: predictions that know their folds and the validation patients of each."""
+    """What is chosen among: dataclasses of predictions that know their folds and the validation patients of each."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def name(self) -> str: ...
@@ -82,4 +85,21 @@ def choose(
                 made[part][r, inside] = getattr(best, part)[r, inside]
             validation[repeat, fold] = (best.validation or {})[repeat, fold]
             names[f"{repeat}/{fold}"] = best.name
-    return replace(first, name=CHOSEN, validation=validation, **made), names  # type: ignore[type-var]
+    return replace(first, name=CHOSEN, validation=validation, **made), names
+
+
+def with_choice(
+    models: Sequence[M], controls: Container[str], loss: Callable[[M, int, int], float], parts: Sequence[str]
+) -> tuple[list[M], list[tuple[M, M]], dict[str, str]]:
+    """The models and, where there is one, the choice among those that are no controls: (models, controls last; which
+    are compared; the names chosen, empty without a choice).
+
+    The choice is compared with the controls, and not with the models that it is made of. loss, parts: of `choose`.
+    """
+    asked = pairs(models, controls)
+    found = choose([m for m in models if m.name not in controls], loss, parts)
+    if found is None:
+        return list(models), asked, {}
+    made, names = found
+    asked += [(made, m) for m in models if m.name in controls]
+    return sorted([*models, made], key=lambda m: m.name in controls), asked, names  # stable

@@ -67,7 +67,7 @@ class TileCodec:
         return data + struct.pack("<I", google_crc32c.value(data))
 
     def decode(self, data: bytes, out: np.ndarray) -> None:
-        """Decode the tile into `out` (H, W, 3), which costs a sixth less than a tile that is copied there afterwards.
+        """Decode the tile into `out` (H, W, 3), which spares allocating a tile and copying it there.
 
         A checksum that does not match raises OSError, a tile of another size ValueError.
         """

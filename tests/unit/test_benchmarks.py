@@ -76,3 +76,16 @@ def test_a_verdict_needs_all_turns_to_agree():
     assert compare("stain", "a", "ms", ours, "b", limit, bar="<=0.7").verdict == "missed"
     assert compare("stain", "a", "ms", ours, "b", limit).verdict == ""
     assert compare("store", "a", "tiles/s", ours, "b", limit, clock="cpu").figure == 45.0
+
+
+def test_alarms_are_counted():
+    command = [sys.executable, str(ROOT / "benchmarks" / "alarms.py"), "--cohorts", "2", "--patients", "16"]
+    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert head == ["patients", "confounded", "shortcut_site", "optimism", "either"]
+    assert [row[:2] for row in rows] == [["16", "0"], ["16", "0.85"]]
+    for row in rows:
+        shares = [float(cell.split()[0]) for cell in row[2:]]
+        assert all(share in (0, 0.5, 1) for share in shares)
+        assert max(shares[:2]) <= shares[2] <= sum(shares[:2])

@@ -207,16 +207,23 @@ def test_ranks_are_compared_within_folds():
     survival = curves(eta / 10)
     found = metrics_over(time, event, eta, survival, HORIZONS, groups=groups)
     weight = get_ipcw(torch.tensor(event), torch.tensor(time).float()).numpy()
-    first = lambda i, j: event[i] and time[i] < time[j]  # noqa: E731
+
+    def first(i, j):
+        return event[i] and time[i] < time[j]
+
+    def early(i, j):
+        return first(i, j) and time[i] < HORIZONS[-1]
+
+    def at_eight(i, j):
+        return event[i] and time[i] <= 8 < time[j]
+
     harrell = by_hand(time, event, eta, groups, lambda i: 1.0, first)
     assert found["c_index"][0] == pytest.approx(harrell, abs=1e-6)
-    early = lambda i, j: first(i, j) and time[i] < HORIZONS[-1]  # noqa: E731
     assert found["c_uno"][0] == pytest.approx(
         by_hand(time, event, eta, groups, lambda i: weight[i] ** 2, early), abs=1e-5
     )
-    at = lambda i, j: event[i] and time[i] <= 8 < time[j]  # noqa: E731
     assert found["td_auc@8"][0] == pytest.approx(
-        by_hand(time, event, 1 - survival[:, 1], groups, lambda i: weight[i], at), abs=1e-5
+        by_hand(time, event, 1 - survival[:, 1], groups, lambda i: weight[i], at_eight), abs=1e-5
     )
     across = metrics_over(time, event, eta, survival, HORIZONS)
     assert abs(across["c_index"][0] - harrell) > 0.05

@@ -133,6 +133,26 @@ def test_curves_are_one_row_an_epoch(trained):
     assert QUICK["min_epochs"] <= len(first) <= QUICK["epochs"]
 
 
+def test_epochs_that_may_not_be_kept_are_validated_on_fewer_tiles(monkeypatch):
+    """Which changes what is drawn of them, and nothing of the model or of the epochs that count."""
+    bags, splits = planted()
+    labels = {p: int(label == "Y") for p, label in splits.labels.items()}
+    names, settings = sorted(labels), {**DEFAULTS, **QUICK}
+    made = []
+    for tiles in (256, 1):
+        monkeypatch.setattr("slidemake.fitting.EARLY_TILES", tiles)
+        objective = class_objective(labels, names[:16], 2, settings)
+        made.append(fit_member(bags, objective, names[:16], names[16:], settings, 0))
+    whole, few = made
+    early = settings["min_epochs"] - 1
+    assert [e["train_loss"] for e in whole.curve] == [e["train_loss"] for e in few.curve]
+    assert whole.curve[early:] == few.curve[early:]
+    assert all(a["val_loss"] != b["val_loss"] for a, b in zip(whole.curve[:early], few.curve[:early], strict=True))
+    assert whole.epoch == few.epoch
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, few.model.state_dict()[key])
+
+
 def test_patients_without_tiles_and_bags_of_one_tile(tmp_path):
     bags, splits = planted()
     sizes = np.diff(bags.offsets)
