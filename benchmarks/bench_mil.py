@@ -24,6 +24,8 @@ from slidemake.training import member_plan
 from torch import Tensor, nn
 
 DIM = 1280
+FEW_TURNS = 3  # of everything; then only of what a bar is on
+MANY_TURNS = ("plain 1", "first", "whole")
 
 
 class PlainABMIL(nn.Module):
@@ -142,20 +144,24 @@ print(json.dumps(largest() - before))
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def torchmil_row(size: str, others: dict[str, Any], count: int, tiles: int, epoch: Timed, repeats: int) -> list[Row]:
-    if "torchmil" not in others:
-        return []
-    theirs = Timed()
-    try:
-        for _ in range(repeats):
-            peer_programs.measure_once(others, "torchmil", [str(count), str(tiles)], False, theirs)
-    except peer_programs.PeerFailed as error:
-        print(error, file=sys.stderr)
-        return []
-    return [compare("mil", f"{size}, every tile, per epoch", "bags/s", epoch, "torchmil, own loop, 1 thread", theirs)]
+def all_turns(
+    tasks: dict[str, Any], turns: int, others: dict[str, Any], size: list[str]
+) -> tuple[dict[str, Timed], Timed]:
+    """Every task in turns, torchmil's program among them; after FEW_TURNS only the MANY_TURNS."""
+    times, theirs = {name: Timed() for name in tasks}, Timed()
+    for turn in range(turns):
+        now = {name: task for name, task in tasks.items() if turn < FEW_TURNS or name in MANY_TURNS}
+        for name, timed in in_turns(now, 1, warm=False).items():
+            times[name].add(timed)
+        if "torchmil" in others and len(theirs.wall) == turn:  # one that failed is not tried again
+            try:
+                peer_programs.measure_once(others, "torchmil", size, False, theirs)
+            except peer_programs.PeerFailed as error:
+                print(error, file=sys.stderr)
+    return times, theirs
 
 
-def measure(size: dict[str, Any], repeats: int, folder: Path, others: dict[str, Any]) -> list[Row]:
+def measure(size: dict[str, Any], turns: int, folder: Path, others: dict[str, Any]) -> list[Row]:
     """Rows for the bags of `size`: an epoch beside a plain loop and torchmil, a whole job, memory of a large cohort."""
     count, tiles, epochs = size["bags"]
     many = size["many"]
@@ -184,7 +190,7 @@ def measure(size: dict[str, Any], repeats: int, folder: Path, others: dict[str, 
     few = dict(list(labels.items())[:4])
     plain_loop(tensors[:4], [0, 1, 0, 1], 1, 1)  # what is paid once per process
     ours(bags, few, 1)
-    times = in_turns(tasks, repeats, warm=False)
+    times, theirs = all_turns(tasks, turns, others, [str(count), str(tiles)])
     what = f"{count} bags x {tiles} x {DIM}"
     row = partial(compare, "mil", unit="bags/s")
     epoch = later_epochs(times["whole"], times["first"], epochs)
@@ -198,7 +204,9 @@ def measure(size: dict[str, Any], repeats: int, folder: Path, others: dict[str, 
         row(f"{what}, as configured by default, all in", figure=times["default"], limit=times["plain 1"], **one),
         row(f"{what}, every tile, all in, two members", figure=times["pair"], limit=times["plain 2"], **two),
     ]
-    rows += torchmil_row(what, others, count, tiles, epoch, repeats)
+    if theirs.wall:
+        beside = "torchmil, own loop, 1 thread"
+        rows.append(row(f"{what}, every tile, per epoch", figure=epoch, limit=theirs, beside=beside))
     for figure, fits in zip(job, ("trained once each", "with four members a fold, as by default"), strict=True):
         name = f"{what}: 5 folds, 5 seeds, {fits}; 2 threads, from {size['members']} members"
         ten = Timed([10.0], [20.0])

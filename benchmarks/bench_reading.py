@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -65,6 +66,18 @@ class StoredTiles:
         with ThreadPoolExecutor(threads) as pool:
             parts = [self.data[i : i + PART] for i in range(0, len(self.data), PART)]
             list(pool.map(lambda part: [self.decode(d) for d in part] and None, parts))
+        return worth
+
+    def decode_and_filter(self, threads: int, worth: int, regions: np.ndarray, window: Any) -> float:
+        """As `decode_all`, then `worth` times the antialiased filter on regions in memory: what a resampled grid is."""
+        from slidemake.tile_reading import resample
+
+        def filter_part(count: int) -> None:
+            resample(regions[:count], window.read_px, window.tile_px)
+
+        self.decode_all(threads, worth)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(filter_part, [min(PART, worth - i) for i in range(0, worth, PART)]))
         return worth
 
 
@@ -139,11 +152,15 @@ def measure(slide: Slide, repeats: int, most: int, section: str = "reading") -> 
         coords = coords[:most]
         stored, name = StoredTiles(slide, window, coords), f"{slide.slide_id} {grid.replace('_', ' ')}"
         tasks: dict[str, Callable[[], float]] = {}
+        side = math.ceil(window.read_px - 1e-6)
+        regions = np.random.default_rng(0).integers(0, 255, (PART, side, side, 3), np.uint8)
         for n in (1, 2):
             tasks[f"ours {n}"] = partial(our_reader, slide, window, coords, n)
             tasks[f"raw {n}"] = partial(stored.decode_all, n, len(coords))
             if grid == GRID:
                 tasks[f"openslide {n}"] = partial(openslide_alone, slide.path, window, coords, n)
+            else:
+                tasks[f"filtered {n}"] = partial(stored.decode_and_filter, n, len(coords), regions, window)
         if grid == GRID:
             for n in (0, 2):
                 tasks[f"loader {n}"] = partial(data_loader, slide.path, window, coords, n)
@@ -152,9 +169,13 @@ def measure(slide: Slide, repeats: int, most: int, section: str = "reading") -> 
         for n in (1, 2):
             figure, what = times[f"ours {n}"], f"read {name}, {n} thread{'s' * (n > 1)}"
             bar = ">=0.7" if n == 2 else ""
-            beside = f"raw JPEG decoding, {n} thread{'s' * (n > 1)}"
+            threads = f"{n} thread{'s' * (n > 1)}"
+            beside = f"raw JPEG decoding, {threads}"
             rows.append(compare(section, what, "tiles/s", figure, beside, times[f"raw {n}"], bar=bar))
-            if grid == GRID:
+            if grid == RESAMPLED:
+                beside = f"raw JPEG decoding, then the filter alone, {threads}"
+                rows.append(compare(section, what, "tiles/s", figure, beside, times[f"filtered {n}"], bar=bar))
+            else:
                 peer = times[f"openslide {n}"]
                 rows.append(compare(section, what, "tiles/s", figure, "OpenSlide read_region, same threads", peer))
         if grid == GRID:

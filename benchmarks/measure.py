@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,16 +35,36 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the bar is met or missed: only where all turns agree, otherwise "unclear"; empty without a bar."""
+        """Whether the bar is met or missed: where the interval of the median lies on one side of it, otherwise
+        "unclear"; empty without a bar."""
         if not self.bar:
             return ""
-        values = self.figures if self.absolute else [a / b for a, b in zip(self.figures, self.limits, strict=True)]
+        values = self.figures if self.absolute else self.ratios
         below, bar = self.bar.startswith("<="), float(self.bar[2:])
-        reached = {value <= bar if below else value >= bar for value in values}
+        reached = {value <= bar if below else value >= bar for value in median_interval(values)}
         return "unclear" if len(reached) > 1 else "met" if reached == {True} else "missed"
 
+    @property
+    def ratios(self) -> list[float]:
+        """Turn by turn."""
+        return [a / b for a, b in zip(self.figures, self.limits, strict=True)]
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict}
+        return {**asdict(self), "interval": median_interval(self.ratios), "verdict": self.verdict}
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Two of the values between which the median of what they are drawn from lies with at least `level`.
+
+    The interval of order statistics, which assumes no distribution: the k-th smallest and largest, with the largest k
+    for which 2 P(Binomial(n, 1/2) < k) <= 1 - level. Below six values not even the extremes reach 95 %: they are given.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, k = 2 * 0.5**n, 1
+    while k < n // 2 and outside + 2 * math.comb(n, k) * 0.5**n <= 1 - level:
+        outside += 2 * math.comb(n, k) * 0.5**n
+        k += 1
+    return ordered[k - 1], ordered[n - k]
 
 
 @dataclass
@@ -55,6 +76,10 @@ class Timed:
 
     def first(self, turns: int) -> Timed:
         return Timed(self.wall[:turns], self.cpu[:turns])
+
+    def add(self, other: Timed) -> None:
+        self.wall += other.wall
+        self.cpu += other.cpu
 
 
 def cpu_seconds() -> float:
@@ -94,6 +119,8 @@ def compare(
     clock: str = "wall",
 ) -> Row:
     """The row of two things measured `in_turns`: medians, and the median of the ratios turn by turn."""
+    turns = min(len(figure.wall), len(limit.wall))  # peers take fewer turns: pair by pair as far as both go
+    figure, limit = figure.first(turns), limit.first(turns)
     figures, limits = (figure.wall, limit.wall) if clock == "wall" else (figure.cpu, limit.cpu)
     return Row(
         section=section,

@@ -30,7 +30,7 @@ from peers import find  # noqa: E402
 
 PACKAGES = ("numpy", "torch", "timm", "zarr", "imagecodecs", "openslide-python", "openslide-bin", "pyvips-binary")
 FULL: dict[str, Any] = {
-    "repeats": 3,
+    "turns": {"embedding": 9, "reading": 9, "store": 9, "mil": 9, "tiatoolbox": 3},
     "cell": 4096,  # px; the slide that is read is this, mirrored
     "copies": 4,
     "one": 2,  # the slide that is embedded, in copies
@@ -46,7 +46,14 @@ FULL: dict[str, Any] = {
     "part": 4096,  # of its tiles are embedded
     "jpeg": 256,  # tiles
 }
-SMALL = FULL | {"repeats": 1, "cell": 1280, "copies": 1, "one": 1, "small": 1280, "slides": 2}
+SMALL = FULL | {
+    "turns": dict.fromkeys(FULL["turns"], 1),
+    "cell": 1280,
+    "copies": 1,
+    "one": 1,
+    "small": 1280,
+    "slides": 2,
+}
 SMALL |= {"read": 32, "embed": 16, "eager": 8, "bags": (8, 200, 2)}
 SMALL |= {"members": 1, "many": (8, 200, 16), "large": 1, "part": 16, "jpeg": 8}
 SECTIONS = ("embedding", "reading", "store", "mil", "tiatoolbox", "jpeg", "memory")
@@ -58,7 +65,7 @@ def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> di
 
     known = json.loads(given)
     large, one, small, *own = [Slide(**{**s, "results": Path(s["results"])}) for s in known["slides"]]
-    repeats, rows, sizes, jpeg = size["repeats"], [], [], []
+    turns, rows, sizes, jpeg = size["turns"].get(name, 1), [], [], []
     if name in ("reading", "store", "mil"):
         from slidemake.memory import keep_freed_memory
 
@@ -67,12 +74,12 @@ def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> di
         import bench_reading
 
         for slide in (large, *own):
-            rows += bench_reading.measure(slide, repeats, size["read"])
+            rows += bench_reading.measure(slide, turns, size["read"])
     elif name == "store":
         import bench_store
 
         for slide in (large, *own):
-            found, more = bench_store.measure(slide, repeats, size["read"] // 3, folder)
+            found, more = bench_store.measure(slide, turns, size["read"] // 3, folder)
             rows, sizes = rows + found, sizes + more
     elif name == "embedding":
         import bench_embedding
@@ -81,7 +88,7 @@ def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> di
     elif name == "mil":
         import bench_mil
 
-        rows = bench_mil.measure(size, repeats, folder, known["peers"])
+        rows = bench_mil.measure(size, turns, folder, known["peers"])
     elif name == "jpeg":
         import bench_jpeg
 
@@ -96,7 +103,7 @@ def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> di
     else:
         import bench_tiatoolbox
 
-        rows = bench_tiatoolbox.measure(large, repeats, size["read"] // 3)
+        rows = bench_tiatoolbox.measure(large, turns, size["read"] // 3)
     return {"rows": [row.as_dict() for row in rows], "sizes": sizes, "jpeg": jpeg}
 
 
@@ -189,7 +196,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.text(max(row["ratio"], 1e-3), place, f" {row['ratio']:.2f}", va="center", fontsize=7)
         if row["bar"] and not row["absolute"]:
             axes.plot([float(row["bar"][2:])] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.5)
-    axes.set_xlabel("ratio; a short line is its bar\n(green: met in every turn, red: in none, yellow: turns disagree)")
+    axes.set_xlabel("ratio; a short line is its bar\n(green: met, red: missed, yellow: unclear)")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -27,14 +27,14 @@ def _head(*names: str) -> str:
 
 def rows_of(rows: list[dict[str, Any]]) -> str:
     """Figures beside their limits or peers."""
-    lines = [_head("what", "measured", "beside", "that", "ratio", "by CPU time", "turns", "bar")]
+    lines = [_head("what", "measured", "beside", "that", "ratio", "by CPU time", "interval", "turns", "bar")]
     for row in rows:
         bar = "" if not row["bar"] else f"{row['bar']}: **{row['verdict']}**"
-        ratios = [a / b for a, b in zip(row["figures"], row["limits"], strict=True)]
-        turns = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
+        turns, (low, high) = len(row["figures"]), row["interval"]
+        interval = f"{low:.2f} to {high:.2f}" if turns > 1 else ""
         lines.append(
             f"| {row['name']} | {number(row['figure'])} {row['unit']} | {row['beside']} | {number(row['limit'])} "
-            f"| {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {turns} | {bar} |"
+            f"| {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {interval} | {turns} | {bar} |"
         )
     return "\n".join(lines)
 
@@ -76,7 +76,7 @@ def machine_of(results: dict[str, Any]) -> str:
     return (
         f"{machine['processor']}{', AVX-512' if machine['avx512'] else ''}, {machine['cores']} cores, "
         f"{machine['memory_gb']} GB, no GPU; {machine['system']}, Python {machine['python']}; {versions}. "
-        f"{results['size']['repeats']} turns. Other programs meanwhile used, of the machine's CPU time: {busy}."
+        f"Other programs meanwhile used, of the machine's CPU time: {busy}."
     )
 
 

@@ -30,7 +30,7 @@ def test_every_figure_stands_beside_a_limit(outcome):
         assert row["beside"]
         assert all(math.isfinite(row[key]) for key in ("figure", "limit", "ratio", "cpu_ratio")), row
         assert row["limit"] > 0, row
-        assert len(row["figures"]) == len(row["limits"]) == results["size"]["repeats"]  # one, in the small run
+        assert len(row["figures"]) == len(row["limits"]) == 1  # turn, in the small run
         assert row["name"] in printed
     assert (folder / "small.png").stat().st_size > 10_000
     assert [(e["quality"], e["subsampling"]) for e in results["jpeg"]][:2] == [(70, "444"), (80, "444")]
@@ -62,7 +62,18 @@ def test_the_machine_is_described(outcome):
     assert {"numpy", "torch", "zarr", "imagecodecs"} <= set(machine["packages"])
 
 
-def test_a_verdict_needs_all_turns_to_agree():
+def test_the_interval_of_a_median_is_that_of_order_statistics():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from measure import median_interval
+
+    # By hand: 2 P(Binomial(n, 1/2) < k) <= 0.05. n = 5: 2/32 for the extremes already is more; n = 6 to 8: k = 1;
+    # n = 9: 2 (1 + 9) / 512 = 0.039 for k = 2; n = 12: 2 (1 + 12 + 66) / 4096 = 0.039 for k = 3; n = 25: k = 8 (tables).
+    for n, k in ((1, 1), (3, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (25, 8)):
+        values = [float(v) for v in range(1, n + 1)]
+        assert median_interval(values[::-1]) == (k, n + 1 - k), n
+
+
+def test_a_verdict_needs_the_interval_on_one_side():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from measure import Timed, compare
 
@@ -75,6 +86,12 @@ def test_a_verdict_needs_all_turns_to_agree():
     assert compare("store", "a", "tiles/s", ours, "b", limit, bar=">=75", absolute=True).verdict == "met"
     assert compare("stain", "a", "ms", ours, "b", limit, bar="<=0.7").verdict == "missed"
     assert compare("stain", "a", "ms", ours, "b", limit).verdict == ""
+    one_off = Timed([0.5, *[1.0] * 8], [1.0] * 9)
+    assert compare("a", "a", "", one_off, "b", Timed([1.0] * 9, [1.0] * 9), bar=">=1").verdict == "met"
+    two_off = Timed([0.5, 0.5, *[1.0] * 7], [1.0] * 9)
+    assert compare("a", "a", "", two_off, "b", Timed([1.0] * 9, [1.0] * 9), bar=">=1").verdict == "unclear"
+    fewer = compare("a", "a", "", two_off, "b", Timed([1.0] * 3, [1.0] * 3))  # a peer of three turns: pairs of three
+    assert (len(fewer.figures), fewer.ratio, fewer.figure) == (3, 0.5, 0.5)
     assert compare("store", "a", "tiles/s", ours, "b", limit, clock="cpu").figure == 45.0
 
 
