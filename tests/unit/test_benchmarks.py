@@ -67,7 +67,7 @@ def test_the_interval_of_a_median_is_that_of_order_statistics():
     from measure import median_interval
 
     # By hand: 2 P(Binomial(n, 1/2) < k) <= 0.05. n = 5: 2/32 for the extremes already is more; n = 6 to 8: k = 1;
-    # n = 9: 2 (1 + 9) / 512 = 0.039 for k = 2; n = 12: 2 (1 + 12 + 66) / 4096 = 0.039 for k = 3; n = 25: k = 8 (tables).
+    # n = 9: 2 (1 + 9) / 512 = 0.039 for k = 2; n = 12: 2 (1 + 12 + 66) / 4096 = 0.039 for k = 3; n = 25: k = 8.
     for n, k in ((1, 1), (3, 1), (5, 1), (6, 1), (8, 1), (9, 2), (12, 3), (25, 8)):
         values = [float(v) for v in range(1, n + 1)]
         assert median_interval(values[::-1]) == (k, n + 1 - k), n
