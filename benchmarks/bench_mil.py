@@ -20,7 +20,7 @@ from measure import Row, Timed, compare, in_turns
 from slidemake.bags import Bags, make_bags
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.objectives import class_objective
-from slidemake.training import member_plan
+from slidemake.training_plan import member_plan
 from torch import Tensor, nn
 
 DIM = 1280

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import torch
 from bench_reading import OpenSlideTiles
+from slidemake.encoder_access import resolve_weights
 from slidemake.encoder_loading import build_model
-from slidemake.encoders import load_record, resolve_weights
+from slidemake.encoders import load_record
 from slidemake.tiles import TileStore
 from torch.utils.data import DataLoader
 

@@ -7,8 +7,9 @@ from slidemake.adapter import job
 from slidemake.background import embed_background
 from slidemake.devices import claimed_device
 from slidemake.embedding import warm_encoder
+from slidemake.encoder_access import resolve_weights
 from slidemake.encoder_runtime import effective_precision
-from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
+from slidemake.encoders import EncoderRecord, identity, weights_sha256
 from slidemake.grid import parse_grid
 from slidemake.memory import keep_freed_memory
 from slidemake.racks import read_manifest, run_rack

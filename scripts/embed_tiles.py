@@ -6,8 +6,9 @@ from pathlib import Path
 from slidemake.adapter import job
 from slidemake.devices import claimed_device
 from slidemake.embedding import Lane, make_slide_job, process_rack
+from slidemake.encoder_access import resolve_weights
 from slidemake.encoder_runtime import effective_precision
-from slidemake.encoders import EncoderRecord, identity, resolve_weights, weights_sha256
+from slidemake.encoders import EncoderRecord, identity, weights_sha256
 from slidemake.memory import keep_freed_memory
 from slidemake.provenance import read_json
 from slidemake.racks import read_manifest, run_rack

@@ -68,8 +68,8 @@ def fit_mean_pool_lr(
 ) -> MeanPoolLR:
     """Choose C by the pooled negative log-likelihood of inner validation (`plan`), then fit on all of `train`.
 
-    plan: (train, validation) patients of each inner fold (`training.member_plan`). The scaler is fitted on the training
-    side of each fit only. Without validation patients C is 0.01.
+    plan: (train, validation) patients of each inner fold (`training_plan.member_plan`). The scaler is fitted on the
+    training side of each fit only. Without validation patients C is 0.01.
     """
     best, chosen, kept = float("inf"), 0.01, {}
     vectors = dict(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.calibration import probabilities
-from slidemake.metrics import confidence_and_hit, metrics_over
+from slidemake.metrics import confidence_and_hit, ece, mass_bins, metrics_over
 from slidemake.prediction_table import Predictions
 from slidemake.reliability import calibration_line, ece_if_calibrated, reliability_table
 
@@ -30,6 +30,10 @@ def _measured(labels: np.ndarray, prob: np.ndarray, options: dict[str, Any], tab
     confidence, hit = confidence_and_hit(labels, prob)
     figures = metrics_over(labels, prob, None, bins)
     found: dict[str, Any] = {name: float(figures[name][0]) for name in ("brier", "log_loss", "ece", "ece_width")}
+    if prob.shape[1] > 2:  # every class by itself, on average (Kull et al. 2019)
+        ones, classes = np.ones((1, len(labels))), range(prob.shape[1])
+        each = [ece(prob[:, c], labels == c, mass_bins(prob[:, c], bins), ones)[0] for c in classes]
+        found["ece_classwise"] = float(np.mean(each))
     found |= {
         "n": len(labels),
         "bins": bins,
@@ -45,8 +49,8 @@ def _measured(labels: np.ndarray, prob: np.ndarray, options: dict[str, Any], tab
 def calibration_report(p: Predictions, options: dict[str, Any]) -> dict[str, Any]:
     """Calibration of the probability averaged over repeats; `before` is that of the logits without temperature.
 
-    Two classes: of P(positive); more: of the top class's probability. Sites with fewer than 10 patients get a reason
-    instead of figures.
+    Two classes: of P(positive); more: of the top class, and `ece_classwise` of all of them. Sites with fewer
+    than 10 patients get a reason instead of figures.
     """
     after = mean_over_repeats(p.prob)
     before = None if p.logits is None else mean_over_repeats(probabilities(p.logits))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slidemake.configuration import nearest, split_column
+from slidemake.configuration import split_column
+from slidemake.configuration_schema import nearest
 from slidemake.failures import RunError
 from slidemake.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
 from slidemake.sheet_labels import Cells, cell_problems, cohort_problems, order_problems, patient_labels

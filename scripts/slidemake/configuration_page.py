@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slidemake import configuration, sheet_checks
-from slidemake.configuration import describe, leaves, resolved
+from slidemake import sheet_checks
+from slidemake.configuration_schema import describe, leaves, resolved, schema
 from slidemake.provenance import write_text
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
 def configuration_page() -> str:
     """The text of docs/configuration.md: a table per section of the configuration, and the sample sheet's columns."""
-    root = configuration.schema()
+    root = schema()
     single = [(key, part) for key, part in root["properties"].items() if _is_leaf(part)]
     parts = ["# Configuration", root["description"], _table(single, {"sheet"})]
     for key, part in root["properties"].items():

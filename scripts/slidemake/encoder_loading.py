@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from slidemake import encoders
+from slidemake.encoder_access import resolve_weights
 from slidemake.encoder_architectures import Pooled, build_trunk, network_dim
 from slidemake.encoder_runtime import accelerate, autocast, effective_precision
 from slidemake.encoder_transform import Preprocess, StainHook
@@ -79,7 +80,7 @@ def load_encoder(
         raise RunError(f"Encoder {record.name}: {error}.") from error
     if device.type == "cpu":
         keep_freed_memory()
-    path = encoders.resolve_weights(record)
+    path = resolve_weights(record)
     sha = verified_sha256(record, path) if path else encoders.weights_sha256(None)
     model = build_model(record, path)
     fast, path_name = accelerate(model, device, record.crop, precision, compile_model=compile_model)

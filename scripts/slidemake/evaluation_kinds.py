@@ -100,6 +100,8 @@ class Kind(ABC):
             name=self.null,
             values=np.where(known, values, np.nan),
             decisions=np.where(known, decisions, np.nan),
+            raw=None,
+            validation=None,
         )
 
 

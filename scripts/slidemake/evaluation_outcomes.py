@@ -19,17 +19,15 @@ from slidemake.bootstrap import (
     scope_seed,
     with_intervals,
 )
-from slidemake.calibration_report import calibration_report
 from slidemake.cohort_table import read_table
-from slidemake.conformal import conformal, risk_coverage
-from slidemake.conformal_intervals import conformal_intervals
 from slidemake.contamination import in_words
 from slidemake.evaluation_kinds import KINDS, Kind
+from slidemake.evaluation_probabilities import about_predictions
 from slidemake.failures import RunError
 from slidemake.metrics_files import write_metrics
 from slidemake.model_comparison import adjust, paired
 from slidemake.nested import CHOSEN, with_choice
-from slidemake.outcome_table import OutcomeTable, as_classes, read_outcome_validation, read_outcomes
+from slidemake.outcome_table import OutcomeTable, read_outcome_validation, read_outcomes
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.subgroups import by_group, groups_of
 from slidemake.verdict import CONTROLS, REFERENCE
@@ -172,18 +170,7 @@ def _one_model(
     looked_at = groups if not control or table.name == REFERENCE else {}
     subgroups = {column: _group_scopes(table, values, column, draws) for column, values in looked_at.items()}
     entry: dict[str, Any] = {"control": control, "scopes": scopes, "spread": spread, "subgroups": subgroups}
-    alpha, level = draws.options["abstention_alpha"], draws.options["level"]
-
-    def weights_of(scope: str, chosen: np.ndarray) -> np.ndarray:
-        """chosen: indices, or (n,) bool."""
-        return draws.weights(scope, table, np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
-
-    if kind.kind == "regression" and table.validation is not None:
-        entry["intervals"] = conformal_intervals(table, alpha, level, weights_of)
-    if kind.kind == "ordinal":
-        p = as_classes(table)
-        entry |= {"calibration": calibration_report(p, draws.options), "abstention": risk_coverage(p)}
-        entry["conformal"] = conformal(p, p.validation, alpha, level, weights_of) if p.validation else None
+    entry |= about_predictions(table, draws.options, lambda scope, chosen: draws.weights(scope, table, chosen))
     return {**entry, **kind.extras(table)}, mean_draws
 
 
@@ -220,7 +207,7 @@ def evaluate_tables(
     kind, first = KINDS[tables[0].kind], tables[0]
     tables = [*tables, kind.null_model(first)]
     controls = {t.name for t in tables if _is_control(t, kind)}
-    tables, asked, chosen = with_choice(tables, controls, kind.validation_loss, ("values", "decisions"))
+    tables, asked, chosen = with_choice(tables, controls, kind.validation_loss, ("values", "decisions", "raw"))
     draws, entries, resampled = _Draws(kind, options), {}, {}
     for table in tables:
         entries[table.name], resampled[table.name] = _one_model(table, draws, groups or {})

@@ -147,10 +147,10 @@ def evaluate_external(
     else:
         p = external_outcomes(rows, truth, bundle)
         kept = bundle["training"].get("validation") or {}
-        if kind == "regression" and kept.get("labels"):
+        if kept.get("labels"):
             # one cohort of validation patients, whatever the fold that they were held out in: the bundle is the mean
-            of_validation = np.array(kept["values"], float), np.array(kept["labels"], float)[:, None]
-            p = replace(p, validation={(0, 0): of_validation})
+            labels = np.array(kept["labels"], float)
+            p = replace(p, validation={(0, 0): (np.array(kept["values"], float), labels.reshape(len(labels), -1))})
         result, points = evaluate_tables([p], dict(options), None, groups)
     result["external"] = {
         "bundle": bundle["fingerprint"],

@@ -39,6 +39,8 @@ class OutcomeTable:
     values: np.ndarray  # NaN where a repeat has no prediction for a patient
     decisions: np.ndarray  # NaN likewise
     fold: np.ndarray  # (R, n) int, -1 where missing
+    # (R, n, C) logits before temperature, of ordinal and multilabel tables that have them (see outcomes.py)
+    raw: np.ndarray | None = None
     # (repeat, fold) -> values (m, P) and truth (m, T) of validation patients, predicted by members not fitted to them
     validation: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -63,7 +65,7 @@ class OutcomeTable:
         fold = self.fold.max(0, keepdims=True)
         if len(self.repeats) > 1:  # patients of one fold in one repeat are of several in the others
             fold = np.where(fold >= 0, 0, -1)
-        return replace(self, repeats=(0,), values=values, decisions=decisions, fold=fold)
+        return replace(self, repeats=(0,), values=values, decisions=decisions, fold=fold, raw=None)
 
 
 def _columns(kind: str, columns: list[str]) -> tuple[tuple[str, ...], list[str], list[str]]:
@@ -125,7 +127,11 @@ def parse_outcomes(
     patients = tuple(sorted({row["patient_id"] for row in rows}))
     repeats = tuple(sorted({int(row["repeat"]) for row in rows}))
     shape = (len(repeats), len(patients))
-    values = np.full((*shape, len(of_values)), np.nan)
+    of_raw = [f"logit_{name}" for name in (names[:-1] if kind == "ordinal" else names)]
+    # a model of the site alone has no logits and leaves the cells empty
+    has_raw = kind in ("ordinal", "multilabel") and all(row.get(c) for row in rows for c in of_raw)
+    of_raw = of_raw if has_raw else []
+    values, raw = np.full((*shape, len(of_values)), np.nan), np.full((*shape, len(of_raw)), np.nan)
     decisions, fold = np.full((*shape, len(of_decisions)), np.nan), np.full(shape, -1)
     truth: dict[int, list[float]] = {}
     sites = [""] * len(patients)
@@ -138,17 +144,19 @@ def parse_outcomes(
         try:
             label = _truth(kind, names, row["label"])
             values[r, i] = [float(row[c]) for c in of_values]
+            raw[r, i] = [float(row[c]) for c in of_raw]
             decisions[r, i] = [_decision(kind, names, row[c]) for c in of_decisions]
             fold[r, i] = int(row["fold"])
         except (ValueError, KeyError) as error:
             raise RunError(f"{where}: not a prediction of a {kind} task ({error})") from None
-        if not np.isfinite(values[r, i]).all():
+        if not np.isfinite([*values[r, i], *raw[r, i]]).all():
             raise RunError(f"{where}: a prediction must be a finite number")
         if truth.setdefault(i, label) != label:
             raise RunError(f"{where}: the patient has another label in an earlier row")
         sites[i] = row.get("site") or ""
     table = np.array([truth[i] for i in range(len(patients))], float)
-    return OutcomeTable(name, kind, names, patients, tuple(sites), table, repeats, values, decisions, fold)
+    about = (name, kind, names, patients, tuple(sites), table, repeats)
+    return OutcomeTable(*about, values, decisions, fold, raw if of_raw else None)
 
 
 def read_outcome_validation(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> OutcomeTable:
@@ -168,12 +176,47 @@ def read_outcome_validation(path: str | Path, table: OutcomeTable, truth: Mappin
     return replace(table, validation=found or None)
 
 
-def as_classes(table: OutcomeTable) -> Predictions:
+def grades_as_classes(table: OutcomeTable) -> Predictions:
     """Grades as classes, for what looks at them without their order (calibration, conformal sets, abstention)."""
+    from slidemake.outcomes import stages
+
     validation = None
     if table.validation is not None:
         validation = {at: (values, truth[:, 0].astype(int)) for at, (values, truth) in table.validation.items()}
     grades = np.nan_to_num(table.decisions[..., 0], nan=-1).astype(int)
     truth = table.truth[:, 0].astype(int)
     about = (table.name, table.names, table.patients, table.sites, truth, table.repeats)
-    return Predictions(*about, table.values, grades, table.fold, None, validation)
+    logits = None if table.raw is None else stages(table.raw)  # log-probabilities: their softmax is the probability
+    return Predictions(*about, table.values, grades, table.fold, logits, validation)
+
+
+def label_as_classes(table: OutcomeTable, label: int) -> Predictions:
+    """One label (its index) of a multi-label table as two classes, of the patients of whom it is known."""
+
+    def two(values: np.ndarray) -> np.ndarray:
+        return np.stack([1 - values, values], axis=-1)
+
+    known = np.flatnonzero(table.truth[:, label] >= 0)
+    validation = None
+    if table.validation is not None:
+        validation = {}
+        for at, (values, truth) in table.validation.items():
+            told = truth[:, label] >= 0
+            validation[at] = (two(values[told, label]), truth[told, label].astype(int))
+    decided = np.nan_to_num(table.decisions[:, known, label], nan=-1).astype(int)
+    logits = None
+    if table.raw is not None:
+        logits = np.stack([np.zeros_like(table.raw[:, known, label]), table.raw[:, known, label]], axis=-1)
+    return Predictions(
+        name=table.name,
+        classes=(f"no {table.names[label]}", table.names[label]),
+        patients=tuple(table.patients[i] for i in known),
+        sites=tuple(table.sites[i] for i in known),
+        labels=table.truth[known, label].astype(int),
+        repeats=table.repeats,
+        prob=two(table.values[:, known, label]),
+        predicted=decided,
+        fold=table.fold[:, known],
+        logits=logits,
+        validation=validation,
+    )

@@ -7,7 +7,8 @@ from typing import Any
 
 from slidemake import report_figures, report_figures_outcomes
 from slidemake.cohort_table import read_table
-from slidemake.report_evaluation import comparable_section, probabilities_section
+from slidemake.report_calibration import probabilities_section, survival_section
+from slidemake.report_evaluation import comparable_section
 
 TITLES: dict[str, dict[str, str]] = {
     "regression": {
@@ -67,8 +68,10 @@ def outcome_section(
         table = report_figures_outcomes.confusion(entry["confusion"], metrics["classes"], main)
         pictures.append(("Predicted and true grade", table, ""))
     section = comparable_section(metrics, splits, main, metrics["primary"], titles[metrics["primary"]])
-    if kind == "ordinal":
+    if kind in ("ordinal", "multilabel"):
         section |= probabilities_section(entry)
+    if kind == "survival":
+        section["survival"] = survival_section(entry["calibration"], unit)
     learning = folder / main / "curves.csv"
     if learning.exists() and (trained := report_figures.training(read_table(learning), main)):
         pictures.append(("Training", trained, ""))

@@ -16,7 +16,8 @@ from typing import Any
 from slidemake.cohort import SlideRow, read_sheet
 from slidemake.configuration import in_order, load_configuration, sheet_columns, stage_options
 from slidemake.contamination import contamination, public_cohorts
-from slidemake.encoders import EncoderRecord, check_access, load_record, registry
+from slidemake.encoder_access import check_access
+from slidemake.encoders import EncoderRecord, load_record, registry
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, write_json
 from slidemake.racks import Machine, assign_racks, auto_rack_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from slidemake.configuration import nearest
+from slidemake.configuration_schema import nearest
 from slidemake.sheet_checks import disagreements
 from slidemake.sheet_table import Problem
 from slidemake.targets import (

@@ -125,6 +125,41 @@ def _about_brier(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     return [say("note", "calibration", f"{text}: its probabilities carry information.")]
 
 
+def _about_expected(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Survival: are as many events predicted as are seen?"""
+    calibration = result["models"][name]["calibration"]
+    at = calibration["middle"]
+    found = calibration["horizons"][at]
+    if found["ratio"] is None:
+        return []
+    ratio = {"value": found["ratio"], "low": found["ratio_low"], "high": found["ratio_high"]}
+    text = f"{name}: by time {float(at):g}, {found['observed']:.2f} of the patients have the event (Kaplan-Meier) and "
+    text += f"{found['expected']:.2f} are predicted to; the ratio is {interval(ratio)}"
+    if ratio["low"] <= 1 <= ratio["high"]:
+        return [say("note", "expected_events", f"{text}: no evidence against calibration on average.")]
+    direction = "few" if ratio["low"] > 1 else "many"
+    return [say("warning", "expected_events", f"{text}: it predicts too {direction} events in this cohort.")]
+
+
+def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Grades and labels: whose calibration error is above what chance makes of it?"""
+    entry = result["models"][name]
+    parts = {f" of {label}": part for label, part in entry.get("labels", {}).items()} or {"": entry}
+    off, asked = [], 0
+    for of, part in parts.items():
+        calibration = part["calibration"]
+        measured, null = calibration["ece"], calibration["ece_if_calibrated"]
+        asked += null is not None
+        if null is not None and measured > null["p95"]:
+            off.append(f"{of.removeprefix(' of ') or 'ECE'} {measured:.2f} (chance: at most {null['p95']:.2f})")
+    if not asked:
+        return []
+    if not off:
+        return [say("note", "calibration", f"{name}: no evidence against the calibration of its probabilities.")]
+    text = f"{name}: calibration error above what perfectly calibrated predictions would show in 95 % of samples of "
+    return [say("warning", "miscalibrated", f"{text}this size: {'; '.join(off)}. Do not read these as risks.")]
+
+
 def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dict[str, str]]:
     """Findings as {level: good | note | warning, code, text}, most general first."""
     said = _about_size(result)
@@ -135,7 +170,9 @@ def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dic
         said += _against_controls(name, result)
     said += _about_shuffled(result) + _about_sites(result)
     for name in names if result["type"] == "survival" else ():
-        said += _about_risk_groups(name, result) + _about_brier(name, result)
+        said += _about_risk_groups(name, result) + _about_brier(name, result) + _about_expected(name, result)
+    for name in names if result["type"] in ("ordinal", "multilabel") else ():
+        said += _about_calibration(name, result)
     for name in names:
         said += about_groups(name, result, result["primary"], TITLES[result["primary"]])
     if result["repeats"] > 1:

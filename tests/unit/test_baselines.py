@@ -14,7 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from slidemake.aggregators import predict_bag
 from slidemake.baselines import C_GRID, as_aggregator, fit_mean_pool_lr, predict_site, site_prevalence, site_threshold
 from slidemake.splits import Splits
-from slidemake.training import member_plan, train_model
+from slidemake.training import train_model
+from slidemake.training_plan import member_plan
 
 TASK = {"label": "label"}
 

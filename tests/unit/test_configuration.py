@@ -12,18 +12,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from slidemake.configuration import (
-    SCHEMA,
-    STAGES,
-    describe,
-    leaves,
-    load_configuration,
-    nearest,
-    schema,
-    sheet_columns,
-    stage_options,
-)
+from slidemake.configuration import STAGES, load_configuration, sheet_columns, stage_options
 from slidemake.configuration_page import PAGE, configuration_page
+from slidemake.configuration_schema import SCHEMA, describe, leaves, nearest, schema
 from slidemake.failures import RunError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "scripts"))
 
-from slidemake.configuration import leaves, load_configuration, stage_options  # noqa: E402
+from slidemake.configuration import load_configuration, stage_options  # noqa: E402
+from slidemake.configuration_schema import leaves  # noqa: E402
 from slidemake.encoders import REGISTRY, load_record, registry  # noqa: E402
 from slidemake.failures import HINTS, SlideFailure  # noqa: E402
 

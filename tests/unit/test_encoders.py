@@ -19,11 +19,12 @@ from huggingface_hub import constants, errors
 from PIL import Image
 from safetensors.torch import save_file
 from slidemake import encoders
+from slidemake.encoder_access import check_access, resolve_weights
 from slidemake.encoder_architectures import Pooled, build_trunk, network_dim, pool_tokens
 from slidemake.encoder_loading import build_model, load_encoder
 from slidemake.encoder_transform import Preprocess
 from slidemake.encoder_weights import hf_vit_to_timm, lite0_to_timm, load_into, read_state_dict
-from slidemake.encoders import EncoderRecord, check_access, identity, load_record, registry, resolve_weights
+from slidemake.encoders import EncoderRecord, identity, load_record, registry
 from slidemake.failures import RunError
 from torchvision import transforms
 

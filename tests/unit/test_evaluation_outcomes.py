@@ -12,11 +12,13 @@ import pytest
 from lifelines.utils import concordance_index
 from sklearn.metrics import r2_score, roc_auc_score
 from slidemake.bootstrap import bootstrap_weights, percentile_interval
+from slidemake.evaluation import evaluate_models
 from slidemake.evaluation_outcomes import evaluate_outcomes, evaluate_tables
 from slidemake.failures import RunError
 from slidemake.metrics_files import FIGURES
 from slidemake.metrics_survival import metrics_over
 from slidemake.outcome_table import OutcomeTable, read_outcomes
+from slidemake.prediction_table import Predictions
 from slidemake.report import _environment
 from slidemake.report_outcomes import outcome_section
 
@@ -233,6 +235,12 @@ def test_probabilities_of_grades_are_calibrated_and_abstain():
     order = np.argsort(mean.max(1), kind="stable")
     gap = (mean.max(1) - (mean.argmax(1) == truth))[order]
     assert found["ece"] == pytest.approx(sum(abs(b.sum()) for b in np.array_split(gap, found["bins"])) / 150)
+    each = []
+    for c in range(3):  # the same of every grade's own probability
+        order = np.argsort(mean[:, c], kind="stable")
+        gap = (mean[:, c] - onehot[:, c])[order]
+        each.append(sum(abs(b.sum()) for b in np.array_split(gap, found["bins"])) / 150)
+    assert found["ece_classwise"] == pytest.approx(np.mean(each))
     assert found["before"] is None
     assert set(found["sites"]) == {"s0", "s1", "s2"}
     sets = entry["conformal"]
@@ -242,6 +250,80 @@ def test_probabilities_of_grades_are_calibrated_and_abstain():
     assert set(sets["by_class"]) == {"a", "b", "c"}
     assert entry["abstention"]["aurc"] < 0.5
     assert evaluate_tables([table("ordinal")], QUICK)[0]["models"]["m"]["conformal"] is None
+
+
+def test_every_label_is_calibrated_as_a_task_of_two_classes():
+    """What a multi-label task says of a label is what a binary task with the same predictions says."""
+    made = with_validation(table("multilabel", n=150), 150)
+    raw = np.log(made.values) - np.log1p(-made.values)
+    raw = np.clip(2 * raw, -30, 30)  # the temperature was 2
+    labels = evaluate_tables([replace(made, raw=raw)], QUICK)[0]["models"]["m"]["labels"]
+    assert list(labels) == ["er", "pr"]
+    for k, name in enumerate(made.names):
+        known = np.flatnonzero(made.truth[:, k] >= 0)
+        assert (len(known) < 150) == (name == "er")
+        values, truth = next(iter(made.validation.values()))
+        told = truth[:, k] >= 0
+        two = np.stack([1 - made.values[:, known, k], made.values[:, known, k]], -1)
+        binary = Predictions(
+            name="m",
+            classes=("no", "yes"),
+            patients=tuple(made.patients[i] for i in known),
+            sites=tuple(made.sites[i] for i in known),
+            labels=made.truth[known, k].astype(int),
+            repeats=made.repeats,
+            prob=two,
+            predicted=made.decisions[:, known, k].astype(int),
+            fold=made.fold[:, known],
+            logits=np.stack([-raw[:, known, k] / 2, raw[:, known, k] / 2], -1),
+            validation={
+                at: (np.stack([1 - values[told, k], values[told, k]], -1), truth[told, k].astype(int))
+                for at in made.validation
+            },
+        )
+        expected = evaluate_models([binary], QUICK)[0]["models"]["m"]
+        assert labels[name]["calibration"]["before"]["ece"] == pytest.approx(expected["calibration"]["before"]["ece"])
+        assert labels[name]["calibration"]["n"] == len(known)
+        for key in ("ece", "brier", "slope", "table", "ece_if_calibrated"):
+            assert labels[name]["calibration"][key] == expected["calibration"][key], key
+        assert labels[name]["abstention"] == expected["abstention"]
+        for key in ("value", "low", "high"):
+            pooled = [e["conformal"]["pooled"]["coverage"][key] for e in (labels[name], expected)]
+            # the bootstrap of a multi-label task is not stratified: its interval is another one
+            assert pooled[0] == pytest.approx(pooled[1], abs=0 if key == "value" else 0.05)
+
+
+def test_logits_are_read_where_a_file_has_them(tmp_path):
+    """Grades: the probabilities at a temperature of 1 come from the logits of the stages, by hand."""
+    made = table("ordinal", n=30, repeats=1)
+    written(tmp_path / "p.csv", "ordinal", made)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "p.csv").read_text())))
+    for row in rows:
+        row |= {"logit_a": "0.5", "logit_b": "-1.25"}
+    with open(tmp_path / "p.csv", "w", newline="") as handle:
+        writer = csv.DictWriter(handle, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = evaluate_tables([read_outcomes(tmp_path / "p.csv", "m", "ordinal")], QUICK)[0]["models"]["m"]["calibration"]
+    first, second = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(1.25))  # P(a), P(b | not a)
+    prob = np.array([first, (1 - first) * second, (1 - first) * (1 - second)])
+    onehot = np.eye(3)[made.truth[:, 0].astype(int)]
+    assert found["before"]["brier"] == pytest.approx(((prob - onehot) ** 2).sum(1).mean())
+    (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace(",0.5,", ",,", 1))
+    assert read_outcomes(tmp_path / "p.csv", "m", "ordinal").raw is None  # as of a model of the site alone
+    (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace(",,", ",inf,", 1))
+    with pytest.raises(RunError, match="finite number"):
+        read_outcomes(tmp_path / "p.csv", "m", "ordinal")
+
+
+def test_the_verdict_names_labels_that_are_off():
+    made = table("multilabel", n=200, noise=0.02)
+    sharp = np.clip((made.values - 0.5) * 0.1 + 0.5, 0, 1)  # far too cautious
+    only_er = np.stack([sharp[..., 0], made.truth[None, :, 1].repeat(2, 0) * 0.98 + 0.01], -1)
+    said = {line["code"]: line for line in evaluate_tables([replace(made, values=only_er)], QUICK)[0]["verdict"]}
+    assert said["miscalibrated"]["level"] == "warning"
+    assert "er 0." in said["miscalibrated"]["text"]
+    assert "pr 0." not in said["miscalibrated"]["text"]
 
 
 def test_groups_with_few_events_have_no_figures():
@@ -339,6 +421,9 @@ def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
     assert "By subgroup (m)" in page
     assert "gap by chance" in page
     assert ("truth is in the interval" in page) == (kind == "regression")
-    assert ("Calibration (m)" in page) == ("truth is in the set" in page) == (kind == "ordinal")
-    assert "Before:" not in page  # a model of grades has no logits of its classes
+    assert ("Calibration (m)" in page) == (kind in ("ordinal", "survival"))
+    assert ("Calibration (er)" in page) == ("Calibration (pr)" in page) == (kind == "multilabel")
+    assert ("observed / expected" in page) == (kind == "survival")
+    assert ("truth is in the set" in page) == (kind in ("ordinal", "multilabel"))
+    assert "Before:" not in page  # the tables have no logits
     assert "prevalence" not in page

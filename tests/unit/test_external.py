@@ -162,6 +162,9 @@ def test_bundles_that_tell_no_classes(kind, tmp_path):
             out.writerow([f"{patient}-1", patient, made.sites[i], "AB"[i % 2], "ok", *cells_of(kind, made.truth[i])])
             out.writerow([f"{patient}-2", patient, made.sites[i], "AB"[i % 2], "ok", *[""] * len(columns)])
     bundle = {**BUNDLE, "classes": [], "target": target, "threshold": None, "model": "m"}
+    if kind == "multilabel":
+        kept = {"labels": made.truth.astype(int).tolist(), "values": made.values[0].tolist()}
+        bundle["training"] = {**BUNDLE["training"], "validation": kept}
     outputs = {name: tmp_path / f"{name}.json" for name in ("metrics", "curves")}
     args = (tmp_path / "patients.csv", tmp_path / "slides.csv", bundle, label, {"bootstrap": 50})
     result = evaluate_external(*args, table=tmp_path / "m.csv", **outputs)
@@ -172,12 +175,18 @@ def test_bundles_that_tell_no_classes(kind, tmp_path):
         assert found == pytest.approx(figure["value"], rel=1e-6), name
     assert result["external"]["trained_on"] == 2
     assert result["patients"] == 60
+    if kind == "multilabel":  # of er every seventh is not known, of the bundle's patients as of the cohort's
+        sets = {name: part["conformal"] for name, part in result["models"]["m"]["labels"].items()}
+        assert {name: part["validation"]["least"] for name, part in sets.items()} == {"er": 51, "pr": 60}
+        assert all(part["pooled"]["coverage"]["value"] >= 0.9 for part in sets.values())  # of the very same patients
     assert set(result["models"]["m"]["subgroups"]["scanner"]["groups"]) == {"A", "B"}
     section = external_section(tmp_path)
     assert section["main"] == "m"
     page = _environment().get_template("report_external.html.j2").render(task=section)
     assert "External cohort: m" in page
-    assert page.count("<figure") == len(section["pictures"]) >= 1
+    # besides those of calibration: three horizons; of two labels each three diagrams and one of abstention
+    of_probabilities = {"survival": 3, "multilabel": 8}.get(kind, 0)
+    assert page.count("<figure") == len(section["pictures"]) + of_probabilities > of_probabilities
     seen = {**bundle, "training": {"patients": ["P003"]}}
     with pytest.raises(RunError, match="Leak: the bundle was trained on P003"):
         evaluate_external(*args[:2], seen, *args[3:], table=tmp_path / "m.csv", **outputs)

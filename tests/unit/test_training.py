@@ -19,7 +19,8 @@ from slidemake.objectives import class_objective, class_weights
 from slidemake.outcomes import class_order
 from slidemake.provenance import read_json
 from slidemake.splits import Splits
-from slidemake.training import member_plan, train_model
+from slidemake.training import train_model
+from slidemake.training_plan import member_plan
 
 TASK = {"label": "label"}
 FILES = ("predictions_slides.csv", "predictions_patients.csv", "curves.csv")

@@ -85,6 +85,9 @@ def test_the_report_has_every_task(every_type: Project):
     assert page.count("Is one model better than another?") == 4
     assert "Background-only control" in page
     assert "No conformal intervals: a fold has" in page
+    assert "Probabilities of er (abmil)" in page
+    assert "Before: the probabilities of the bare logits" in page
+    assert "observed / expected" in page
 
 
 def test_a_survival_bundle_on_patients_of_known_outcome(every_type: Project, tmp_path: Path):

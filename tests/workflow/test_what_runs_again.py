@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 from planner import plans
-from slidemake.configuration import leaves, load_configuration, resolved
+from slidemake.configuration import load_configuration
+from slidemake.configuration_schema import leaves, resolved
 from slidemake.provenance import STAGE_VERSIONS
 from snakemake_run import CONFIG, ENCODER, REPO, Outcome, Project, environment
 
