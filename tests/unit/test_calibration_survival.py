@@ -50,18 +50,18 @@ def test_slope_is_that_of_lifelines_cox(tied):
 
 
 def test_what_is_wrong_with_predictions_is_seen():
-    time, event, truth = simulated(6000, seed=2)
+    time, event, truth = simulated(6000, seed=2, spread=0.5)
     right = at_one_horizon(time, event, truth, T, 10)
     assert right["ratio_low"] < 1 < right["ratio_high"]
-    # sd of the slope about 1 / sqrt(events) / sd of log(-log S) = 1 / sqrt(2700) = 0.02, of which 4
-    assert right["slope"] == pytest.approx(1, abs=0.08)
+    # sd of the slope about 1 / sqrt(events) / sd of log(-log S) = 1 / sqrt(2700) / 0.5 = 0.04, of which 4
+    assert right["slope"] == pytest.approx(1, abs=0.16)
     assert right["ece"] < 0.03
     gloomy = at_one_horizon(time, event, truth**2, T, 10)  # twice the hazard: too many events, in the right proportion
     assert gloomy["ratio_high"] < 0.9
-    assert gloomy["slope"] == pytest.approx(right["slope"], abs=0.02)  # but for survival below 1e-6, which is cut off
+    assert gloomy["slope"] == pytest.approx(right["slope"], abs=1e-4)
     hazard = np.log(-np.log(truth))
     extreme = np.exp(-np.exp(hazard.mean() + 2 * (hazard - hazard.mean())))
-    assert at_one_horizon(time, event, extreme, T, 10)["slope"] == pytest.approx(right["slope"] / 2, abs=0.02)
+    assert at_one_horizon(time, event, extreme, T, 10)["slope"] == pytest.approx(right["slope"] / 2, abs=1e-4)
     for wrong in (truth**2, extreme):
         assert at_one_horizon(time, event, wrong, T, 10)["ece"] > right["ece"] + 0.03
 
