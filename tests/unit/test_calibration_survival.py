@@ -61,7 +61,8 @@ def test_what_is_wrong_with_predictions_is_seen():
     assert gloomy["slope"] == pytest.approx(right["slope"], abs=1e-4)
     hazard = np.log(-np.log(truth))
     extreme = np.exp(-np.exp(hazard.mean() + 2 * (hazard - hazard.mean())))
-    assert at_one_horizon(time, event, extreme, T, 10)["slope"] == pytest.approx(right["slope"] / 2, abs=1e-4)
+    # not exactly half: survival below 1e-6 is cut off
+    assert at_one_horizon(time, event, extreme, T, 10)["slope"] == pytest.approx(right["slope"] / 2, abs=0.005)
     for wrong in (truth**2, extreme):
         assert at_one_horizon(time, event, wrong, T, 10)["ece"] > right["ece"] + 0.03
 
