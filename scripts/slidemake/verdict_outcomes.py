@@ -132,13 +132,33 @@ def _about_expected(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     found = calibration["horizons"][at]
     if found["ratio"] is None:
         return []
-    ratio = {"value": found["ratio"], "low": found["ratio_low"], "high": found["ratio_high"]}
+    ratio = _ratio(found)
     text = f"{name}: by time {float(at):g}, {found['observed']:.2f} of the patients have the event (Kaplan-Meier) and "
     text += f"{found['expected']:.2f} are predicted to; the ratio is {interval(ratio)}"
     if ratio["low"] <= 1 <= ratio["high"]:
-        return [say("note", "expected_events", f"{text}: no evidence against calibration on average.")]
-    direction = "few" if ratio["low"] > 1 else "many"
-    return [say("warning", "expected_events", f"{text}: it predicts too {direction} events in this cohort.")]
+        said = [say("note", "expected_events", f"{text}: no evidence against calibration on average.")]
+    else:
+        direction = "few" if ratio["low"] > 1 else "many"
+        said = [say("warning", "expected_events", f"{text}: it predicts too {direction} events in this cohort.")]
+    measured = {site: part["horizons"][at] for site, part in calibration["sites"].items() if part["horizons"]}
+    off = [
+        f"{site} ({interval(_ratio(part))})"
+        for site, part in measured.items()
+        if part["ratio"] is not None and not part["ratio_low"] <= 1 <= part["ratio_high"]
+    ]
+    if off:
+        text = (
+            f"{name}: the ratio of observed to expected events by time {float(at):g} leaves 1 out at {', '.join(off)}"
+        )
+        text += (
+            f", of {len(measured)} sites (one of twenty does by chance): do not read its survival probabilities there."
+        )
+        said.append(say("warning", "site_calibration", text))
+    return said
+
+
+def _ratio(found: dict[str, Any]) -> dict[str, Any]:
+    return {"value": found["ratio"], "low": found["ratio_low"], "high": found["ratio_high"]}
 
 
 def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]]:

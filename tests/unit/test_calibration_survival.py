@@ -143,6 +143,12 @@ def test_sites_and_verdict_and_page():
     result, _ = evaluate_tables([right], {"bootstrap": 50})
     said = {line["code"]: line for line in result["verdict"]}
     assert said["expected_events"]["level"] == "note"
+    assert "site_calibration" not in said
+    at_b = np.array(sites) == "b"
+    off = table(time, event, np.stack([survival**0.4, np.where(at_b, survival**3, survival)], 1), sites)
+    said = {line["code"]: line for line in evaluate_tables([off], {"bootstrap": 50})[0]["verdict"]}
+    assert "leaves 1 out at b (0." in said["site_calibration"]["text"]
+    assert "of 2 sites" in said["site_calibration"]["text"]
     section = survival_section(found, "months")
     assert [at for at, _ in section["horizons"]] == ["2 months", "5 months"]
     assert len(section["pictures"]) == 2
