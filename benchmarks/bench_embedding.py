@@ -19,7 +19,7 @@ import peers as peer_programs
 from inputs import Slide, tile
 from measure import Row, Timed, compare, cpu_seconds, in_turns
 
-THREADS, BATCH = 2, 8
+THREADS, BATCH = 2, 16
 PEER_TURNS = 2  # of the other programs: each takes a quarter of a minute
 ENCODER = "efficientnet_lite0"
 

@@ -50,7 +50,7 @@ class Row:
         return [a / b for a, b in zip(self.figures, self.limits, strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": median_interval(self.ratios), "verdict": self.verdict}
+        return {**asdict(self), "verdict": self.verdict}
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -275,9 +275,14 @@ def main() -> None:
 
 
 def earlier(out: Path, sections: list[str], size: dict[str, Any]) -> dict[str, Any]:
-    """Results of the other sections of an earlier run of the same size, to which these are added."""
+    """Results of the other sections of an earlier run on the same machine with the same sizes, to which these are added;
+    the number of turns may be another one, which every row says."""
+
+    def sizes(of: dict[str, Any]) -> str:
+        return json.dumps({key: value for key, value in of.items() if key not in ("turns", "repeats")})
+
     found = json.loads(out.read_text()) if out.is_file() else {}
-    if json.dumps(found.get("size")) != json.dumps(size) or found.get("machine") != machine():
+    if sizes(found.get("size") or {}) != sizes(size) or found.get("machine") != machine():
         return {"rows": [], "sizes": [], "jpeg": [], "peers": {}, "sections": {}}
     kept = [row for row in found["rows"] if row["run"] not in sections]
     times = {name: seconds for name, seconds in found["sections"].items() if name not in sections}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from measure import median_interval
+
 START, END = "<!-- figures: written by benchmarks/run.py --docs -->", "<!-- /figures -->"
 
 SECTIONS = {
@@ -30,7 +32,8 @@ def rows_of(rows: list[dict[str, Any]]) -> str:
     lines = [_head("what", "measured", "beside", "that", "ratio", "by CPU time", "interval", "turns", "bar")]
     for row in rows:
         bar = "" if not row["bar"] else f"{row['bar']}: **{row['verdict']}**"
-        turns, (low, high) = len(row["figures"]), row["interval"]
+        ratios = [a / b for a, b in zip(row["figures"], row["limits"], strict=True)]
+        turns, (low, high) = len(row["figures"]), median_interval(ratios)
         interval = f"{low:.2f} to {high:.2f}" if turns > 1 else ""
         lines.append(
             f"| {row['name']} | {number(row['figure'])} {row['unit']} | {row['beside']} | {number(row['limit'])} "

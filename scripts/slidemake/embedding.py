@@ -22,7 +22,9 @@ from slidemake.provenance import committed, fingerprint, read_json, read_slide_r
 from slidemake.tiles import TileStore, add_array, store_fingerprint
 
 FORMAT, FORMAT_VERSION = "slidemake-embeddings", 1
-BATCH = {"cpu": 8, "cuda": 128}  # batch_size: auto. On CPU larger batches are not faster and need more memory
+# batch_size: auto. On CPU larger batches are not faster and need more memory; batches of 8 need 300 MB less with two
+# threads and are 4 % slower
+BATCH = {"cpu": 16, "cuda": 128}
 Record = dict[str, Any]
 
 
