@@ -275,8 +275,10 @@ def main() -> None:
 
 
 def earlier(out: Path, sections: list[str], size: dict[str, Any]) -> dict[str, Any]:
-    """Results of the other sections of an earlier run on the same machine with the same sizes, to which these are added;
-    the number of turns may be another one, which every row says."""
+    """Results of the other sections of an earlier run on the same machine, of the same sizes, to which these are added.
+
+    The number of turns may be another one, which every row says.
+    """
 
     def sizes(of: dict[str, Any]) -> str:
         return json.dumps({key: value for key, value in of.items() if key not in ("turns", "repeats")})
