@@ -39,10 +39,10 @@ class OutcomeTable:
     values: np.ndarray  # NaN where a repeat has no prediction for a patient
     decisions: np.ndarray  # NaN likewise
     fold: np.ndarray  # (R, n) int, -1 where missing
-    # (R, n, C) logits before temperature, of ordinal and multilabel tables that have them (see outcomes.py)
-    raw: np.ndarray | None = None
     # (repeat, fold) -> values (m, P) and truth (m, T) of validation patients, predicted by members not fitted to them
     validation: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
+    # (R, n, C) logits before temperature, of ordinal and multilabel tables that have them (see outcomes.py)
+    raw: np.ndarray | None = None
 
     def known(self, repeat: int) -> np.ndarray:
         """(n,) whether the repeat (its index) predicts a patient."""
@@ -156,7 +156,7 @@ def parse_outcomes(
         sites[i] = row.get("site") or ""
     table = np.array([truth[i] for i in range(len(patients))], float)
     about = (name, kind, names, patients, tuple(sites), table, repeats)
-    return OutcomeTable(*about, values, decisions, fold, raw if of_raw else None)
+    return OutcomeTable(*about, values, decisions, fold, raw=raw if of_raw else None)
 
 
 def read_outcome_validation(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> OutcomeTable:
