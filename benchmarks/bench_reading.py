@@ -152,14 +152,14 @@ def measure(slide: Slide, repeats: int, most: int, section: str = "reading") -> 
         coords = coords[:most]
         stored, name = StoredTiles(slide, window, coords), f"{slide.slide_id} {grid.replace('_', ' ')}"
         tasks: dict[str, Callable[[], float]] = {}
-        side = math.ceil(window.read_px - 1e-6)
-        regions = np.random.default_rng(0).integers(0, 255, (PART, side, side, 3), np.uint8)
         for n in (1, 2):
             tasks[f"ours {n}"] = partial(our_reader, slide, window, coords, n)
             tasks[f"raw {n}"] = partial(stored.decode_all, n, len(coords))
             if grid == GRID:
                 tasks[f"openslide {n}"] = partial(openslide_alone, slide.path, window, coords, n)
             else:
+                side = math.ceil(window.read_px - 1e-6)
+                regions = np.random.default_rng(0).integers(0, 255, (PART, side, side, 3), np.uint8)
                 tasks[f"filtered {n}"] = partial(stored.decode_and_filter, n, len(coords), regions, window)
         if grid == GRID:
             for n in (0, 2):

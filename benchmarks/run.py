@@ -281,7 +281,7 @@ def earlier(out: Path, sections: list[str], size: dict[str, Any]) -> dict[str, A
     """
 
     def sizes(of: dict[str, Any]) -> str:
-        return json.dumps({key: value for key, value in of.items() if key not in ("turns", "repeats")})
+        return json.dumps({key: value for key, value in of.items() if key != "turns"})
 
     found = json.loads(out.read_text()) if out.is_file() else {}
     if sizes(found.get("size") or {}) != sizes(size) or found.get("machine") != machine():

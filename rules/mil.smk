@@ -226,7 +226,6 @@ rule evaluate:
         models=lambda wildcards: PLAN.models_of(wildcards.task),
         type=lambda wildcards: PLAN.task_options(wildcards.task)["type"],
         options=stage_options(CONFIG, "evaluate"),
-        graded=lambda wildcards: PLAN.tasks[wildcards.task]["type"] == "ordinal",
         contamination=lambda wildcards: PLAN.contamination_of(wildcards.task),
         version=STAGE_VERSIONS["evaluate"],
     message:

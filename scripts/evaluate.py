@@ -22,6 +22,6 @@ with job(snakemake) as sm:  # noqa: F821
     if kind in KINDS:
         result = evaluate_outcomes(predictions, models, kind, options, **outputs, **about)
     else:
-        result = evaluate(predictions, models, options, graded=sm.params.graded, **outputs, **about)
+        result = evaluate(predictions, models, options, **outputs, **about)
     for finding in result["verdict"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])

@@ -13,7 +13,6 @@ the figure itself. `calibration.ece_if_calibrated` says what perfect predictions
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,7 @@ def _one_model(
         "control": p.name in CONTROLS,
         "scopes": scopes,
         "spread": of_spread,
-        # the outputs of an ordinal model are no logits of its classes: there is no "before" to show
-        "calibration": calibration_report(replace(p, logits=None) if options["graded"] else p, options),
+        "calibration": calibration_report(p, options),
         "confusion": _confusion(p),
         "subgroups": subgroups,
         "conformal": sets,
@@ -134,13 +132,12 @@ def evaluate_models(
     options: dict[str, Any] | None = None,
     contamination: dict[str, list[str]] | None = None,
     groups: dict[str, dict[str, str]] | None = None,
-    graded: bool = False,
 ) -> tuple[dict, dict]:
     """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
 
     options: of `evaluation`; missing keys take DEFAULTS. contamination: {encoder: collections of its pretraining that
-    the cohort is from}. groups: {column: {patient: value}} to look at. graded: the classes are grades in their order.
-    Raises RunError without models, or when their classes differ. The baseline `prevalence` is added here.
+    the cohort is from}. groups: {column: {patient: value}} to look at. Raises RunError without models, or when their
+    classes differ. The baseline `prevalence` is added here.
     """
     options = DEFAULTS | {key: value for key, value in (options or {}).items() if key in DEFAULTS}
     if not models:
@@ -151,7 +148,7 @@ def evaluate_models(
     first = models[0]
     models = [m for m in models if m.name != "prevalence"] + [prevalence_model(first)]
     models, asked, chosen = with_choice(models, CONTROLS, validation_loss, ("prob", "predicted", "logits"))
-    draws, entries, resampled = Draws({**options, "graded": graded}), {}, {}
+    draws, entries, resampled = Draws(options), {}, {}
     for model in models:
         entries[model.name], resampled[model.name] = _one_model(model, draws, groups or {})
     if chosen:
@@ -190,12 +187,11 @@ def evaluate(
     contamination: dict[str, list[str]] | None = None,
     slides: Path | None = None,
     splits: Path | None = None,
-    graded: bool = False,
 ) -> dict[str, Any]:
     """Read the predictions of every model of a task and write metrics.json, metrics.csv and curves.json.
 
     slides: cohort/slides.csv, for the subgroups; splits: splits.csv, for the labels of validation patients. Without
-    them there are no subgroups, and no conformal sets. contamination and graded: see `evaluate_models`.
+    them there are no subgroups, and no conformal sets. contamination: see `evaluate_models`.
     """
     if len(predictions) != len(names):
         raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
@@ -207,6 +203,6 @@ def evaluate(
             for path, m in zip(predictions, models, strict=True)
         ]
     groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
-    result, points = evaluate_models(models, options, contamination, groups, graded)
+    result, points = evaluate_models(models, options, contamination, groups)
     write_metrics(result, points, metrics, table, curves)
     return result

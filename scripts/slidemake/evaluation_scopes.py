@@ -31,7 +31,7 @@ def measured(
 ) -> dict[str, np.ndarray]:
     """`metrics_over` with the options of the evaluation; size: patients that count, where weights leave some out."""
     bins = bins_for(len(labels) if size is None else size, options["ece_bins"])
-    return metrics_over(labels, prob, predicted, bins, weights, options["specificity"], options["graded"])
+    return metrics_over(labels, prob, predicted, bins, weights, options["specificity"])
 
 
 class Draws:

@@ -16,6 +16,7 @@ import numpy as np
 
 from slidemake.cohort_table import read_table
 from slidemake.evaluation import evaluate_models
+from slidemake.evaluation_kinds import KINDS
 from slidemake.evaluation_outcomes import evaluate_tables
 from slidemake.failures import RunError
 from slidemake.metrics_files import write_metrics
@@ -23,7 +24,7 @@ from slidemake.outcome_table import OutcomeTable, parse_outcomes
 from slidemake.prediction_table import Predictions
 from slidemake.split_patients import some
 from slidemake.subgroups import groups_of
-from slidemake.targets import CLASSES, LabelError, canonical, join_cells, label_columns, label_task
+from slidemake.targets import LabelError, canonical, join_cells, label_columns, label_task
 
 
 def true_labels(
@@ -83,7 +84,7 @@ def _known_patients(
 def external_outcomes(
     rows: Sequence[Mapping[str, str]], truth: Mapping[str, str], bundle: Mapping[str, Any]
 ) -> OutcomeTable:
-    """As `external_predictions`, of bundles that predict no classes."""
+    """As `external_predictions`, of bundles that predict no plain classes."""
     known = [
         {**row, "label": truth[row["patient_id"]], "repeat": "0", "fold": "0"}
         for row in _known_patients(rows, truth, bundle)
@@ -141,9 +142,9 @@ def evaluate_external(
     truth = true_labels(cohort, label_task(bundle, label), bundle.get("classes") or ())
     groups = groups_of(cohort, options.get("subgroups"))
     p: Predictions | OutcomeTable
-    if kind in CLASSES:
+    if kind not in KINDS:
         p = external_predictions(rows, truth, bundle)
-        result, points = evaluate_models([p], dict(options), None, groups, graded=kind == "ordinal")
+        result, points = evaluate_models([p], dict(options), None, groups)
     else:
         p = external_outcomes(rows, truth, bundle)
         kept = bundle["training"].get("validation") or {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -23,30 +24,6 @@ from slidemake.reader_tiff import TiffPage
 REDUCTIONS = (8, 4, 2)  # that libjpeg's scaled inverse transform offers
 ROWS_KEPT = 3  # rows of stored tiles: tiles of one row of the grid lie on two, the next row needs the second again
 CACHE_BYTES = (40 << 20, 384 << 20)  # least and most: what was read long ago is in no processor cache any more
-
-
-class _Pending:
-    """A tile that one thread is decoding. Lighter than a Future, of which a tenth of the reading would be spent."""
-
-    __slots__ = ("error", "ready", "tile")
-
-    def __init__(self) -> None:
-        self.ready = threading.Lock()
-        self.ready.acquire()
-        self.tile: np.ndarray | None = None
-        self.error: BaseException | None = None
-
-    def done(self, tile: np.ndarray | None, error: BaseException | None = None) -> None:
-        self.tile, self.error = tile, error
-        self.ready.release()
-
-    def result(self) -> np.ndarray:
-        """The tile, once it is there; raises what went wrong with it."""
-        with self.ready:
-            pass
-        if self.tile is None:
-            raise self.error or OSError("no tile")
-        return self.tile
 
 
 class JpegTiles:
@@ -63,7 +40,7 @@ class JpegTiles:
         size = self.tile[0] * self.tile[1] * 3
         least, most = CACHE_BYTES
         self._room = max(1, min(max(least, ROWS_KEPT * self.across * size), most) // size)
-        self._tiles: OrderedDict[int, np.ndarray | _Pending] = OrderedDict()
+        self._tiles: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
         adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + (b"\1" if page.photometric == 6 else b"\0")
         self._head = b"\xff\xd8" + adobe + page.jpeg_tables[2:-2]
@@ -91,22 +68,19 @@ class JpegTiles:
             if found is not None:
                 self._tiles.move_to_end(number)
             else:
-                mine = _Pending()
+                mine: Future[np.ndarray] = Future()
                 self._tiles[number] = mine
                 self.decoded += 1
                 while len(self._tiles) > self._room:
                     self._tiles.popitem(last=False)  # whoever waits for it holds it
         if found is not None:
-            return found.result() if isinstance(found, _Pending) else found
+            return found.result()
         try:
             tile = self._decode(number)
-        except BaseException as error:  # handed to everyone who waits for this tile, now or later
-            mine.done(None, error)
+        except BaseException as error:  # handed to everyone who waits for this tile
+            mine.set_exception(error)
             raise
-        mine.done(tile)
-        with self._lock:
-            if number in self._tiles:
-                self._tiles[number] = tile
+        mine.set_result(tile)
         return tile
 
     def _decode(self, number: int) -> np.ndarray:

@@ -111,17 +111,15 @@ def _mcc(matrix: np.ndarray) -> np.ndarray:
     return np.where(spread_actual <= 0, np.nan, np.where(spread_called <= 0, 0.0, found))
 
 
-def _kappa(matrix: np.ndarray, graded: bool) -> np.ndarray:
-    classes, actual = matrix.shape[1], matrix.sum(2)
-    grade = np.arange(classes)
-    cost = (grade[:, None] - grade[None, :]) ** 2 if graded else 1 - np.eye(classes)
+def _kappa(matrix: np.ndarray) -> np.ndarray:
+    actual, cost = matrix.sum(2), 1 - np.eye(matrix.shape[1])
     with np.errstate(invalid="ignore", divide="ignore"):
         expected = actual[:, :, None] * matrix.sum(1)[:, None, :] / matrix.sum((1, 2))[:, None, None]
         found = 1 - (cost * matrix).sum((1, 2)) / (cost * expected).sum((1, 2))
     return np.where((actual > 0).sum(1) < 2, np.nan, found)
 
 
-def _decisions(matrix: np.ndarray, graded: bool) -> dict[str, np.ndarray]:
+def _decisions(matrix: np.ndarray) -> dict[str, np.ndarray]:
     """Thresholded metrics of confusion matrices (B, C, C)."""
     classes, total = matrix.shape[1], matrix.sum((1, 2))
     tp = np.diagonal(matrix, axis1=1, axis2=2)
@@ -135,7 +133,7 @@ def _decisions(matrix: np.ndarray, graded: bool) -> dict[str, np.ndarray]:
     figures["f1"] = f1[:, which].mean(1)
     figures["sensitivity"] = recall[:, which].mean(1)
     figures["specificity"] = specificity[:, which].mean(1)
-    figures |= {"mcc": _mcc(matrix), "kappa": _kappa(matrix, graded)}
+    figures |= {"mcc": _mcc(matrix), "kappa": _kappa(matrix)}
     return figures
 
 
@@ -189,7 +187,6 @@ def _metrics_of_chunk(
     bins: int,
     weights: np.ndarray,
     specificity: float,
-    graded: bool,
 ) -> dict[str, np.ndarray]:
     classes = prob.shape[1]
     which = range(classes) if classes > 2 else [1]
@@ -203,7 +200,7 @@ def _metrics_of_chunk(
         **_probabilistic(labels, prob, bins, weights),
     }
     if predicted is not None:
-        found |= _decisions(confusion(labels, predicted, classes, weights), graded)
+        found |= _decisions(confusion(labels, predicted, classes, weights))
     return {name: found[name] for name in METRICS if name in found}
 
 
@@ -214,22 +211,19 @@ def metrics_over(
     bins: int = 15,
     weights: np.ndarray | None = None,
     specificity: float = 0.9,
-    graded: bool = False,
 ) -> dict[str, np.ndarray]:
     """All metrics for every row of `weights`.
 
     labels (n,) int; prob (n, C) rows summing to 1; predicted (n,) int, the decisions at the thresholds that the models
     brought along, or None to leave the thresholded metrics out; weights (B, n), default one row of ones; specificity
-    at which sensitivity is read off the ROC curve; graded: the classes are grades in their order.
+    at which sensitivity is read off the ROC curve.
     Returns {metric: (B,) float64}, NaN where undefined.
     """
     labels, prob = np.asarray(labels, int), np.asarray(prob, float)
     weights = np.ones((1, len(labels))) if weights is None else weights
     step = max(1, CHUNK // max(1, len(labels)))
     parts = [
-        _metrics_of_chunk(
-            labels, prob, predicted, bins, weights[start : start + step].astype(float), specificity, graded
-        )
+        _metrics_of_chunk(labels, prob, predicted, bins, weights[start : start + step].astype(float), specificity)
         for start in range(0, len(weights), step)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

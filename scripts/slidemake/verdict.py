@@ -192,10 +192,10 @@ def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
     return said
 
 
-def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    entry = result["models"][name]
-    measured, null = entry["scopes"]["ensemble"]["metrics"]["ece"]["value"], entry["calibration"]["ece_if_calibrated"]
-    if measured is None or null is None:
+def about_calibration(name: str, calibration: dict[str, Any]) -> list[dict[str, str]]:
+    """What the calibration error of probabilities (of classes, grades, or one label) says."""
+    measured, null = calibration["ece"], calibration["ece_if_calibrated"]
+    if null is None:
         return []
     text = f"{name}: calibration error (ECE) {measured:.2f}; perfectly calibrated predictions would show "
     text += f"{null['mean']:.2f} on average and at most {null['p95']:.2f} in 95 % of samples of this size"
@@ -251,7 +251,8 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
         said += _against_controls(name, result)
     said += _about_shuffled(result) + _about_sites(result)
     for name in names:
-        said += _about_calibration(name, result) + about_groups(name, result) + _about_coverage(name, result)
+        said += about_calibration(name, result["models"][name]["calibration"])
+        said += about_groups(name, result) + _about_coverage(name, result)
     if result["repeats"] > 1:
         text = (
             "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "

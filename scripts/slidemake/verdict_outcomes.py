@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from slidemake.verdict import GAP, REFERENCE, SHUFFLED, SITE_ONLY, SMALL, about_groups, interval, say
+from slidemake.verdict import (
+    GAP,
+    REFERENCE,
+    SHUFFLED,
+    SITE_ONLY,
+    SMALL,
+    about_calibration,
+    about_groups,
+    interval,
+    say,
+)
 
 TITLES = {
     "c_index": "C-index",
@@ -161,23 +171,14 @@ def _ratio(found: dict[str, Any]) -> dict[str, Any]:
     return {"value": found["ratio"], "low": found["ratio_low"], "high": found["ratio_high"]}
 
 
-def _about_calibration(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    """Grades and labels: whose calibration error is above what chance makes of it?"""
-    entry = result["models"][name]
-    parts = {f" of {label}": part for label, part in entry.get("labels", {}).items()} or {"": entry}
-    off, asked = [], 0
-    for of, part in parts.items():
-        calibration = part["calibration"]
-        measured, null = calibration["ece"], calibration["ece_if_calibrated"]
-        asked += null is not None
-        if null is not None and measured > null["p95"]:
-            off.append(f"{of.removeprefix(' of ') or 'ECE'} {measured:.2f} (chance: at most {null['p95']:.2f})")
-    if not asked:
-        return []
-    if not off:
-        return [say("note", "calibration", f"{name}: no evidence against the calibration of its probabilities.")]
-    text = f"{name}: calibration error above what perfectly calibrated predictions would show in 95 % of samples of "
-    return [say("warning", "miscalibrated", f"{text}this size: {'; '.join(off)}. Do not read these as risks.")]
+def _about_labels(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Several labels: those whose probabilities are off, or that none is shown to be."""
+    labels = result["models"][name]["labels"].items()
+    said = [line for label, part in labels for line in about_calibration(f"{name}, {label}", part["calibration"])]
+    off = [line for line in said if line["level"] == "warning"]
+    if said and not off:
+        return [say("note", "calibration", f"{name}: no evidence against the calibration of any label.")]
+    return off
 
 
 def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dict[str, str]]:
@@ -191,8 +192,10 @@ def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dic
     said += _about_shuffled(result) + _about_sites(result)
     for name in names if result["type"] == "survival" else ():
         said += _about_risk_groups(name, result) + _about_brier(name, result) + _about_expected(name, result)
-    for name in names if result["type"] in ("ordinal", "multilabel") else ():
-        said += _about_calibration(name, result)
+    for name in names if result["type"] == "ordinal" else ():
+        said += about_calibration(name, result["models"][name]["calibration"])
+    for name in names if result["type"] == "multilabel" else ():
+        said += _about_labels(name, result)
     for name in names:
         said += about_groups(name, result, result["primary"], TITLES[result["primary"]])
     if result["repeats"] > 1:

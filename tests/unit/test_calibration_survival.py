@@ -68,7 +68,7 @@ def test_what_is_wrong_with_predictions_is_seen():
 
 
 def test_by_hand():
-    """Eight patients, nobody censored before t = 2, ten events in none of the groups: two groups of four."""
+    """Eight patients, all followed beyond t = 2, four events by then: two groups of four by predicted risk."""
     time = np.array([1, 1, 1, 3, 1, 3, 3, 3.0])
     event = np.array([1, 1, 1, 0, 1, 0, 1, 0], bool)
     survival = np.array([0.3, 0.3, 0.4, 0.4, 0.8, 0.8, 0.9, 0.9])

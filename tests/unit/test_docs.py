@@ -8,23 +8,18 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from slidemake.configuration import load_configuration, stage_options
+from slidemake.configuration_schema import leaves
+from slidemake.encoders import REGISTRY, load_record, registry
+from slidemake.failures import HINTS, SlideFailure
 
 ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "scripts"))
-
-from slidemake.configuration import load_configuration, stage_options  # noqa: E402
-from slidemake.configuration_schema import leaves  # noqa: E402
-from slidemake.encoders import REGISTRY, load_record, registry  # noqa: E402
-from slidemake.failures import HINTS, SlideFailure  # noqa: E402
-
 FORMATS, GUIDE, README = ROOT / "docs" / "formats.md", ROOT / "docs" / "guide.md", ROOT / "README.md"
 PAGES = sorted([README, ROOT / "CHANGELOG.md", ROOT / "config" / "README.md", *(ROOT / "docs").rglob("*.md")])
 GRID, ENCODER, SIDE = "224px_0.5mpp", "random_resnet18", 1536

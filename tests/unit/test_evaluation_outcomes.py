@@ -320,10 +320,10 @@ def test_the_verdict_names_labels_that_are_off():
     made = table("multilabel", n=200, noise=0.02)
     sharp = np.clip((made.values - 0.5) * 0.1 + 0.5, 0, 1)  # far too cautious
     only_er = np.stack([sharp[..., 0], made.truth[None, :, 1].repeat(2, 0) * 0.98 + 0.01], -1)
-    said = {line["code"]: line for line in evaluate_tables([replace(made, values=only_er)], QUICK)[0]["verdict"]}
-    assert said["miscalibrated"]["level"] == "warning"
-    assert "er 0." in said["miscalibrated"]["text"]
-    assert "pr 0." not in said["miscalibrated"]["text"]
+    verdict = evaluate_tables([replace(made, values=only_er)], QUICK)[0]["verdict"]
+    [said] = [line for line in verdict if line["code"] in ("calibration", "miscalibrated")]
+    assert (said["level"], said["code"]) == ("warning", "miscalibrated")
+    assert said["text"].startswith("m, er: calibration error (ECE) 0.")
 
 
 def test_groups_with_few_events_have_no_figures():

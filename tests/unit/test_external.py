@@ -133,6 +133,7 @@ OTHER = {
     "regression": ({"type": "regression", "unit": "%"}, "purity", ["purity"]),
     "survival": ({"type": "survival", "horizons": [2.0, 4.0, 8.0]}, "os", ["os_time", "os_event"]),
     "multilabel": ({"type": "multilabel", "labels": ["er", "pr"]}, "labels", ["er", "pr"]),
+    "ordinal": ({"type": "ordinal", "classes": ["a", "b", "c"]}, "grade", ["grade"]),
 }
 
 
@@ -141,11 +142,13 @@ def cells_of(kind, truth):
         return [f"{truth[0]:.12g}"]
     if kind == "survival":
         return [f"{truth[0]:.12g}", "yes" if truth[1] else "0"]
+    if kind == "ordinal":
+        return ["abc"[int(truth[0])]]
     return ["" if v < 0 else str(int(v)) for v in truth]
 
 
 @pytest.mark.parametrize("kind", list(OTHER))
-def test_bundles_that_tell_no_classes(kind, tmp_path):
+def test_bundles_that_tell_no_plain_classes(kind, tmp_path):
     """Metrics of the external cohort are those of the same values evaluated as a run of their own."""
     target, label, columns = OTHER[kind]
     made = table(kind, n=60, repeats=1)
@@ -161,8 +164,9 @@ def test_bundles_that_tell_no_classes(kind, tmp_path):
         for i, patient in enumerate(made.patients):
             out.writerow([f"{patient}-1", patient, made.sites[i], "AB"[i % 2], "ok", *cells_of(kind, made.truth[i])])
             out.writerow([f"{patient}-2", patient, made.sites[i], "AB"[i % 2], "ok", *[""] * len(columns)])
-    bundle = {**BUNDLE, "classes": [], "target": target, "threshold": None, "model": "m"}
-    if kind == "multilabel":
+    classes = target.get("classes", [])
+    bundle = {**BUNDLE, "classes": classes, "target": target, "threshold": None, "model": "m"}
+    if kind in ("multilabel", "ordinal"):
         kept = {"labels": made.truth.astype(int).tolist(), "values": made.values[0].tolist()}
         bundle["training"] = {**BUNDLE["training"], "validation": kept}
     outputs = {name: tmp_path / f"{name}.json" for name in ("metrics", "curves")}
@@ -179,13 +183,16 @@ def test_bundles_that_tell_no_classes(kind, tmp_path):
         sets = {name: part["conformal"] for name, part in result["models"]["m"]["labels"].items()}
         assert {name: part["validation"]["least"] for name, part in sets.items()} == {"er": 51, "pr": 60}
         assert all(part["pooled"]["coverage"]["value"] >= 0.9 for part in sets.values())  # of the very same patients
+    if kind == "ordinal":
+        assert result["models"]["m"]["conformal"]["validation"] == {"least": 60, "most": 60}
+        assert result["models"]["m"]["conformal"]["pooled"]["coverage"]["value"] >= 0.9
     assert set(result["models"]["m"]["subgroups"]["scanner"]["groups"]) == {"A", "B"}
     section = external_section(tmp_path)
     assert section["main"] == "m"
     page = _environment().get_template("report_external.html.j2").render(task=section)
     assert "External cohort: m" in page
     # besides those of calibration: three horizons; of two labels each three diagrams and one of abstention
-    of_probabilities = {"survival": 3, "multilabel": 8}.get(kind, 0)
+    of_probabilities = {"survival": 3, "multilabel": 8, "ordinal": 4}.get(kind, 0)
     assert page.count("<figure") == len(section["pictures"]) + of_probabilities > of_probabilities
     seen = {**bundle, "training": {"patients": ["P003"]}}
     with pytest.raises(RunError, match="Leak: the bundle was trained on P003"):

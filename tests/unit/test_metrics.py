@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
+from slidemake import metrics_ordinal
 from slidemake.bootstrap import bootstrap_indices, bootstrap_weights, percentile_interval, scope_seed
 from slidemake.metrics import METRICS, auroc, ece, mass_bins, metrics_over, why_undefined, width_bins
 from slidemake.reliability import (
@@ -250,7 +251,7 @@ def test_curves_equal_scikit_learn_and_are_thinned():
 @pytest.mark.parametrize("classes", [2, 4])
 def test_kappa_of_grades_has_quadratic_weights(classes):
     labels, prob, predicted = sample(60, classes, 3)
-    found = metrics_over(labels, prob, predicted, graded=True)
+    found = metrics_ordinal.metrics_over(labels, prob @ np.arange(classes), predicted, classes)
     expected = sk.cohen_kappa_score(labels, predicted, weights="quadratic")
     assert found["kappa"][0] == pytest.approx(expected, abs=1e-12)
 

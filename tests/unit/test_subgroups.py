@@ -16,7 +16,7 @@ from slidemake.metrics_files import metrics_table
 from slidemake.prediction_table import Predictions
 from slidemake.subgroups import group_members, patient_values
 
-OPTIONS = {**DEFAULTS, "bootstrap": 200, "graded": False}
+OPTIONS = {**DEFAULTS, "bootstrap": 200}
 
 
 def simulate(n=160, groups=2, weaker=0.0, repeats=2, seed=0, temperature=1.0):
