@@ -1,7 +1,7 @@
 """Memory of the stages on a very large slide, each in a process of its own: python bench_memory.py STAGE (see `stage`).
 
-Resident memory is the process's largest, with libraries. Embedding all tiles of such a slide takes minutes: a part is
-embedded, and what the features of the others would take is added.
+Resident memory is the process's largest, with libraries. Embedding all tiles of such a slide takes minutes: as features
+are written as they come, a part of them, larger than what is written at a time, needs what all of them need.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STAGES = ("screen", "tissue", "tile", "embed")
 
 
 def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
-    """Run one stage as its job does, on what the stages before have left in `folder`; returns {"tiles", "added_mb"}."""
+    """Run one stage as its job does, on what the stages before have left in `folder`; returns {"tiles"}."""
     from slidemake.provenance import read_json
 
     if name == "screen":
@@ -56,10 +56,11 @@ def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
     count = len(TileStore(store))
     if name == "tile":
         return {"tiles": count}
-    return {"tiles": min(part, count), **embed(Slide("large", folder, facts, mark), store, folder, part, count)}
+    embed(Slide("large", folder, facts, mark), store, folder, part)
+    return {"tiles": min(part, count)}
 
 
-def embed(slide: Any, store: Path, folder: Path, part: int, count: int) -> dict[str, Any]:
+def embed(slide: Any, store: Path, folder: Path, part: int) -> None:
     import bench_embedding
     from slidemake.encoder_loading import load_encoder
     from slidemake.encoders import load_record
@@ -75,7 +76,6 @@ def embed(slide: Any, store: Path, folder: Path, part: int, count: int) -> dict[
     embedding_engine.TileStore = Part  # type: ignore[misc]
     encoder = load_encoder(load_record(bench_embedding.ENCODER), "cpu", "fp32")
     bench_embedding.embed(encoder, slide, store, 1, folder / "embedded")
-    return {"added_mb": max(0, count - part) * encoder.record.dim * 2 / 2**20}
 
 
 def measure(slide: str, folder: Path, part: int) -> list[Row]:
@@ -85,10 +85,8 @@ def measure(slide: str, folder: Path, part: int) -> list[Row]:
         command = [sys.executable, __file__, name, slide, str(folder), str(part)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        size = found["mb"] + found.get("added_mb", 0.0)
+        size = found["mb"]
         what = f"{name}, {found['tiles']:,} tiles" if "tiles" in found else name
-        if found.get("added_mb"):
-            what += f", with {found['added_mb']:.0f} MB for the features of the others"
         rows.append(
             Row(
                 section="memory",

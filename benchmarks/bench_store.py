@@ -15,8 +15,9 @@ import numpy as np
 import zarr
 from inputs import Slide, window_and_tiles
 from measure import Row, compare, in_turns
+from slidemake.arrays import write_array
 from slidemake.codec import decode_jpeg, encode_jpeg
-from slidemake.tiles import TileCodec, TileStore, add_array, create_store, shard_path, write_shard
+from slidemake.tiles import TileCodec, TileStore, create_store, shard_path, write_shard
 
 GRID, SHARD, CALL = "256px_0.5mpp", 256, 64
 CODECS = {
@@ -32,9 +33,9 @@ def write(path: Path, tiles: np.ndarray, codec: TileCodec) -> float:
     group = create_store(path, len(tiles), tiles.shape[1], codec, SHARD)
     for start in range(0, len(tiles), SHARD):
         write_shard(shard_path(path, start // SHARD), [codec.encode(t) for t in tiles[start : start + SHARD]], SHARD)
-    add_array(group, "coords", np.zeros((len(tiles), 2), np.int32))
-    add_array(group, "tissue", np.ones(len(tiles), np.float32))
-    add_array(group, "quality", np.zeros((len(tiles), 1), np.float32))
+    write_array(path, "coords", np.zeros((len(tiles), 2), np.int32))
+    write_array(path, "tissue", np.ones(len(tiles), np.float32))
+    write_array(path, "quality", np.zeros((len(tiles), 1), np.float32))
     attributes = {"format": "slidemake-tiles", "format_version": 1, "tile_px": tiles.shape[1], "shard_tiles": SHARD}
     group.attrs.update({**attributes, "store": "pixels", "codec": codec.as_dict()})
     return len(tiles)

@@ -43,7 +43,7 @@ FULL: dict[str, Any] = {
     "members": 8,  # trained to their early stop
     "many": (5000, 5000, 128),  # bags, tiles, features: on disk
     "large": 25,  # the slide for memory, in copies of the cell: 102,400 px
-    "part": 4096,  # of its tiles are embedded
+    "part": 8192,  # of its tiles are embedded
     "jpeg": 256,  # tiles
 }
 SMALL = FULL | {

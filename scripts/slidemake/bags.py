@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from slidemake.arrays import StoredArray
 from slidemake.failures import RunError, SlideFailure, damaged
-from slidemake.integrity import check_store, read_array
+from slidemake.integrity import check_store
 from slidemake.provenance import check_file, committed, file_sums, read_json, write_json
 
 IN_MEMORY_BYTES = 1 << 30
@@ -104,22 +105,19 @@ def stain_identity(stain: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"method": stain.get("method") or "none", "target": stain.get("target")}
 
 
-def open_embeddings(path: str | Path) -> tuple[Any, dict[str, Any]]:
+def open_embeddings(path: str | Path) -> tuple[StoredArray, dict[str, Any]]:
     """The features array (N, D) of an embedding store, not yet read, and its attributes.
 
     RunError when it is none, SlideFailure `damaged` when it is not as it was written.
     """
-    import zarr
-
     check_store(path)
     try:
-        group = zarr.open_group(str(path), mode="r")
-        features = group["features"]
-    except (FileNotFoundError, KeyError, ValueError) as error:
+        features = StoredArray(path, "features")
+        attrs = read_json(Path(path) / "zarr.json")["attributes"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path} is not an embedding store ({error}); run the embed_tiles rule for this slide."
         ) from error
-    attrs = dict(group.attrs)
     if attrs.get("format") != "slidemake-embeddings":
         raise RunError(f"{path} has format {attrs.get('format')!r}, not slidemake-embeddings.")
     if attrs.get("slide_id", Path(path).stem) != Path(path).stem:
@@ -180,7 +178,7 @@ class _Cohort:
     folder: Path
     slides: list[str]
     patients: list[str]
-    features: list[Any]  # zarr arrays (N, D)
+    features: list[StoredArray]  # (N, D)
     attrs: list[dict[str, Any]]
 
     @classmethod
@@ -209,8 +207,7 @@ class _Cohort:
     def values(self) -> Iterator[np.ndarray]:
         """(N, D) features slide by slide; RunError when one is not finite."""
         for slide, features in zip(self.slides, self.features, strict=True):
-            read = read_array({"features": features}, "features", self.folder / f"{slide}.zarr")
-            values = np.ascontiguousarray(read, self.dtype)
+            values = np.ascontiguousarray(features.read(), self.dtype)
             if not np.isfinite(values).all():
                 raise RunError(
                     f"Features of slide {slide} are not all finite; delete its store in {self.folder} and embed it "

@@ -7,7 +7,8 @@ made and worked on: `embedding_engine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from slidemake import isolation
-from slidemake.embedding_engine import READERS_PER_GPU, Engine, Forward, Progress, SlideJob
+from slidemake.arrays import ArrayWriter, write_array, write_group
+from slidemake.embedding_engine import READERS_PER_GPU, Engine, Forward, Opened, Progress, SlideJob
 from slidemake.failures import SlideFailure, damaged
 from slidemake.integrity import check_store, seal
 from slidemake.provenance import committed, fingerprint, read_json, read_slide_record
-from slidemake.tiles import TileStore, add_array, store_fingerprint
+from slidemake.tiles import TileStore, store_fingerprint
 
 FORMAT, FORMAT_VERSION = "slidemake-embeddings", 1
 # batch_size: auto. On CPU larger batches are not faster and need more memory; batches of 8 need 300 MB less with two
@@ -101,33 +103,32 @@ def stain_description(transform: dict[str, Any] | None) -> dict[str, Any]:
     return {"method": transform["method"], "target": transform["target"], "slide": transform["fingerprint"]}
 
 
-def write_embeddings(
-    job: SlideJob, features: np.ndarray, store: TileStore, encoder: Any, attributes: dict[str, Any]
-) -> None:
-    """Commit `features` with the tile store's coordinates and all that a consumer must check."""
-    import zarr
-
+@contextmanager
+def embedding_store(
+    job: SlideJob, store: TileStore, encoder: Any, dtype: str, attributes: dict[str, Any]
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Takes the features of all tiles, part by part, and commits them with the tile store's coordinates and all that a
+    consumer must check. Nothing is committed after an error, or when some are missing.
+    """
     with committed(job.out) as work:
-        group = zarr.create_group(
+        with ArrayWriter(work, "features", (len(store), encoder.record.dim), dtype) as features:
+            yield features.append
+        write_array(work, "coords", store.coords)
+        kept = {key: store.attrs[key] for key in ("identity", "grid", "mpp", "tile_level0_px")}
+        write_group(
             work,
-            zarr_format=3,
-            attributes={
+            {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
                 "slide_id": job.slide_id,
-                "identity": store.attrs["identity"],
                 "encoder": encoder.identity,
                 "stain": job.stain_info,
                 "tiles_fingerprint": store.attrs["fingerprint"],
-                "grid": store.attrs["grid"],
-                "mpp": store.attrs["mpp"],
-                "tile_level0_px": store.attrs["tile_level0_px"],
+                **kept,
                 "fingerprint": job.fingerprint,
                 **attributes,
             },
         )
-        add_array(group, "features", features)
-        add_array(group, "coords", store.coords)
         seal(work)
 
 
@@ -167,15 +168,15 @@ def process_rack(
     models = {n: Forward(lane.load(), device, batch) for n, lane in enumerate(lanes) if any(n == p[0] for p in pending)}
     tiles = {r["slide_id"]: r.get("tiles", 0) for r in records}
 
-    def commit(number: int, job: SlideJob, store: TileStore, features: np.ndarray) -> None:
+    def output(number: int, job: SlideJob, store: TileStore) -> Opened:
         model = models[number].encoder
         about = {"path": model.path_name, "device": device, "batch": batch}
-        write_embeddings(job, features, store, model, {"engine": about})
+        return embedding_store(job, store, model, dtype, {"engine": about})
 
     engine = Engine(
         work,
         models,
-        commit,
+        output,
         batch=batch,
         dtype=dtype,
         workers=max(1, threads) if device == "cpu" else max(READERS_PER_GPU, threads),

@@ -3,20 +3,22 @@
 Every worker thread reads a batch of tiles and takes it through each encoder that wants the slide, so a tile is read
 once however many encoders there are, and reading never competes with the model for a core: a core does one or the
 other. A feeding thread keeps a few batches waiting, across slides, so that no worker stops between two slides; waiting
-batches are numbers, not pixels. A slide's features are put together in order and committed by a writing thread as soon
-as its last batch is done. A batch never holds tiles of two slides, so features do not depend on what else was in the
-rack, on the number of threads, or on where an earlier job was killed.
+batches are numbers, not pixels. A writing thread takes the features of a slide in order, as they come, so that memory
+does not grow with the slide, and commits them with the last batch. A batch never holds tiles of two slides, so features
+do not depend on what else was in the rack, on the number of threads, or on where an earlier job was killed.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ from slidemake.tiles import TileStore, store_fingerprint
 
 log = logging.getLogger("slidemake")
 
+Opened = AbstractContextManager[Callable[[np.ndarray], None]]  # takes features (n, D), and commits them at its end
+
 WAITING = 2  # batches that wait beyond those that are worked on: enough that no worker ever finds none
+UNWRITTEN = 64  # batches of a slide whose features are not written yet: a slow disk slows the rest down
 READERS_PER_GPU = 4  # worker threads beside a GPU, at least: two feed it, the others read
 ON_GPU = 2  # batches on the GPU at a time: one is copied while the other is computed
 
@@ -174,25 +179,77 @@ class Forward:
         log.warning("%s: out of memory with %d tiles at a time: going on with %d", key, size, self.limit)
 
 
+class Output:
+    """The features of a slide by one encoder on their way to where they go, written by one thread.
+
+    `opened()` gives the context that takes them; `key` names the encoder in messages. After the first error nothing
+    more is taken.
+    """
+
+    def __init__(self, job: SlideJob, opened: Callable[[], Opened], key: str):
+        self._job, self._key, self._tiles, self._started = job, key, 0, time.perf_counter()
+        self._error: Exception | None = None
+        self._context = ExitStack()
+        with self._guarded():
+            self._append = self._context.enter_context(opened())
+
+    def add(self, part: np.ndarray | Exception) -> None:
+        """Features (n, D) of the next tiles, or why there are none."""
+        if self._error is not None:
+            return
+        with self._guarded():
+            if isinstance(part, Exception):
+                raise part
+            if not np.isfinite(part).all():
+                raise SlideFailure("crashed", f"{self._key} gave features that are not finite")
+            self._append(part)
+            self._tiles += len(part)
+
+    def finish(self, result: Future[dict[str, Any]]) -> None:
+        """Commit, and say so, or what went wrong, to who waits for it."""
+        if self._error is None:
+            with self._guarded():
+                self._context.close()
+        if self._error is not None:
+            result.set_exception(self._error)
+            return
+        rate = self._tiles / max(time.perf_counter() - self._started, 1e-9)
+        result.set_result({"tiles": self._tiles, "tiles_per_second": round(rate, 1)})
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """An error, raised or on its way out of the context, is kept, and the context left without committing."""
+        try:
+            with isolation.working_on(self._job.slide_id):
+                yield
+        except Exception as error:
+            self._error = error
+            try:
+                self._context.__exit__(type(error), error, error.__traceback__)
+            except Exception as other:
+                log.warning("%s: what is left of its features could not be removed: %s", self._job.slide_id, other)
+
+
 class Engine:
     """Embeds slides in the background, in the order given; `result` waits for one of them.
 
-    `work`: for each slide {encoder number: what that encoder is to make of it}; `models`: by encoder number; `commit`:
-    called with (encoder number, job, tile store, features) when a slide is complete, from one thread.
+    `work`: for each slide {encoder number: what that encoder is to make of it}; `models`: by encoder number; `output`:
+    called with (encoder number, job, tile store), from one thread, for a context whose value takes the features of a
+    slide, part by part, and which commits them at its end.
     """
 
     def __init__(
         self,
         work: list[dict[int, SlideJob]],
         models: dict[int, Forward],
-        commit: Callable[[int, SlideJob, TileStore, np.ndarray], None],
+        output: Callable[[int, SlideJob, TileStore], Opened],
         *,
         batch: int,
         workers: int,
         progress: Callable[[int], None],
         dtype: str = "float32",
     ):
-        self._work, self._models, self._commit, self._batch_size, self._progress = work, models, commit, batch, progress
+        self._work, self._models, self._output, self._batch_size, self._progress = work, models, output, batch, progress
         self._dtype = dtype
         self._results: dict[tuple[int, str], Future[dict[str, Any]]] = {
             (number, job.slide_id): Future() for jobs in work for number, job in jobs.items()
@@ -231,13 +288,16 @@ class Engine:
             except Exception as error:  # raised where the slide's result is asked for
                 self._fail(jobs, error)
                 continue
-            started, batches = time.perf_counter(), []
-            for start in range(0, len(source), self._batch_size):
-                self._slots.acquire()
-                if self._stopped.is_set():
-                    return
-                batches.append(self._pool.submit(self._one_batch, first.slide_id, source, start, stains))
-            self._writer.submit(self._finish, source, jobs, batches, started)
+            batches: queue.Queue[Future | None] = queue.Queue(UNWRITTEN)
+            self._writer.submit(self._write, source, jobs, batches)
+            try:
+                for start in range(0, len(source), self._batch_size):
+                    self._slots.acquire()
+                    if self._stopped.is_set():
+                        return
+                    batches.put(self._pool.submit(self._one_batch, first.slide_id, source, start, stains))
+            finally:
+                batches.put(None)
 
     def _unfinished(self, jobs: dict[int, SlideJob]) -> dict[int, SlideJob]:
         """Those that no twin of this job has finished since the rack was looked at."""
@@ -265,40 +325,22 @@ class Engine:
         finally:
             self._slots.release()
 
-    def _finish(self, source: Source, jobs: dict[int, SlideJob], batches: list[Future], started: float) -> None:
-        try:
-            done = [batch.result() for batch in batches]
-        except Exception as error:
-            self._fail(jobs, error)
-            return
-        finally:
-            source.close()
-        for number, job in jobs.items():
+    def _write(self, source: Source, jobs: dict[int, SlideJob], batches: queue.Queue[Future | None]) -> None:
+        """Take a slide's batches to its outputs until there are no more: also after an error, or feeding would stop."""
+        outputs = [
+            Output(job, partial(self._output, number, job, source.store), self._models[number].encoder.record.key)
+            for number, job in jobs.items()
+        ]
+        while (batch := batches.get()) is not None:
             try:
-                with isolation.working_on(job.slide_id):
-                    features = self._joined(number, len(source), [batch.pop(number) for batch in done])
-                    self._commit(number, job, source.store, features)
-            except Exception as error:
-                self._results[number, job.slide_id].set_exception(error)
-                continue
-            rate = len(features) / max(time.perf_counter() - started, 1e-9)
-            figures = {"tiles": len(features), "tiles_per_second": round(rate, 1)}
-            self._results[number, job.slide_id].set_result(figures)
-
-    def _joined(self, number: int, tiles: int, parts: list[np.ndarray | Exception]) -> np.ndarray:
-        """(N, D) features in the order of the tiles. Takes the parts out of the list: they are in memory once."""
-        record = self._models[number].encoder.record
-        features, start = np.zeros((tiles, record.dim), self._dtype), 0
-        parts.reverse()
-        while parts:
-            part = parts.pop()
-            if isinstance(part, Exception):
-                raise part
-            if not np.isfinite(part).all():
-                raise SlideFailure("crashed", f"{record.key} gave features that are not finite")
-            features[start : start + len(part)] = part
-            start += len(part)
-        return features
+                parts = batch.result()
+            except Exception as error:  # in reading, or the engine was closed
+                parts = dict.fromkeys(jobs, error)
+            for number, output in zip(jobs, outputs, strict=True):
+                output.add(parts.pop(number))
+        source.close()
+        for number, output in zip(jobs, outputs, strict=True):
+            output.finish(self._results[number, jobs[number].slide_id])
 
     def _fail(self, jobs: dict[int, SlideJob], error: Exception) -> None:
         for number, job in jobs.items():

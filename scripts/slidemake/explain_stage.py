@@ -20,7 +20,6 @@ from slidemake.bags import open_embeddings
 from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
 from slidemake.explain import explain_slide, tile_truth
 from slidemake.failures import damaged
-from slidemake.integrity import read_array
 from slidemake.provenance import committed, files_are_whole, fingerprint, read_json_if_whole, read_slide_record
 from slidemake.screening import OVERVIEW
 from slidemake.splits import Splits
@@ -75,10 +74,10 @@ class Explainer:
             same = {key: described.get(key) for key in ("tile_auroc", "tiles")}
             return {"fingerprint": print_, "reused": True, **same}
         stored = self.results / "embeddings" / self.encoder / f"{slide_id}.zarr"
-        features, attrs = open_embeddings(stored)
+        stored_features, attrs = open_embeddings(stored)
         if attrs.get("fingerprint") != record["fingerprint"]:
             raise damaged(stored, f"is not the store that the embedding stage made of slide {slide_id}")
-        features = read_array({"features": features}, "features", stored).astype(np.float32)
+        features = stored_features.read().astype(np.float32)
         attention, change, probability = self._scores(bundles, features, attrs, row)
         store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
         truth = None

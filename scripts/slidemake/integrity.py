@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slidemake.failures import damaged
 from slidemake.provenance import checksum, file_sha256, may_appear
 
@@ -78,11 +76,3 @@ def check_store(store: str | Path) -> None:
     while problem := next(problems(store), None):
         if not may_appear(store):
             raise damaged(store, problem)
-
-
-def read_array(group: Any, name: str, store: str | Path) -> np.ndarray:
-    """A whole array of an open group; `damaged` when it does not decode."""
-    try:
-        return np.asarray(group[name][...])
-    except Exception as error:  # every codec has errors of its own
-        raise damaged(store, f"has an array {name} that does not decode ({type(error).__name__}: {error})") from error

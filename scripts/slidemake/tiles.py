@@ -21,13 +21,14 @@ import zarr
 from numcodecs.zstd import Zstd
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
+from slidemake.arrays import read_array
 from slidemake.codec import JpegTile, decode_jpeg, encode_jpeg
 from slidemake.failures import RunError, damaged
-from slidemake.integrity import check_store, problems, read_array
+from slidemake.integrity import check_store, problems
+from slidemake.provenance import read_json
 
 FORMAT, FORMAT_VERSION = "slidemake-tiles", 1
 MISSING = 2**64 - 1
-CHUNK_BYTES = 64 << 20  # of arrays beside the pixels: bounds what writing and reading them takes besides
 CODECS = ("jpeg", "zstd", "none")
 
 
@@ -142,37 +143,19 @@ def shard_path(store: Path, shard: int) -> Path:
     return store / "pixels" / "c" / str(shard) / "0" / "0" / "0"
 
 
-def add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
-    """Store an array whole, in several chunks above `CHUNK_BYTES`, compressed and with a checksum. Empty is legal."""
-    rows = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
-    chunks = (max(1, min(rows, len(values))), *(max(1, n) for n in values.shape[1:]))
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=chunks,
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
-        fill_value=0,
-    )
-    if values.size:
-        array[...] = values
-
-
 class TileStore:
     """A committed tile store, read-only. `len(store)` tiles; reads are thread-safe."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         check_store(self.path)
-        group = zarr.open_group(self.path, mode="r")
-        self.attrs: dict[str, Any] = dict(group.attrs)
+        self.attrs: dict[str, Any] = read_json(self.path / "zarr.json")["attributes"]
         if self.attrs.get("format") != FORMAT or self.attrs.get("format_version") != FORMAT_VERSION:
             raise RunError(
                 f"{self.path} is {self.attrs.get('format')} version {self.attrs.get('format_version')}; this slidemake "
                 f"reads {FORMAT} version {FORMAT_VERSION}. Delete the store (or choose another output) and run again."
             )
-        self._group = group
-        self.coords = read_array(group, "coords", self.path).reshape(-1, 2)
+        self.coords = read_array(self.path, "coords").reshape(-1, 2)
         self.has_pixels = self.attrs["store"] == "pixels"
         self.tile_px: int = self.attrs["tile_px"]
         self._codec = TileCodec.from_attributes(self.attrs)
@@ -182,12 +165,12 @@ class TileStore:
     @cached_property
     def tissue(self) -> np.ndarray:
         """(N,) float32, share of each tile that is tissue."""
-        return read_array(self._group, "tissue", self.path)
+        return read_array(self.path, "tissue")
 
     @cached_property
     def quality(self) -> np.ndarray:
         """(N, q) float32, columns as in the attribute quality_names."""
-        return read_array(self._group, "quality", self.path)
+        return read_array(self.path, "quality")
 
     def __len__(self) -> int:
         return len(self.coords)

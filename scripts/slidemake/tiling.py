@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slidemake.arrays import write_array
 from slidemake.failures import RunError, SlideFailure
 from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
 from slidemake.integrity import seal
@@ -28,7 +29,6 @@ from slidemake.tiles import (
     FORMAT_VERSION,
     TileCodec,
     TileStore,
-    add_array,
     create_store,
     shard_path,
     store_fingerprint,
@@ -289,9 +289,9 @@ def _write(
     corrupt = candidates - len(coords)
     if corrupt > 0.5 * candidates:
         raise SlideFailure("unreadable", f"{corrupt} of {candidates} tissue tiles do not decode")
-    add_array(group, "coords", coords.astype(np.int32))
-    add_array(group, "tissue", tissue.astype(np.float32))
-    add_array(group, "quality", quality.astype(np.float32))
+    write_array(work, "coords", coords.astype(np.int32))
+    write_array(work, "tissue", tissue.astype(np.float32))
+    write_array(work, "quality", quality.astype(np.float32))
     group.update_attributes(
         {
             **attributes,

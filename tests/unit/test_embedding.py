@@ -1,10 +1,13 @@
 """The embedding engine with a small model: order, resume, memory that runs out, slides that fail."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from slidemake.arrays import ArrayWriter, write_array
 from slidemake.embedding import Lane, embedding_fingerprint, process_rack, stain_description
 from slidemake.embedding_engine import WAITING, Engine, Forward, SlideJob, Source
-from slidemake.failures import SlideFailure
+from slidemake.failures import RunError, SlideFailure
 from slidemake.racks import run_rack
 from slidemake.stain import StainTransform
-from slidemake.tiles import TileCodec, add_array, create_store, shard_path, store_fingerprint, write_shard
+from slidemake.tiles import TileCodec, create_store, shard_path, store_fingerprint, write_shard
 
 SIDE, SHARD, DIM = 16, 8, 6
 
@@ -52,9 +56,9 @@ def make_tiles(path: Path, count: int, seed: int) -> np.ndarray:
     group = create_store(path, count, SIDE, codec, SHARD)
     for start in range(0, count, SHARD):
         write_shard(shard_path(path, start // SHARD), [codec.encode(t) for t in tiles[start : start + SHARD]], SHARD)
-    add_array(group, "coords", np.arange(2 * count, dtype=np.int32).reshape(-1, 2))
-    add_array(group, "tissue", np.ones(count, np.float32))
-    add_array(group, "quality", np.zeros((count, 1), np.float32))
+    write_array(path, "coords", np.arange(2 * count, dtype=np.int32).reshape(-1, 2))
+    write_array(path, "tissue", np.ones(count, np.float32))
+    write_array(path, "quality", np.zeros((count, 1), np.float32))
     attributes = {"format": "slidemake-tiles", "format_version": 1, "tile_px": SIDE, "shard_tiles": SHARD}
     attributes |= {"store": "pixels", "pixels": "scanned", "codec": codec.as_dict(), "identity": "i", "grid": "g"}
     group.attrs.update({**attributes, "mpp": {}, "tile_level0_px": [SIDE, SIDE], "fingerprint": f"tiles{seed}"})
@@ -254,11 +258,16 @@ class Slow(ToyEncoder):
         return super().forward(batch, stain)
 
 
-def engine(rack, model, batch=2, workers=2, commit=lambda *done: None):
+@contextmanager
+def nowhere(number, job, store):
+    yield lambda part: None
+
+
+def engine(rack, model, batch=2, workers=2, output=nowhere):
     folder, records, _ = rack
     work = [{0: job(folder, r)} for r in records]
     models = {0: Forward(model, "cpu", batch)}
-    return Engine(work, models, commit, batch=batch, workers=workers, progress=lambda n: None)
+    return Engine(work, models, output, batch=batch, workers=workers, progress=lambda n: None)
 
 
 def test_no_more_pixels_are_in_memory_than_workers_hold_and_closing_stops(rack, monkeypatch):
@@ -291,9 +300,14 @@ def test_workers_go_on_with_the_next_slide_while_one_is_unfinished(rack):
 
 def test_a_slide_is_committed_as_soon_as_it_is_complete_whoever_asks(rack):
     seen = []
-    running = engine(
-        rack, ToyEncoder(), commit=lambda number, job, store, found: seen.append((job.slide_id, len(found)))
-    )
+
+    @contextmanager
+    def output(number, job, store):
+        parts = []
+        yield parts.append
+        seen.append((job.slide_id, sum(map(len, parts))))
+
+    running = engine(rack, ToyEncoder(), output=output)
     assert running.result(0, "d") == {"tiles": 33, "tiles_per_second": pytest.approx(1e6, abs=1e6)}
     assert seen == [("a", 20), ("b", 0), ("c", 1), ("d", 33)]
     running.close()
@@ -308,11 +322,55 @@ def test_an_error_in_reading_is_raised_at_its_slide(rack):
 
     models = {0: Forward(ToyEncoder(), "cpu", 8)}
     work = [{0: make(r)} for r in records]
-    running = Engine(work, models, lambda *done: None, batch=8, workers=1, progress=lambda n: None)
+    running = Engine(work, models, nowhere, batch=8, workers=1, progress=lambda n: None)
     with pytest.raises(SlideFailure, match="is missing"):
         running.result(0, "a")
     assert running.result(0, "d")["tiles"] == 33
     running.close()
+
+
+def test_features_are_written_as_they_come_and_of_a_slide_that_fails_nothing_is_left(rack, monkeypatch):
+    """A chunk goes to the disk while the rest of the slide waits for its model: memory does not grow with slides."""
+    monkeypatch.setattr("slidemake.arrays.CHUNK_BYTES", 8 * DIM * 4)
+    folder, records, _ = rack
+    at_the_last, written = threading.Event(), []
+
+    class Last(ToyEncoder):
+        def forward(self, batch, stain=None):
+            if len(batch) == 1:
+                assert at_the_last.wait(60)
+                raise RuntimeError("the last batch fails")
+            return super().forward(batch, stain)
+
+    def watch():
+        for _ in range(600):
+            written[:] = (folder / "embeddings").glob(".d.zarr.tmp-*/features/c/*/0")
+            if len(written) == 4:
+                break
+            time.sleep(0.05)
+        at_the_last.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    only = (folder, [records[3]], {})
+    failed = run(only, Last())
+    watcher.join()
+    assert len(written) == 4
+    assert failed[0]["failure"]["message"] == "RuntimeError: the last batch fails"
+    assert list((folder / "embeddings").iterdir()) == []
+    run(only, ToyEncoder())
+    np.testing.assert_allclose(features(rack, "d"), expected(rack[2]["d"]), rtol=1e-5)
+    assert len(list((folder / "embeddings" / "d.zarr" / "features" / "c").iterdir())) == 5
+
+
+def test_a_disk_that_is_full_ends_the_job_and_leaves_nothing(rack, monkeypatch):
+    def full(self, part):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ArrayWriter, "append", full)
+    with pytest.raises(RunError, match="No space left"):
+        run(rack, ToyEncoder())
+    assert list((rack[0] / "embeddings").glob(".a*")) == []
 
 
 class Other(ToyEncoder):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import zarr
+from slidemake.arrays import write_array
 from slidemake.failures import RunError, SlideFailure
-from slidemake.tiles import TileCodec, TileStore, add_array, create_store, shard_path, write_shard
+from slidemake.tiles import TileCodec, TileStore, create_store, shard_path, write_shard
 
 SIDE, SHARD = 32, 4
 
@@ -20,9 +21,9 @@ def make(path, tiles, codec):
     for shard in range(0, len(tiles), SHARD):
         encoded = [codec.encode(t) for t in tiles[shard : shard + SHARD]]
         write_shard(shard_path(path, shard // SHARD), encoded, SHARD)
-    add_array(group, "coords", np.arange(2 * len(tiles), dtype=np.int32).reshape(-1, 2))
-    add_array(group, "tissue", np.ones(len(tiles), np.float32))
-    add_array(group, "quality", np.zeros((len(tiles), 2), np.float32))
+    write_array(path, "coords", np.arange(2 * len(tiles), dtype=np.int32).reshape(-1, 2))
+    write_array(path, "tissue", np.ones(len(tiles), np.float32))
+    write_array(path, "quality", np.zeros((len(tiles), 2), np.float32))
     group.attrs.update(
         format="slidemake-tiles",
         format_version=1,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from slidemake.arrays import write_array
 from slidemake.bundle import save_bundle
 from slidemake.failures import SlideFailure
 from slidemake.integrity import check_store, problems, seal
@@ -18,7 +19,6 @@ from slidemake.provenance import file_sums, write_json
 from slidemake.tiles import (
     TileCodec,
     TileStore,
-    add_array,
     create_store,
     shard_path,
     store_fingerprint,
@@ -34,9 +34,9 @@ def make_store(path: Path, slide_id: str, mark: str) -> None:
     group = create_store(path, 3, 8, codec, 2)
     for shard, start in enumerate((0, 2)):
         write_shard(shard_path(path, shard), [codec.encode(tile) for tile in tiles[start : start + 2]], 2)
-    add_array(group, "coords", np.arange(6, dtype=np.int32).reshape(3, 2))
-    add_array(group, "tissue", np.ones(3, np.float32))
-    add_array(group, "quality", np.zeros((3, 1), np.float32))
+    write_array(path, "coords", np.arange(6, dtype=np.int32).reshape(3, 2))
+    write_array(path, "tissue", np.ones(3, np.float32))
+    write_array(path, "quality", np.zeros((3, 1), np.float32))
     attributes = {"format": "slidemake-tiles", "format_version": 1, "tile_px": 8, "shard_tiles": 2, "store": "pixels"}
     group.attrs.update({**attributes, "codec": codec.as_dict(), "slide_id": slide_id, "fingerprint": mark})
     seal(path)
