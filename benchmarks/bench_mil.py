@@ -90,8 +90,8 @@ def two_members(work: Callable[[], float]) -> float:
 
 
 def job_minutes(bags: Bags, labels: dict[str, int], members: int) -> tuple[Timed, Timed]:
-    """Minutes that 5 folds and 5 seeds take on two threads: trained once each, and with the four members that a fold
-    has by default. From `members` of them, trained as configured by default to their early stop (test predictions and
+    """Minutes that 5 folds and 5 seeds take on two threads: with one member a fold, and with the four that it has
+    by default. From `members` of them, trained as configured by default to their early stop (test predictions and
     calibration, a matter of seconds, are not in it).
     """
     objective, names = class_objective(labels, sorted(labels), 2, DEFAULTS), sorted(labels)
@@ -207,7 +207,7 @@ def measure(size: dict[str, Any], turns: int, folder: Path, others: dict[str, An
     if theirs.wall:
         beside = "torchmil, own loop, 1 thread"
         rows.append(row(f"{what}, every tile, per epoch", figure=epoch, limit=theirs, beside=beside))
-    for figure, fits in zip(job, ("trained once each", "with four members a fold, as by default"), strict=True):
+    for figure, fits in zip(job, ("one member a fold", "four members a fold, as by default"), strict=True):
         name = f"{what}: 5 folds, 5 seeds, {fits}; 2 threads, from {size['members']} members"
         ten = Timed([10.0], [20.0])
         rows.append(compare("mil", name, "min", figure, "10 minutes", ten, bar="<=10", absolute=True))

@@ -40,7 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "tile_fraction": 0.25,  # of a bag's tiles are drawn anew in every epoch: regularises, and saves time
     "min_tiles": 32,  # ... but at least these many
     "max_tiles": 1024,  # ... and at most (None: no limit): bounds memory on large bags
-    "validation": 0.25,  # of the training patients are held out by each member; 1 / validation members take turns
+    "validation": 0.25,  # of the training patients are held out by each member
+    "members": None,  # of a fold, each validated on another share; None: 1 / validation of them
     "class_weights": True,
     "seed": 0,
     "device": "cpu",

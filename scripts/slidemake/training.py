@@ -1,13 +1,13 @@
 """Training a model on every fold of every repeat: bundles, out-of-fold predictions, learning curves.
 
 In each fold the tested patients are set aside. The other patients are dealt to 1 / validation inner folds, and as many
-members are trained, each early-stopped on the inner fold that it did not see. The members together are the fold's model
-(mean of outputs). Every training patient is thereby predicted once by a member that was not fitted to it, and what
-turns outputs into predictions (temperature, baseline hazard) and the threshold come from these pooled predictions: with
-24 patients a single validation set would be four or five, on which a threshold is noise. Two biases remain, both small:
-the epoch was chosen on the same patients, and one member's logits are a little noisier than the ensemble's, so the
-temperature is, if anything, too cautious. The tested fold is used for nothing but its predictions. Where the split
-names val patients, members differ by seed only and use those.
+members (or `members`) are trained, each early-stopped on the inner fold that it did not see. The members together are
+the fold's model (mean of outputs). Every training patient is thereby predicted once by a member that was not fitted to
+it, and what turns outputs into predictions (temperature, baseline hazard) and the threshold come from these pooled
+predictions: with 24 patients a single validation set would be four or five, on which a threshold is noise. Two biases
+remain, both small: the epoch was chosen on the same patients, and one member's logits are a little noisier than the
+ensemble's, so the temperature is, if anything, too cautious. The tested fold is used for nothing but its predictions.
+Where the split names val patients, members differ by seed only and use those.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
 def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
     seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold)
     outcome, labels, scale = work.outcome, work.labels, work.scale(fold)
-    groups = strata(work.splits.labels, outcome.kind)
-    plan = member_plan(fold.train, fold.val, groups, work.settings["validation"], seed, type(outcome) is ClassOutcome)
+    groups, settings, every = strata(work.splits.labels, outcome.kind), work.settings, type(outcome) is ClassOutcome
+    plan = member_plan(fold.train, fold.val, groups, settings["validation"], seed, every, settings["members"])
     curves: list[list[dict[str, Any]]] = []
     figures: dict[str, Any] = {}
     if work.kind == "mean_pool_lr":

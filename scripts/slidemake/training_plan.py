@@ -164,6 +164,7 @@ def member_plan(
     validation: float,
     seed: int,
     every_stratum: bool = True,
+    members: int | None = None,
 ) -> Plan:
     """(training, validation) patients of every member of a fold.
 
@@ -171,18 +172,21 @@ def member_plan(
     1 / validation inner folds, and to fewer when the rarest class has fewer patients; when it has one only, nothing can
     be held out and a single member without validation is planned. labels: class or stratum of every patient; strata
     that need not be in every inner fold (every_stratum=False) do not limit the number of inner folds.
+
+    members: at most so many, each validated on another inner fold (None: all of them); with given val patients exactly
+    so many.
     """
-    members = max(2, round(1 / validation))
+    inner_folds = max(2, round(1 / validation))
     if val:
-        return [(list(train), list(val))] * members
+        return [(list(train), list(val))] * (members or inner_folds)
     rarest = min(Counter(labels[p] for p in train).values()) if every_stratum else len(train) // 2
     if rarest < 2:
         return [(list(train), [])]
     people = [Patient(p, str(labels[p]), "", "", ()) for p in train]
-    inner = deal_patients(people, min(members, rarest), seed)
+    inner = deal_patients(people, min(inner_folds, rarest), seed)
     return [
         ([p for p in sorted(train) if inner[p] != f], [p for p in sorted(train) if inner[p] == f])
-        for f in sorted(set(inner.values()), key=int)
+        for f in sorted(set(inner.values()), key=int)[:members]
     ]
 
 

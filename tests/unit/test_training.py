@@ -12,6 +12,7 @@ import torch
 from mil_cohort import QUICK, planted
 from sklearn.metrics import roc_auc_score
 from slidemake.bags import make_bags
+from slidemake.bundle import load_bundle
 from slidemake.calibration import auroc, fit_temperature, probabilities, youden_threshold
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, feature_statistics, fit_member, sample_batch
@@ -214,6 +215,28 @@ def test_inner_folds_are_stratified_and_shrink_with_the_rarest_class():
     assert len(member_plan(sorted(rare), [], rare, 0.25, 0)) == 2
     lone = {f"p{i}": int(i < 1) for i in range(10)}
     assert member_plan(sorted(lone), [], lone, 0.25, 0) == [(sorted(lone), [])]
+
+
+def test_fewer_members_are_the_first_of_all():
+    half = {f"p{i:03d}": i % 2 for i in range(160)}
+    whole = member_plan(sorted(half), [], half, 0.25, 0)
+    assert [len(val) for _, val in whole] == [40] * 4
+    assert {p for _, val in whole for p in val} == set(half)
+    for members in (1, 2, 4, 9):
+        assert member_plan(sorted(half), [], half, 0.25, 0, members=members) == whole[:members]
+    given = {"a": 0, "b": 1, "c": 0}
+    assert member_plan(["a", "b"], ["c"], given, 0.25, 0) == [(["a", "b"], ["c"])] * 4
+    assert len(member_plan(["a", "b"], ["c"], given, 0.25, 0, members=7)) == 7
+
+
+def test_a_single_member_validates_on_its_share_alone(tmp_path):
+    bags, splits = planted()
+    train_model(TASK, {**QUICK, "members": 1}, bags, splits, tmp_path)
+    bundle = load_bundle(tmp_path / "bundles" / "repeat0_fold0")
+    (member,) = bundle.info["training"]["members"]
+    assert set(bundle.info["training"]["validation_probability"]) == set(member["val"])
+    assert len(member["val"]) == len(bundle.info["training"]["train"]) // 4
+    assert [len(group.members) for group in bundle.groups] == [1]
 
 
 def test_a_class_with_one_patient_trains_without_validation():
