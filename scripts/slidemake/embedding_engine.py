@@ -182,12 +182,12 @@ class Forward:
 class Output:
     """The features of a slide by one encoder on their way to where they go, written by one thread.
 
-    `opened()` gives the context that takes them; `key` names the encoder in messages. After the first error nothing
-    more is taken.
+    `opened()` gives the context that takes them; `key` names the encoder in messages; `started`: when the slide's first
+    batch was (perf_counter). After the first error nothing more is taken.
     """
 
-    def __init__(self, job: SlideJob, opened: Callable[[], Opened], key: str):
-        self._job, self._key, self._tiles, self._started = job, key, 0, time.perf_counter()
+    def __init__(self, job: SlideJob, opened: Callable[[], Opened], key: str, started: float):
+        self._job, self._key, self._tiles, self._started = job, key, 0, started
         self._error: Exception | None = None
         self._context = ExitStack()
         with self._guarded():
@@ -289,7 +289,7 @@ class Engine:
                 self._fail(jobs, error)
                 continue
             batches: queue.Queue[Future | None] = queue.Queue(UNWRITTEN)
-            self._writer.submit(self._write, source, jobs, batches)
+            self._writer.submit(self._write, source, jobs, batches, time.perf_counter())
             try:
                 for start in range(0, len(source), self._batch_size):
                     self._slots.acquire()
@@ -325,10 +325,13 @@ class Engine:
         finally:
             self._slots.release()
 
-    def _write(self, source: Source, jobs: dict[int, SlideJob], batches: queue.Queue[Future | None]) -> None:
+    def _write(
+        self, source: Source, jobs: dict[int, SlideJob], batches: queue.Queue[Future | None], started: float
+    ) -> None:
         """Take a slide's batches to its outputs until there are no more: also after an error, or feeding would stop."""
+        keys = {number: self._models[number].encoder.record.key for number in jobs}
         outputs = [
-            Output(job, partial(self._output, number, job, source.store), self._models[number].encoder.record.key)
+            Output(job, partial(self._output, number, job, source.store), keys[number], started)
             for number, job in jobs.items()
         ]
         while (batch := batches.get()) is not None:
