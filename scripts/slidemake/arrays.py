@@ -19,7 +19,7 @@ from numcodecs.zstd import Zstd
 
 from slidemake.failures import damaged
 
-CHUNK_BYTES = 16 << 20  # bounds what writing and reading take besides the array
+CHUNK_BYTES = 4 << 20  # bounds what writing and reading take besides the array
 LEVEL = 3  # of zstd
 
 
@@ -101,7 +101,9 @@ class ArrayWriter:
         path = chunk_path(self._folder, number, len(self._shape))
         path.parent.mkdir(parents=True, exist_ok=True)
         data = Zstd(level=LEVEL).encode(self._chunk)
-        path.write_bytes(bytes(data) + struct.pack("<I", google_crc32c.value(data)))
+        with open(path, "wb") as handle:  # one after the other: joined they would be in memory twice
+            handle.write(data)
+            handle.write(struct.pack("<I", google_crc32c.value(data)))
 
 
 def chunk_path(array: Path, number: int, dimensions: int) -> Path:
