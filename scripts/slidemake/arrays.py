@@ -1,23 +1,22 @@
 """Arrays of a store beside its pixels: features, coordinates, scores.
 
 They are written and read here directly, as plain Zarr v3: zarr-python takes 5 ms to create, fill or open an array,
-which on a slide of 26 tiles is a tenth of what its embedding takes. Arrays that were written by others are read
-with zarr-python. Chunks are whole rows, compressed with zstd, with a CRC32C.
+which on slides of few tiles costs as much as reading them. Arrays that were written by others are read with
+zarr-python. Chunks are whole rows, compressed with zstd, with a CRC32C.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
 from slidemake.failures import damaged
+from slidemake.integrity import crc32c
 
 CHUNK_BYTES = 4 << 20  # bounds what writing and reading take besides the array
 LEVEL = 3  # of zstd
@@ -103,7 +102,7 @@ class ArrayWriter:
         data = Zstd(level=LEVEL).encode(self._chunk)
         with open(path, "wb") as handle:  # one after the other: joined they would be in memory twice
             handle.write(data)
-            handle.write(struct.pack("<I", google_crc32c.value(data)))
+            handle.write(crc32c(data))
 
 
 def chunk_path(array: Path, number: int, dimensions: int) -> Path:
@@ -120,7 +119,7 @@ def write_array(store: Path, name: str, values: np.ndarray) -> None:
 class StoredArray:
     """An array of a committed store that is described and not read yet: `shape`, `dtype`, `read()`.
 
-    OSError, KeyError, TypeError or ValueError when there is no such array.
+    OSError, LookupError, TypeError or ValueError when there is no such array.
     """
 
     def __init__(self, store: str | Path, name: str):
@@ -154,7 +153,7 @@ class StoredArray:
             if not path.exists():  # zarr-python leaves out chunks of nothing but zeros
                 continue
             data = path.read_bytes()
-            if google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            if crc32c(data[:-4]) != data[-4:]:
                 raise OSError("the stored checksum does not match")
             part = values[start : start + self._rows]
             rows = np.frombuffer(Zstd(level=LEVEL).decode(data[:-4]), values.dtype)
@@ -166,6 +165,6 @@ def read_array(store: str | Path, name: str) -> np.ndarray:
     """A whole array of a store; `damaged` when it is missing or does not decode."""
     try:
         array = StoredArray(store, name)
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise damaged(store, f"has no array {name} ({type(error).__name__}: {error})") from error
     return array.read()

@@ -114,7 +114,7 @@ def open_embeddings(path: str | Path) -> tuple[StoredArray, dict[str, Any]]:
     try:
         features = StoredArray(path, "features")
         attrs = read_json(Path(path) / "zarr.json")["attributes"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise RunError(
             f"{path} is not an embedding store ({error}); run the embed_tiles rule for this slide."
         ) from error

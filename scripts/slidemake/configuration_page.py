@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,4 +69,6 @@ def _sheet_table() -> str:
 
 
 if __name__ == "__main__":
-    write_text(sys.argv[1] if len(sys.argv) > 1 else PAGE, configuration_page())
+    parser = argparse.ArgumentParser(description="Write the page of all configuration keys.")
+    parser.add_argument("path", nargs="?", default=PAGE, help=f"where to (default: {PAGE})")
+    write_text(parser.parse_args().path, configuration_page())

@@ -17,7 +17,7 @@ import numpy as np
 
 from slidemake import isolation
 from slidemake.arrays import ArrayWriter, write_array, write_group
-from slidemake.embedding_engine import READERS_PER_GPU, Engine, Forward, Opened, Progress, SlideJob
+from slidemake.embedding_engine import READERS_PER_GPU, Engine, FeatureSink, Forward, Progress, SlideJob
 from slidemake.failures import SlideFailure, damaged
 from slidemake.integrity import check_store, seal
 from slidemake.provenance import committed, fingerprint, read_json, read_slide_record
@@ -168,7 +168,7 @@ def process_rack(
     models = {n: Forward(lane.load(), device, batch) for n, lane in enumerate(lanes) if any(n == p[0] for p in pending)}
     tiles = {r["slide_id"]: r.get("tiles", 0) for r in records}
 
-    def output(number: int, job: SlideJob, store: TileStore) -> Opened:
+    def output(number: int, job: SlideJob, store: TileStore) -> FeatureSink:
         model = models[number].encoder
         about = {"path": model.path_name, "device": device, "batch": batch}
         return embedding_store(job, store, model, dtype, {"engine": about})

@@ -30,7 +30,7 @@ from slidemake.tiles import TileStore, store_fingerprint
 
 log = logging.getLogger("slidemake")
 
-Opened = AbstractContextManager[Callable[[np.ndarray], None]]  # takes features (n, D), and commits them at its end
+FeatureSink = AbstractContextManager[Callable[[np.ndarray], None]]  # takes features (n, D), commits them at its end
 
 WAITING = 2  # batches that wait beyond those that are worked on: enough that no worker ever finds none
 UNWRITTEN = 64  # batches of a slide whose features are not written yet: a slow disk slows the rest down
@@ -182,16 +182,16 @@ class Forward:
 class Output:
     """The features of a slide by one encoder on their way to where they go, written by one thread.
 
-    `opened()` gives the context that takes them; `key` names the encoder in messages; `started`: when the slide's first
-    batch was (perf_counter). After the first error nothing more is taken.
+    `open_sink()` gives the context that takes them; `key` names the encoder in messages; `started`: when the slide's
+    first batch was (perf_counter). After the first error nothing more is taken.
     """
 
-    def __init__(self, job: SlideJob, opened: Callable[[], Opened], key: str, started: float):
+    def __init__(self, job: SlideJob, open_sink: Callable[[], FeatureSink], key: str, started: float):
         self._job, self._key, self._tiles, self._started = job, key, 0, started
         self._error: Exception | None = None
         self._context = ExitStack()
         with self._guarded():
-            self._append = self._context.enter_context(opened())
+            self._append = self._context.enter_context(open_sink())
 
     def add(self, part: np.ndarray | Exception) -> None:
         """Features (n, D) of the next tiles, or why there are none."""
@@ -242,7 +242,7 @@ class Engine:
         self,
         work: list[dict[int, SlideJob]],
         models: dict[int, Forward],
-        output: Callable[[int, SlideJob, TileStore], Opened],
+        output: Callable[[int, SlideJob, TileStore], FeatureSink],
         *,
         batch: int,
         workers: int,

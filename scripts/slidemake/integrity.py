@@ -9,14 +9,22 @@ own. `slidemake.verify` reads every byte.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from slidemake.failures import damaged
 from slidemake.provenance import checksum, file_sha256, may_appear
 
 ROOT = "zarr.json"
+
+
+def crc32c(data: Any) -> bytes:
+    """CRC32C of bytes, as Zarr's codec of that name appends it: 4 bytes, little-endian."""
+    return struct.pack("<I", google_crc32c.value(data))
 
 
 def seal(store: Path) -> None:

@@ -8,14 +8,12 @@ write the same stores with zarr-python), and every tile carries a CRC32C.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from numcodecs.zstd import Zstd
@@ -24,7 +22,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from slidemake.arrays import read_array
 from slidemake.codec import JpegTile, decode_jpeg, encode_jpeg
 from slidemake.failures import RunError, damaged
-from slidemake.integrity import check_store, problems
+from slidemake.integrity import check_store, crc32c, problems
 from slidemake.provenance import read_json
 
 FORMAT, FORMAT_VERSION = "slidemake-tiles", 1
@@ -65,15 +63,15 @@ class TileCodec:
     @staticmethod
     def sealed(data: bytes) -> bytes:
         """Encoded bytes with their CRC32C."""
-        return data + struct.pack("<I", google_crc32c.value(data))
+        return data + crc32c(data)
 
     def decode(self, data: bytes, out: np.ndarray) -> None:
         """Decode the tile into `out` (H, W, 3), which spares allocating a tile and copying it there.
 
         A checksum that does not match raises OSError, a tile of another size ValueError.
         """
-        body, (checksum,) = data[:-4], struct.unpack("<I", data[-4:])
-        if google_crc32c.value(body) != checksum:
+        body = data[:-4]
+        if crc32c(body) != data[-4:]:
             raise OSError("the stored checksum does not match the tile's bytes")
         if self.name == "jpeg":
             decode_jpeg(body, out)
@@ -103,7 +101,7 @@ def write_shard(path: Path, encoded: Sequence[bytes], shard_tiles: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as handle:
         handle.writelines(encoded)
-        handle.write(tail + struct.pack("<I", google_crc32c.value(tail)))
+        handle.write(tail + crc32c(tail))
 
 
 def read_shard_index(handle: Any, shard_tiles: int) -> np.ndarray:
@@ -114,7 +112,7 @@ def read_shard_index(handle: Any, shard_tiles: int) -> np.ndarray:
         raise OSError(f"{handle.name} is {end} bytes long: shorter than its own index")
     handle.seek(end - size)
     tail = handle.read(size)
-    if google_crc32c.value(tail[:-4]) != struct.unpack("<I", tail[-4:])[0]:
+    if crc32c(tail[:-4]) != tail[-4:]:
         raise OSError(f"{handle.name}: the checksum of the shard index does not match")
     return np.frombuffer(tail[:-4], "<u8").reshape(shard_tiles, 2)
 
@@ -202,7 +200,7 @@ class TileStore:
                         self._codec.decode(handle.read(size), out[place])
             except FileNotFoundError as error:
                 raise damaged(self.path, f"lacks shard {shard} of its pixels") from error
-            except (OSError, ValueError, RuntimeError, struct.error) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise damaged(self.path, f"is damaged in shard {shard}, tile {tile}: {error}") from error
         return out
 

@@ -128,8 +128,15 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
 def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
     seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold)
     outcome, labels, scale = work.outcome, work.labels, work.scale(fold)
-    groups, settings, every = strata(work.splits.labels, outcome.kind), work.settings, type(outcome) is ClassOutcome
-    plan = member_plan(fold.train, fold.val, groups, settings["validation"], seed, every, settings["members"])
+    plan = member_plan(
+        fold.train,
+        fold.val,
+        strata(work.splits.labels, outcome.kind),
+        work.settings["validation"],
+        seed,
+        every_stratum=type(outcome) is ClassOutcome,
+        members=work.settings["members"],
+    )
     curves: list[list[dict[str, Any]]] = []
     figures: dict[str, Any] = {}
     if work.kind == "mean_pool_lr":

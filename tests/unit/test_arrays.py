@@ -133,3 +133,9 @@ def test_every_changed_byte_is_found(tmp_path, monkeypatch):
             read_array(tmp_path, "x")
     with pytest.raises(SlideFailure, match="has no array y"):
         read_array(tmp_path, "y")
+
+
+def test_what_is_no_array_of_rows_is_damage(tmp_path):
+    zarr.create_group(tmp_path / "t.zarr", zarr_format=3).create_array("x", shape=(), dtype="float32")
+    with pytest.raises(SlideFailure, match="has no array x"):
+        read_array(tmp_path / "t.zarr", "x")

@@ -229,9 +229,10 @@ def test_fewer_members_are_the_first_of_all():
     assert len(member_plan(["a", "b"], ["c"], given, 0.25, 0, members=7)) == 7
 
 
-def test_a_single_member_validates_on_its_share_alone(tmp_path):
+@pytest.mark.parametrize("control", [None, "mean_pool_lr"])
+def test_a_single_member_validates_on_its_share_alone(tmp_path, control):
     bags, splits = planted()
-    train_model(TASK, {**QUICK, "members": 1}, bags, splits, tmp_path)
+    train_model(TASK, {**QUICK, "members": 1, "control": control}, bags, splits, tmp_path)
     bundle = load_bundle(tmp_path / "bundles" / "repeat0_fold0")
     (member,) = bundle.info["training"]["members"]
     assert set(bundle.info["training"]["validation_probability"]) == set(member["val"])
