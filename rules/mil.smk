@@ -225,6 +225,7 @@ rule evaluate:
     params:
         models=lambda wildcards: PLAN.models_of(wildcards.task),
         type=lambda wildcards: PLAN.task_options(wildcards.task)["type"],
+        split=lambda wildcards: PLAN.task_options(wildcards.task)["splits"]["method"],
         options=stage_options(CONFIG, "evaluate"),
         contamination=lambda wildcards: PLAN.contamination_of(wildcards.task),
         version=STAGE_VERSIONS["evaluate"],

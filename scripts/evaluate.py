@@ -18,7 +18,7 @@ with job(snakemake) as sm:  # noqa: F821
         "curves": Path(sm.output.curves),
         "contamination": dict(sm.params.contamination),
     }
-    about = {"slides": Path(sm.input.slides), "splits": Path(sm.input.splits)}
+    about = {"slides": Path(sm.input.slides), "splits": Path(sm.input.splits), "split": sm.params.split}
     if kind in KINDS:
         result = evaluate_outcomes(predictions, models, kind, options, **outputs, **about)
     else:

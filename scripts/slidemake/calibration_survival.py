@@ -1,12 +1,16 @@
 """Are predicted survival probabilities right? At every horizon, over all patients and at every site.
 
 At a horizon t, `expected` is the mean predicted probability of the event by t, 1 - S(t), and `observed` what the
-Kaplan-Meier estimate says of the same patients, with Greenwood's log-log interval. Their ratio is 1 where the model is
-right on average (calibration in the large); above 1 it underestimates. Groups of equal size by predicted probability,
-each with a Kaplan-Meier estimate of its own, show where it is off; `ece` is the mean distance over patients. `slope` is
-the coefficient of log(-log S(t)) in a Cox model of the follow-up until t: 1 is right, below 1 the predictions are too
-extreme. Royston and Altman 2013, BMC Med Res Methodol 13:33; Austin, Harrell, van Klaveren 2020, Stat Med 39:2714;
-McLernon et al. 2023, Ann Intern Med 176:105.
+Kaplan-Meier estimate says of the same patients, with Greenwood's log-log interval (where nobody or everybody had the
+event and Greenwood's has no width, with that of a binomial share). Calibration in the large is `ratio`: the events seen
+by t over `expected_events`, the sum of the predicted cumulative hazards of all patients up to t or to the end of their
+own follow-up. If the predictions are right, the difference of the two is a martingale with that sum as its variance, so
+the count is taken for a Poisson one and the ratio has the exact interval, which also lives at no event at all (Garwood
+1936, Biometrika 28:437; Berry 1983, Biometrics 39:173). Above 1 the model underestimates. Groups of equal size by
+predicted probability, each with a Kaplan-Meier estimate of its own, show where it is off; `ece` is the mean distance
+over patients. `slope` is the coefficient of log(-log S(t)) in a Cox model of the follow-up until t: 1 is right, below 1
+the predictions are too extreme. Royston and Altman 2013, BMC Med Res Methodol 13:33; Austin, Harrell, van Klaveren
+2020, Stat Med 39:2714; McLernon et al. 2023, Ann Intern Med 176:105.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest, chi2
 
 from slidemake.calibration_report import MIN_PATIENTS, mean_over_repeats
 from slidemake.metrics import mass_bins
@@ -25,6 +30,7 @@ from slidemake.survival import RiskSets, kaplan_meier
 MOST_GROUPS = 10
 PER_GROUP = 5  # events by the horizon that a group should hold on average: fewer groups where there are few
 STEEPEST = 20.0  # a slope beyond is an infinite one
+LEVEL = 0.95
 
 
 def calibration_slope(time: np.ndarray, event: np.ndarray, survival: np.ndarray, t: float) -> tuple[float | None, str]:
@@ -46,17 +52,45 @@ def calibration_slope(time: np.ndarray, event: np.ndarray, survival: np.ndarray,
 
 
 def _observed(time: np.ndarray, event: np.ndarray, t: float) -> dict[str, float | None]:
-    """1 - Kaplan-Meier at t with its interval; None where nobody was followed so far and not all have the event."""
+    """1 - Kaplan-Meier at t with its interval; None where nobody was followed so far and not all have the event.
+
+    Greenwood's interval of a curve at 1 or 0 has no width, as if it were certain. There the exact one of a share of the
+    patients who were at risk to the end is taken.
+    """
     curve = kaplan_meier(time, event)
     at = int(np.searchsorted(curve["time"], t, side="right")) - 1
     if curve["time"][-1] < t and curve["survival"][-1] > 0:
         return {"observed": None, "low": None, "high": None}
     survival, low, high = (curve[key][at] for key in ("survival", "low", "high"))
+    if survival in (0.0, 1.0):
+        followed = int((time >= t).sum()) if survival == 1 else int(event.sum())
+        exact = binomtest(0 if survival == 1 else followed, max(followed, 1)).proportion_ci(LEVEL)
+        return {"observed": 1 - survival, "low": float(exact.low), "high": float(exact.high)}
     return {"observed": 1 - survival, "low": 1 - high, "high": 1 - low}
 
 
-def _ratio(observed: float | None, expected: float) -> float | None:
-    return None if observed is None or expected <= 0 else observed / expected
+def expected_events(time: np.ndarray, survival: np.ndarray, horizons: np.ndarray, t: float) -> float:
+    """Sum over patients of the predicted cumulative hazard -log S up to t or to the end of their follow-up, time (n,).
+
+    survival (n, H) at the horizons (H,), ascending. Between horizons the hazard is constant.
+    """
+    grid = np.concatenate([[0.0], horizons])
+    hazard = np.concatenate([np.zeros((len(time), 1)), -np.log(np.clip(survival, CLIP, 1.0))], 1)
+    hazard = np.maximum.accumulate(hazard, axis=1)
+    until = np.minimum(time, t)
+    after = np.clip(np.searchsorted(grid, until, side="left"), 1, len(grid) - 1)
+    rows = np.arange(len(time))
+    before, rate = hazard[rows, after - 1], hazard[rows, after] - hazard[rows, after - 1]
+    return float((before + rate * (until - grid[after - 1]) / (grid[after] - grid[after - 1])).sum())
+
+
+def poisson_ratio(events: int, expected: float) -> tuple[float | None, float | None, float | None]:
+    """events / expected with the exact Poisson interval of the count (Garwood 1936); None where nothing is expected."""
+    if expected <= 0:
+        return None, None, None
+    tail = (1 - LEVEL) / 2
+    low = float(chi2.ppf(tail, 2 * events)) / 2 if events else 0.0
+    return events / expected, low / expected, float(chi2.ppf(1 - tail, 2 * events + 2)) / 2 / expected
 
 
 def _groups(time: np.ndarray, event: np.ndarray, risk: np.ndarray, t: float, most: int) -> list[dict[str, Any]]:
@@ -79,25 +113,31 @@ def _groups(time: np.ndarray, event: np.ndarray, risk: np.ndarray, t: float, mos
     return rows
 
 
-def at_one_horizon(time: np.ndarray, event: np.ndarray, survival: np.ndarray, t: float, most: int) -> dict[str, Any]:
-    """Calibration of predicted S(t) (n,) of patients with time (n,) and event (n,) bool, in at most `most` groups.
+def at_one_horizon(
+    time: np.ndarray, event: np.ndarray, survival: np.ndarray, horizons: np.ndarray, t: float, most: int
+) -> dict[str, Any]:
+    """Calibration of predicted S (n, H) at t, one of the horizons (H,), in at most `most` groups.
 
-    `reason` says why observed, ratio and ece are None; `slope_reason` why the slope is.
+    time (n,) and event (n,) bool are the patients' follow-up. `reason` says why observed and ece are None;
+    `slope_reason` why the slope is. `ratio` needs no one to be followed up to t.
     """
-    expected = float((1 - survival).mean())
-    whole, table = _observed(time, event, t), _groups(time, event, 1 - survival, t, most)
-    slope, why = calibration_slope(time, event, survival, t)
+    at_t = survival[:, int(np.flatnonzero(horizons == t)[0])]
+    whole, table = _observed(time, event, t), _groups(time, event, 1 - at_t, t, most)
+    slope, why = calibration_slope(time, event, at_t, t)
     known = [row for row in table if row["observed"] is not None]
     patients = sum(row["count"] for row in known)
     distance = sum(row["count"] * abs(row["observed"] - row["predicted"]) for row in known)
+    events, expected = int((event & (time <= t)).sum()), expected_events(time, survival, horizons, t)
+    ratio, low, high = poisson_ratio(events, expected)
     return {
         "n": len(time),
-        "events": int((event & (time <= t)).sum()),
-        "expected": expected,
+        "events": events,
+        "expected_events": expected,
+        "expected": float((1 - at_t).mean()),
         **whole,
-        "ratio": _ratio(whole["observed"], expected),
-        "ratio_low": _ratio(whole["low"], expected),
-        "ratio_high": _ratio(whole["high"], expected),
+        "ratio": ratio,
+        "ratio_low": low,
+        "ratio_high": high,
         "ece": distance / patients if patients and whole["observed"] is not None else None,
         "reason": None if whole["observed"] is not None else f"nobody is followed up to {t:g}",
         "slope": slope,
@@ -114,11 +154,11 @@ def survival_calibration(table: OutcomeTable, options: dict[str, Any]) -> dict[s
     """
     time, event, survival = table.truth[:, 0], table.truth[:, 1] == 1, mean_over_repeats(table.values)[:, 1:]
 
+    horizons = np.array([float(name) for name in table.names])
+
     def measured(inside: np.ndarray) -> dict[str, Any]:
-        return {
-            name: at_one_horizon(time[inside], event[inside], survival[inside, h], float(name), options["ece_bins"])
-            for h, name in enumerate(table.names)
-        }
+        of = (time[inside], event[inside], survival[inside], horizons)
+        return {name: at_one_horizon(*of, float(name), options["ece_bins"]) for name in table.names}
 
     sites: dict[str, Any] = {}
     for site in sorted(set(table.sites) - {""}):

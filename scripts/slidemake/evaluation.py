@@ -132,12 +132,14 @@ def evaluate_models(
     options: dict[str, Any] | None = None,
     contamination: dict[str, list[str]] | None = None,
     groups: dict[str, dict[str, str]] | None = None,
+    split: str | None = "kfold",
 ) -> tuple[dict, dict]:
     """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
 
     options: of `evaluation`; missing keys take DEFAULTS. contamination: {encoder: collections of its pretraining that
-    the cohort is from}. groups: {column: {patient: value}} to look at. Raises RunError without models, or when their
-    classes differ. The baseline `prevalence` is added here.
+    the cohort is from}. groups: {column: {patient: value}} to look at. split: how patients were split, None for a
+    bundle on another cohort. Raises RunError without models, or when their classes differ. The baseline `prevalence` is
+    added here.
     """
     options = DEFAULTS | {key: value for key, value in (options or {}).items() if key in DEFAULTS}
     if not models:
@@ -166,6 +168,7 @@ def evaluate_models(
         "patients": len(first.patients),
         "class_counts": dict(zip(first.classes, counts.tolist(), strict=True)),
         "repeats": len(first.repeats),
+        "split": split,
         "models": entries,
         "comparisons": comparisons,
         "redrawn": draws.redrawn,
@@ -187,11 +190,12 @@ def evaluate(
     contamination: dict[str, list[str]] | None = None,
     slides: Path | None = None,
     splits: Path | None = None,
+    split: str | None = "kfold",
 ) -> dict[str, Any]:
     """Read the predictions of every model of a task and write metrics.json, metrics.csv and curves.json.
 
     slides: cohort/slides.csv, for the subgroups; splits: splits.csv, for the labels of validation patients. Without
-    them there are no subgroups, and no conformal sets. contamination: see `evaluate_models`.
+    them there are no subgroups, and no conformal sets. contamination, split: see `evaluate_models`.
     """
     if len(predictions) != len(names):
         raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
@@ -203,6 +207,6 @@ def evaluate(
             for path, m in zip(predictions, models, strict=True)
         ]
     groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
-    result, points = evaluate_models(models, options, contamination, groups)
+    result, points = evaluate_models(models, options, contamination, groups, split)
     write_metrics(result, points, metrics, table, curves)
     return result

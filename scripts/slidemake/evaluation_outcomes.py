@@ -192,12 +192,13 @@ def evaluate_tables(
     options: dict[str, Any] | None = None,
     contamination: dict | None = None,
     groups: dict[str, dict[str, str]] | None = None,
+    split: str | None = "kfold",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and curves of all models of a task: the contents of metrics.json and curves.json.
 
-    groups: {column: {patient: value}} to look at. The baseline that knows no features (prevalence, mean, kaplan_meier)
-    and, of models that carry their validation patients, the choice among them are added here. Raises RunError without
-    models, or when they are of different tasks.
+    groups: {column: {patient: value}} to look at. split: as `evaluation.evaluate_models` takes it.
+    The baseline that knows no features (prevalence, mean, kaplan_meier) and, of models that carry their validation
+    patients, the choice among them are added here. Raises RunError without models, or when they are of different tasks.
     """
     options = OPTIONS | {key: value for key, value in (options or {}).items() if key in OPTIONS}
     if not tables:
@@ -232,6 +233,7 @@ def evaluate_tables(
         "patients": len(first.patients),
         "class_counts": kind.counts(first),
         "repeats": len(first.repeats),
+        "split": split,
         "models": entries,
         "comparisons": comparisons,
         "confounding": {
@@ -260,6 +262,7 @@ def evaluate_outcomes(
     contamination: dict[str, list[str]] | None = None,
     slides: Path | None = None,
     splits: Path | None = None,
+    split: str | None = "kfold",
 ) -> dict[str, Any]:
     """Read the predictions of every model of a task of type `kind` and write metrics.json, metrics.csv, curves.json.
 
@@ -276,6 +279,6 @@ def evaluate_outcomes(
             t if t.name in CONTROLS and t.name != REFERENCE else read_outcome_validation(path, t, truth)
             for path, t in zip(predictions, tables, strict=True)
         ]
-    result, points = evaluate_tables(tables, options, contamination, groups)
+    result, points = evaluate_tables(tables, options, contamination, groups, split)
     write_metrics(result, points, metrics, table, curves)
     return result

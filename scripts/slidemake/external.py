@@ -144,7 +144,7 @@ def evaluate_external(
     p: Predictions | OutcomeTable
     if kind not in KINDS:
         p = external_predictions(rows, truth, bundle)
-        result, points = evaluate_models([p], dict(options), None, groups)
+        result, points = evaluate_models([p], dict(options), None, groups, None)
     else:
         p = external_outcomes(rows, truth, bundle)
         kept = bundle["training"].get("validation") or {}
@@ -152,7 +152,7 @@ def evaluate_external(
             # one cohort of validation patients, whatever the fold that they were held out in: the bundle is the mean
             labels = np.array(kept["labels"], float)
             p = replace(p, validation={(0, 0): (np.array(kept["values"], float), labels.reshape(len(labels), -1))})
-        result, points = evaluate_tables([p], dict(options), None, groups)
+        result, points = evaluate_tables([p], dict(options), None, groups, None)
     result["external"] = {
         "bundle": bundle["fingerprint"],
         "model": p.name,

@@ -37,7 +37,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "bags": 1,
     "splits": 2,
     "train": 6,
-    "evaluate": 5,
+    "evaluate": 6,
     "compare": 1,
     "background": 1,
     "stress": 1,

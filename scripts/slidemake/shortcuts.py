@@ -7,8 +7,9 @@ probe          site and scanner from the embedding, patients held out, beside th
                so this describes, and alarms only together with the next.
 association    of label and site or scanner (Cramer's V with a permutation p): a shortcut pays only where the label
                follows the site.
-optimism       AUROC of a linear model on the mean embeddings under random folds, minus the same under folds that keep
-               sites whole: what is gained by having seen the site.
+optimism       AUROC of a linear model on the mean embeddings under folds that keep sites whole, beside the same when
+               sites are dealt anew among the patients of each class: folds of the same sizes and classes, so that the
+               difference is what is gained by having seen the site, and not by training on more patients.
 null           the same linear model with permuted labels: where it should be, and how often chance does as well.
 robustness     `embedding_robustness`.
 """
@@ -41,8 +42,7 @@ COMPONENTS = 32  # principal components that probes see: more than enough for a 
 MOST = 2000  # slides that probes look at
 RARE = 4  # slides below which a site or scanner takes no part in a probe
 NULLS = 50  # permutations of a probe and of the labels
-RANDOM = 5  # deals of random folds whose scores are averaged
-DRAWS = 1000  # bootstrap draws of the optimism
+DRAWS = 1000  # bootstrap draws of the linear model's AUROC
 P = 0.05
 TOLD = 0.01  # association's p below which the label follows the site
 
@@ -85,7 +85,7 @@ def probe_shortcuts(slides: Slides, seed: int = 0, nulls: int = NULLS) -> dict[s
         values = slides.sites if column == "site" else slides.scanners
         result["columns"][column] = _about_column(slides, reduced, values, seed, nulls)
     result["null"] = label_null(reduced, slides, seed, nulls)
-    result["optimism"] = optimism(reduced, slides, seed)
+    result["optimism"] = optimism(reduced, slides, seed, nulls)
     result["findings"] = findings(result)
     return result
 
@@ -292,50 +292,53 @@ def label_null(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULL
     }
 
 
-def optimism(reduced: np.ndarray, slides: Slides, seed: int) -> dict[str, Any]:
-    """AUROC under random folds minus AUROC under preserved-site folds, on the same patients, with an interval.
+def optimism(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULLS) -> dict[str, Any]:
+    """AUROC under folds that keep sites whole, and under `nulls` deals of the same folds to pseudo-sites.
 
-    The mean of RANDOM deals of random folds is taken. None, with a reason, where sites cannot be held out.
+    A pseudo-site has as many patients of each class as its site has, so its folds train on as many. If embeddings know
+    nothing of the site beyond the class, sites and pseudo-sites are exchangeable and `p` is exact. `random` is the mean
+    over the deals, `difference` that minus `preserved`, `chance_high` its 95th percentile by chance. None, with a
+    reason, where sites cannot be held out.
     """
     x, y, names, sites = _patient_level(reduced, slides)
-    nothing: dict[str, Any] = {"random": None, "preserved": None, "difference": None, "low": None, "high": None}
+    nothing: dict[str, Any] = {"random": None, "preserved": None, "difference": None, "chance_high": None, "p": None}
     chosen = np.array([bool(site) and "+" not in site for site in sites])
     x, y, sites = x[chosen], y[chosen], [site for site in sites if site and "+" not in site]
-    held = sorted(set(sites))
+    held, site = np.unique(np.array(sites, dtype=object).astype(str), return_inverse=True)
     if len(held) < 2 or len(names) < 2:
         return {**nothing, "reason": "fewer than two sites or two classes"}
     count = min(FOLDS, len(held))
-    table = np.array(
-        [
-            [sum(1 for s, c in zip(sites, y, strict=True) if s == site and c == k) for k in range(len(names))]
-            for site in held
-        ]
-    )
-    of_site = dict(zip(held, assign_sites(table, count)[0], strict=True))
-    preserved = held_out_scores(_logistic, x, y, np.array([of_site[site] for site in sites]), len(names))
-    if not np.isfinite(preserved).all():
-        return {**nothing, "reason": "without some sites the training side has one class only"}
-    weights = bootstrap_weights(y, DRAWS, [seed, 2])[0]
+    table = np.array([np.bincount(y[site == s], minlength=len(names)) for s in range(len(held))])
+    fold = assign_sites(table, count)[0][site]
     one = np.ones((1, len(y)))
-    points, draws = [], []
-    for deal in range(RANDOM):
-        scores = held_out_scores(_logistic, x, y, _random_folds(y, seed + deal, count), len(names))
-        known = np.where(np.isfinite(scores), scores, 0.5)
-        points.append(_macro_auroc(y, known, one)[0])
-        draws.append(_macro_auroc(y, known, weights))
-    other = _macro_auroc(y, preserved, one)[0]
-    low, high = percentile_interval(np.mean(draws, axis=0) - _macro_auroc(y, preserved, weights))
-    if not np.isfinite(other) or low is None:
-        return {**nothing, "reason": "a class is missing"}
+
+    def measured(folds: np.ndarray) -> float:
+        scores = held_out_scores(_logistic, x, y, folds, len(names))
+        return float(_macro_auroc(y, scores, one)[0]) if np.isfinite(scores).all() else float("nan")
+
+    preserved = measured(fold)
+    if not np.isfinite(preserved):
+        return {**nothing, "reason": "without some sites the training side has one class only"}
+    rng = np.random.default_rng([seed, 2])
+    dealt = np.array([measured(_dealt_within(y, fold, rng)) for _ in range(nulls)])
     return {
-        "random": float(np.mean(points)),
-        "preserved": float(other),
-        "difference": float(np.mean(points) - other),
-        "low": low,
-        "high": high,
+        "random": float(dealt.mean()),
+        "preserved": preserved,
+        "difference": float(dealt.mean() - preserved),
+        "chance_high": float(dealt.mean() - np.quantile(dealt, 0.05)),
+        "p": float((np.sum(dealt <= preserved + 1e-12) + 1) / (nulls + 1)),
         "folds": count,
         "reason": None,
     }
+
+
+def _dealt_within(y: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The folds (n,) dealt anew among the patients of each class (n,)."""
+    dealt = fold.copy()
+    for c in np.unique(y):
+        members = np.flatnonzero(y == c)
+        dealt[members] = fold[rng.permutation(members)]
+    return dealt
 
 
 def _random_folds(y: np.ndarray, seed: int, count: int) -> np.ndarray:
@@ -356,7 +359,7 @@ def findings(result: dict[str, Any]) -> list[dict[str, str]]:
             continue
         text = (
             f"The embeddings tell the {column} of held-out patients with a balanced accuracy of "
-            f"{one['balanced_accuracy']:.2f} (by chance {one['null']:.2f})"
+            f"{one['balanced_accuracy']:.2f} (by chance {one['null']:.2f}, and up to {one['null_high']:.2f})"
         )
         told = one["p"] <= P and (within is None or within["balanced_accuracy"] > within["null_high"])
         follows = association is not None and association["p"] < TOLD
@@ -371,21 +374,32 @@ def findings(result: dict[str, Any]) -> list[dict[str, str]]:
                 f", but the label is not shown to follow the {column}: in this cohort the knowledge is of little use."
             )
             said.append({"level": "note", "code": f"tells_{column}", "text": text})
+        elif one["p"] <= P:
+            text += f", but not of patients of the same class: no more of the {column} than the label tells is shown."
+            said.append({"level": "note", "code": f"tells_{column}", "text": text})
         else:
-            said.append({"level": "good", "code": f"blind_to_{column}", "text": f"{text}: no better than chance."})
+            text += ": not shown to be more than chance."
+            said.append({"level": "note", "code": f"blind_to_{column}", "text": text})
     gain = result["optimism"]
-    if gain["difference"] is not None and gain["low"] > 0:
+    if gain["difference"] is not None and gain["p"] <= P:
         text = (
-            f"A linear model on the mean embeddings has AUROC {gain['random']:.2f} under random folds and "
-            f"{gain['preserved']:.2f} when sites are kept whole; the difference, {gain['difference']:.2f} "
-            f"({gain['low']:.2f} to {gain['high']:.2f}), is what it gains by having seen the site."
+            f"A linear model on the mean embeddings has AUROC {gain['preserved']:.2f} when sites are kept whole, and "
+            f"{gain['random']:.2f} in folds of the same sizes and classes that mix the sites (p {gain['p']:.2g}): the "
+            f"difference, {gain['difference']:.2f}, is what it gains by having seen the site."
         )
         said.append({"level": "warning", "code": "optimism", "text": text})
     null = result["null"]
     if null["auroc"] is not None and null["p"] > P:
+        below = null["auroc"] < null["null_low"]
+        how = "worse than" if below else "not shown to be better than"
+        why = (
+            "are labels inverted, or folds too small?"
+            if below
+            else "there may be nothing to learn, or too few patients."
+        )
         text = (
-            f"A linear model on the mean embeddings has AUROC {null['auroc']:.2f}, no better than with permuted labels "
-            f"({null['null_low']:.2f} to {null['null_high']:.2f}): there may be nothing to learn, or too few patients."
+            f"A linear model on the mean embeddings has AUROC {null['auroc']:.2f}, {how} with permuted labels "
+            f"({null['null_low']:.2f} to {null['null_high']:.2f}): {why}"
         )
         said.append({"level": "note", "code": "no_signal", "text": text})
     return said

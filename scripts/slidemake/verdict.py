@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ REFERENCE = "mean_pool_lr"  # the baseline that every model must beat to be wort
 SHUFFLED = "shuffled_label"
 SITE_ONLY = "site_only"
 CONTROLS = (REFERENCE, SITE_ONLY, SHUFFLED, "prevalence")
+NULLS = ("prevalence", "mean", "kaplan_meier")  # they know no features: being better than they is being above chance
+SITES_KEPT = ("leave_one_site_out", "site_preserved")  # splits in which a tested site was never trained on
+ASSESSED = 50  # patients below which a test of calibration finds next to nothing
+NARROW = 0.2  # an interval that is wider says too little to call a control right
 SMALL = 20  # patients of the rarer class below which one patient moves the AUROC by more than its rounding
 GAP = 0.1  # pooled minus within-site AUROC worth a warning
 
@@ -112,42 +117,64 @@ def _about_size(result: dict[str, Any]) -> list[dict[str, str]]:
     return [say("warning", "small_sample", text)]
 
 
-def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    """Is this model better than the best of the controls that could have worked?"""
-    scope = result["models"][name]["scopes"]["pooled"]["metrics"]["auroc"]
-    if scope["value"] is None:
-        return [say("warning", "undefined", f"{name}: no AUROC ({scope['reason']}).")]
-    rivals = {
-        c["reference"]: c["metrics"]["auroc"]
+def against_controls(
+    name: str, title: str, figure: dict[str, Any], rivals: dict[str, Any], figure_of: Callable[[str], dict[str, Any]]
+) -> list[dict[str, str]]:
+    """Is this model better than the best of the controls that could have worked?
+
+    figure: the model's {value, low, high}; rivals: {control: the difference from it {difference, low, high, p_holm}};
+    figure_of: the figure of a control. A model that was compared with nothing but a null model is above chance at best.
+    """
+    if not rivals:
+        text = f"{name}: {title} {interval(figure)}; there is no control to compare it with."
+        return [say("note", "no_comparison", text)]
+    best = min(rivals, key=lambda control: rivals[control]["difference"])
+    found, alone = rivals[best], set(rivals) <= set(NULLS)
+    rival = f"The only comparison is with chance: {best} has" if alone else f"The best control, {best}, reaches"
+    text = f"{name}: {title} {interval(figure)}. {rival} {interval(figure_of(best))}; the difference is "
+    text += interval(found, "difference")
+    if found["low"] <= 0 <= found["high"]:
+        end = "above chance" if alone else "better than the control"
+        return [say("warning", "not_better", f"{text}, which includes 0: not shown to be {end}.")]
+    if found["high"] < 0:
+        end = "below chance: are the labels inverted?" if alone else "worse than the control."
+        return [say("warning", "worse_than_control", f"{text}: {end}")]
+    if alone:
+        text += ", which excludes 0: above chance. Whether a simpler model would do as well was not tested here."
+        return [say("note", "above_chance", text)]
+    p = max((c["p_holm"] for c in rivals.values() if c["p_holm"] is not None), default=0.0)
+    if p >= 0.05:
+        text += f", but p is {p:.2g} once corrected for all comparisons of the task: not shown to be better."
+        return [say("warning", "not_better", text)]
+    return [say("good", "better_than_controls", f"{text}, which excludes 0: better than the controls in this cohort.")]
+
+
+def rivals_of(name: str, result: dict[str, Any], metric: str) -> dict[str, Any]:
+    """{control: comparison in a metric} of a model with the controls that could have worked."""
+    return {
+        c["reference"]: {**c["metrics"][metric], "p_holm": c.get("p_holm")}
         for c in result["comparisons"]
         if c["model"] == name
         and c["reference"] != SHUFFLED
         and result["models"][c["reference"]]["control"]  # not another model of the task
-        and c["metrics"]
-        and c["metrics"]["auroc"]["low"] is not None
+        and (c["metrics"] or {}).get(metric, {}).get("low") is not None
     }
-    if not rivals:
-        return [
-            say("note", "no_comparison", f"{name}: AUROC {interval(scope)}; there is no control to compare it with.")
-        ]
-    best = min(rivals, key=lambda control: rivals[control]["difference"])
-    control = result["models"][best]["scopes"]["pooled"]["metrics"]["auroc"]
-    text = f"{name}: AUROC {interval(scope)}. The best control, {best}, reaches {interval(control)}; the difference is "
-    text += interval(rivals[best], "difference")
-    if scope["value"] == 1:
+
+
+def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    def figure_of(model: str) -> dict[str, Any]:
+        return dict(result["models"][model]["scopes"]["pooled"]["metrics"]["auroc"])
+
+    figure = figure_of(name)
+    if figure["value"] is None:
+        return [say("warning", "undefined", f"{name}: no AUROC ({figure['reason']}).")]
+    said = against_controls(name, "AUROC", figure, rivals_of(name, result, "auroc"), figure_of)
+    if figure["value"] == 1 and said[0]["code"] != "no_comparison":
         note = (
             f"{name} ranks every patient correctly; resampling cannot show errors that this sample lacks, so the width "
         )
-        perfect = [say("note", "perfect", note + "of its interval means nothing.")]
-    else:
-        perfect = []
-    if rivals[best]["low"] > 0:
-        text += ", which excludes 0: better than the controls in this cohort."
-        return [say("good", "better_than_controls", text), *perfect]
-    if rivals[best]["high"] < 0:
-        return [say("warning", "worse_than_control", f"{text}: worse than the control."), *perfect]
-    text += ", which includes 0: not shown to be better than the control."
-    return [say("warning", "not_better", text), *perfect]
+        said.append(say("note", "perfect", note + "of its interval means nothing."))
+    return said
 
 
 def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -156,16 +183,35 @@ def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
     m = result["models"][SHUFFLED]["scopes"]["pooled"]["metrics"]["auroc"]
     if m["low"] is None:
         return []
-    text = f"The control trained on shuffled labels has AUROC {interval(m)}"
-    if m["low"] <= 0.5 <= m["high"]:
-        return [say("good", "shuffled_at_chance", f"{text}, which contains 0.5, as it must.")]
-    if m["low"] > 0.5:
+    return shuffled_control("AUROC", m, 0.5)
+
+
+def shuffled_control(title: str, figure: dict[str, Any], chance: float) -> list[dict[str, str]]:
+    """Is the control trained on shuffled labels at chance, as it must be, and is that known well enough to say so?"""
+    text = f"The control trained on shuffled labels has {title} {interval(figure)}"
+    if figure["low"] <= chance <= figure["high"]:
+        if figure["high"] - figure["low"] <= NARROW:
+            return [say("good", "shuffled_at_chance", f"{text}, which contains {chance:g}, as it must.")]
+        text += f": no sign of a leak, but so wide an interval would contain {chance:g} with a small one, too."
+        return [say("note", "shuffled_at_chance", text)]
+    if figure["low"] > chance:
         text += ": above chance. Either labels leak between folds (look at the splits) or the shuffle was unlucky; "
-        return [
-            say("warning", "shuffled_above_chance", text + "train with another seed before believing any figure here.")
-        ]
-    text += ": below chance, which happens when few patients are shuffled; more repeats bring it to 0.5."
+        text += "train with another seed before believing any figure here."
+        return [say("warning", "shuffled_above_chance", text)]
+    text += f": below chance, which happens when few patients are shuffled; more repeats bring it to {chance:g}."
     return [say("note", "shuffled_below_chance", text)]
+
+
+def about_sites_split(method: str | None) -> tuple[str, str]:
+    """Level and advice where the label follows the site, by how the patients were split (None: not at all)."""
+    if method in SITES_KEPT:
+        return "note", "No site is trained and tested on here, so no figure profits from recognising the laboratory."
+    if method is None:
+        return (
+            "warning",
+            "Nothing was trained here, but figures over all patients mix sites: look at each site by itself.",
+        )
+    return "warning", "A model can score by recognising the laboratory: use leave-one-site-out splits."
 
 
 def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -179,11 +225,11 @@ def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
             text += f" (Cramér's V {association['cramers_v']:.2f}, permutation p {association['p']:.2g})"
         if predictive:
             text += f"; the site alone predicts it with AUROC {interval(site)}"
-        text += ". A model can score by recognising the laboratory: use leave-one-site-out splits."
-        said.append(say("warning", "site_predicts_label", text))
+        level, advice = about_sites_split(result.get("split"))
+        said.append(say(level, "site_predicts_label", f"{text}. {advice}"))
     elif association:
-        text = f"Label and site are not visibly associated (Cramér's V {association['cramers_v']:.2f}, "
-        said.append(say("good", "site_balanced", text + f"permutation p {association['p']:.2g})."))
+        text = f"Label and site are not shown to be associated (Cramér's V {association['cramers_v']:.2f}, "
+        said.append(say("note", "site_balanced", text + f"permutation p {association['p']:.2g})."))
     for name, figures in known["within_site"].items():
         if figures and figures["pooled"] - figures["within"] > GAP:
             text = f"{name}: AUROC is {figures['pooled']:.2f} over all patients but {figures['within']:.2f} between "
@@ -194,22 +240,32 @@ def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
 
 def about_calibration(name: str, calibration: dict[str, Any]) -> list[dict[str, str]]:
     """What the calibration error of probabilities (of classes, grades, or one label) says."""
-    measured, null = calibration["ece"], calibration["ece_if_calibrated"]
+    measured, null, n = calibration["ece"], calibration["ece_if_calibrated"], calibration["n"]
     if null is None:
         return []
     text = f"{name}: calibration error (ECE) {measured:.2f}; perfectly calibrated predictions would show "
     text += f"{null['mean']:.2f} on average and at most {null['p95']:.2f} in 95 % of samples of this size"
     if measured > null["p95"]:
         return [say("warning", "miscalibrated", f"{text}: do not read its probabilities as risks.")]
+    if n < ASSESSED:
+        return [say("note", "calibration", f"{text}: with {n} patients calibration cannot be assessed.")]
     return [say("note", "calibration", f"{text}: no evidence against calibration.")]
 
 
 def about_groups(
     name: str, result: dict[str, Any], metric: str = "auroc", title: str = "AUROC"
 ) -> list[dict[str, str]]:
-    """Columns whose groups differ in a metric by more than chance makes them."""
+    """Columns whose groups differ in a metric by more than chance makes them, and groups too small to be judged."""
     said = []
     for column, found in result["models"][name]["subgroups"].items():
+        small = {group: entry["n"] for group, entry in found["groups"].items() if entry["reason"]}
+        if small:
+            listed = ", ".join(f"{group} ({n})" for group, n in list(small.items())[:8])
+            more = f" and {len(small) - 8} more" if len(small) > 8 else ""
+            text = (
+                f"{name}: how it does by {column} is not known for {listed}{more}: too few patients (in brackets) or "
+            )
+            said.append(say("note", "subgroup_unknown", f"{text}too few of a class to get figures."))
         gap = found["gaps"].get(metric)
         if gap is None or gap["gap_by_chance"] is None or gap["gap"]["value"] <= gap["gap_by_chance"]:
             continue

@@ -12,9 +12,15 @@ from slidemake.verdict import (
     SMALL,
     about_calibration,
     about_groups,
+    about_sites_split,
+    against_controls,
     interval,
+    rivals_of,
     say,
+    shuffled_control,
 )
+
+FEW_EVENTS = 5  # expected events below which nothing is said of the calibration of survival
 
 TITLES = {
     "c_index": "C-index",
@@ -53,28 +59,13 @@ def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]
     title, found = TITLES[metric], _pooled(result, name, metric)
     if found is None or found["value"] is None:
         return [say("warning", "undefined", f"{name}: {title} {found['reason'] if found else 'missing'}.")]
-    rivals = {
-        c["reference"]: c["metrics"][metric]
-        for c in result["comparisons"]
-        if c["model"] == name
-        and c["reference"] != SHUFFLED
-        and result["models"][c["reference"]]["control"]  # not another model of the task
-        and c["metrics"].get(metric, {}).get("low") is not None
-    }
-    if not rivals:
-        text = f"{name}: {title} {interval(found)}; there is no control to compare it with."
-        return [say("note", "no_comparison", text)]
-    best = min(rivals, key=lambda control: rivals[control]["difference"])
-    control = _pooled(result, best, metric)
-    assert control is not None
-    text = f"{name}: {title} {interval(found)}. The best control, {best}, reaches {interval(control)}; the "
-    text += f"difference is {interval(rivals[best], 'difference')}"
-    if rivals[best]["low"] > 0:
-        text += ", which excludes 0: better than the controls in this cohort."
-        return [say("good", "better_than_controls", text)]
-    if rivals[best]["high"] < 0:
-        return [say("warning", "worse_than_control", f"{text}: worse than the control.")]
-    return [say("warning", "not_better", f"{text}, which includes 0: not shown to be better than the control.")]
+
+    def figure_of(control: str) -> dict[str, Any]:
+        figure = _pooled(result, control, metric)
+        assert figure is not None
+        return figure
+
+    return against_controls(name, title, found, rivals_of(name, result, metric), figure_of)
 
 
 def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -82,24 +73,16 @@ def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
     m = _pooled(result, SHUFFLED, metric)
     if m is None or m["low"] is None:
         return []
-    text = f"The control trained on shuffled labels has {TITLES[metric]} {interval(m)}"
-    if m["low"] <= chance <= m["high"]:
-        return [say("good", "shuffled_at_chance", f"{text}, which contains {chance:g}, as it must.")]
-    if m["low"] > chance:
-        text += ": above chance. Either labels leak between folds (look at the splits) or the shuffle was unlucky; "
-        text += "train with another seed before believing any figure here."
-        return [say("warning", "shuffled_above_chance", text)]
-    text += f": below chance, which happens when few patients are shuffled; more repeats bring it to {chance:g}."
-    return [say("note", "shuffled_below_chance", text)]
+    return shuffled_control(TITLES[metric], m, chance)
 
 
 def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
     said, metric = [], result["check"]
     site = _pooled(result, SITE_ONLY, metric)
     if site and site["low"] is not None and site["low"] > result["chance"]:
-        text = f"The site alone predicts the label with {TITLES[metric]} {interval(site)}. A model can score by "
-        text += "recognising the laboratory: use leave-one-site-out splits."
-        said.append(say("warning", "site_predicts_label", text))
+        level, advice = about_sites_split(result.get("split"))
+        text = f"The site alone predicts the label with {TITLES[metric]} {interval(site)}. {advice}"
+        said.append(say(level, "site_predicts_label", text))
     for name, figures in result["confounding"]["within_site"].items():
         if figures and figures["pooled"] - figures["within"] > GAP:
             text = f"{name}: {TITLES[result['primary']]} is {figures['pooled']:.2f} over all patients but "
@@ -130,38 +113,53 @@ def _about_brier(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
         return []
     text = f"{name}: integrated Brier score {interval(own)}; the Kaplan-Meier curve of the whole cohort has "
     text += f"{interval(curve)}"
-    if own["value"] >= curve["value"]:
+    apart = rivals_of(name, result, "ibs").get("kaplan_meier")
+    if apart is None:
+        return [say("note", "calibration", f"{text}.")]
+    text += f", a difference of {interval(apart, 'difference')}"
+    if apart["high"] < 0:
+        return [say("note", "calibration", f"{text}: its probabilities carry information.")]
+    if apart["low"] > 0:
         return [say("warning", "miscalibrated", f"{text}: do not read its survival probabilities as such.")]
-    return [say("note", "calibration", f"{text}: its probabilities carry information.")]
+    return [
+        say("note", "calibration", f"{text}, which includes 0: not shown that its probabilities carry information.")
+    ]
 
 
 def _about_expected(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    """Survival: are as many events predicted as are seen?"""
+    """Survival: are as many events predicted as are seen? Nothing is said where fewer than FEW_EVENTS are expected."""
     calibration = result["models"][name]["calibration"]
     at = calibration["middle"]
     found = calibration["horizons"][at]
     if found["ratio"] is None:
         return []
+    text = f"{name}: by time {float(at):g}, {found['events']} events are seen"
+    text += f" and {found['expected_events']:.1f} expected from the predictions over the same follow-up"
+    if found["expected_events"] < FEW_EVENTS:
+        text += f": fewer than {FEW_EVENTS} are too few to judge its survival probabilities."
+        return [say("note", "expected_events", text)]
     ratio = _ratio(found)
-    text = f"{name}: by time {float(at):g}, {found['observed']:.2f} of the patients have the event (Kaplan-Meier) and "
-    text += f"{found['expected']:.2f} are predicted to; the ratio is {interval(ratio)}"
+    text += f"; the ratio is {interval(ratio)}"
     if ratio["low"] <= 1 <= ratio["high"]:
-        said = [say("note", "expected_events", f"{text}: no evidence against calibration on average.")]
+        said = [say("note", "expected_events", f"{text}: not shown to be wrong on average.")]
     else:
         direction = "few" if ratio["low"] > 1 else "many"
         said = [say("warning", "expected_events", f"{text}: it predicts too {direction} events in this cohort.")]
-    measured = {site: part["horizons"][at] for site, part in calibration["sites"].items() if part["horizons"]}
+    measured = {
+        site: part["horizons"][at]
+        for site, part in calibration["sites"].items()
+        if part["horizons"] and part["horizons"][at]["expected_events"] >= FEW_EVENTS
+    }
     off = [
         f"{site} ({interval(_ratio(part))})"
         for site, part in measured.items()
-        if part["ratio"] is not None and not part["ratio_low"] <= 1 <= part["ratio_high"]
+        if not part["ratio_low"] <= 1 <= part["ratio_high"]
     ]
     if off:
         text = (
-            f"{name}: the ratio of observed to expected events by time {float(at):g} leaves 1 out at {', '.join(off)}"
-        )
-        text += (
-            f", of {len(measured)} sites (one of twenty does by chance): do not read its survival probabilities there."
+            f"{name}: the ratio of seen to expected events by time {float(at):g} leaves 1 out at {', '.join(off)}, of "
+            f"{len(measured)} sites where at least {FEW_EVENTS} are expected (one of twenty does by chance): do not "
+            "read its survival probabilities there."
         )
         said.append(say("warning", "site_calibration", text))
     return said

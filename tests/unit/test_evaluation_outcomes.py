@@ -423,7 +423,7 @@ def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
     assert ("truth is in the interval" in page) == (kind == "regression")
     assert ("Calibration (m)" in page) == (kind in ("ordinal", "survival"))
     assert ("Calibration (er)" in page) == ("Calibration (pr)" in page) == (kind == "multilabel")
-    assert ("observed / expected" in page) == (kind == "survival")
+    assert ("seen / expected" in page) == (kind == "survival")
     assert ("truth is in the set" in page) == (kind in ("ordinal", "multilabel"))
     assert "Before:" not in page  # the tables have no logits
     assert "prevalence" not in page

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from croma import RI, CRoMa
 from slidemake.embedding_robustness import embedding_robustness
-from slidemake.shortcuts import Slides, probe, probe_shortcuts
+from slidemake.shortcuts import Slides, optimism, probe, probe_shortcuts
 
 
 def cohort(confound=0.0, site_shift=2.0, signal=0.4, n=80, dim=12, seed=0, scans=1, sites=4):
@@ -54,13 +54,27 @@ def test_planted_confounder_raises_the_alarm():
 
 
 def test_unconfounded_cohorts_raise_none():
-    """Association at 1 % and optimism at 2.5 %: of 4 cohorts 0.14 alarms are expected, 3 or more have p < 0.001."""
+    """Association at 1 % and optimism at 5 %: of 4 cohorts 0.24 alarms are expected, 3 or more have p < 0.001."""
     found = [codes(measured(cohort(seed=seed, signal=0.8))) for seed in range(4)]
     assert sum(bool(said & {"shortcut_site", "optimism"}) for said in found) < 3
     result = measured(cohort(seed=1, signal=0.8))
     assert "tells_site" in codes(result)  # the site is there to be read, and is of no use
     assert result["null"]["p"] <= 0.05
     assert result["null"]["null_low"] < 0.5 < result["null"]["null_high"]
+
+
+def test_sites_of_unequal_size_do_not_look_like_optimism():
+    """Without any effect of the site the alarm is exact: one of 20 at most, where a site of 21 of 30 patients leaves
+    nine to train on. In 40 cohorts 2 are expected, and 7 or more have p = 0.003."""
+    rng, alarms = np.random.default_rng(0), 0
+    for seed in range(40):
+        y = rng.permutation(np.arange(30) % 2)
+        x = rng.normal(size=(30, 8)) + 1.2 * np.outer(y - 0.5, np.ones(8) / 2)
+        sites = tuple("A" if i < 21 else "B" if i < 27 else "C" for i in range(30))
+        names = tuple(f"P{i:02d}" for i in range(30))
+        found = optimism(x, Slides(x, names, tuple("nt"[k] for k in y), sites, sites), seed, 19)
+        alarms += found["p"] is not None and found["p"] <= 0.05
+    assert alarms < 7
 
 
 def test_few_slides_of_many_features_still_tell_what_they_know():
