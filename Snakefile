@@ -2,30 +2,47 @@
 
 snakemake --cores all                                  the built-in demo cohort
 snakemake --cores all --configfile mine.yaml           your slides (config/config.yaml documents every key)
-snakemake --cores all embeddings | predict | write_sheet ...
+snakemake --cores all tiles | embeddings | cohort | train | explain | report | predict | write_sheet
 """
 
 import os
 import sys
 from pathlib import Path
 
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
 min_version("9.27")
-sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
+# `workflow.basedir` would be the folder of a workflow that takes this one as a module.
+BASE = Path(workflow.current_basedir.get_path_or_uri(secret_free=False))
+sys.path.insert(0, str(BASE / "scripts"))
 # Jobs must import the library that lies beside this file, not one that happens to be installed from another copy.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-# A user's --configfile replaces the demo's configuration; it is not merged over it.
-if not workflow.config_settings.configfiles:
+# A user's --configfile replaces the demo's configuration; it is not merged over it. Nor are slides of a user's own, or a
+# bundle, that the command line names: the demo's tasks, labels and title are not theirs.
+if not workflow.config_settings.configfiles and not {
+    "sheet",
+    "slides_folder",
+    "bundle",
+} & set(config):
 
-    configfile: str(Path(workflow.basedir) / "config" / "config.yaml")
+    configfile: str(BASE / "config" / "config.yaml")
 
 
-# With --software-deployment-method apptainer (profiles/apptainer); rules name the environment for conda.
-container: str(Path(workflow.basedir) / "envs" / "slidemake.sif")
+# With --software-deployment-method apptainer (profiles/apptainer); rules name the environment for conda. Not otherwise,
+# because Snakemake refuses an image below a folder with a space in its name, also where none is asked for.
+if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
+
+    if " " in str(BASE):
+        sys.exit(
+            f"\nslidemake cannot start.\nSnakemake takes no container image from {BASE}, because of the space in its "
+            "name. Move slidemake to a folder without one, or leave apptainer out.\n"
+        )
+
+    container: str(BASE / "envs" / "slidemake.sif")
 
 
 include: "rules/common.smk"
@@ -46,46 +63,26 @@ include: "rules/predict.smk"
 include: "rules/report.smk"
 
 
+# Of a module Snakemake takes the rules, and leaves out what it does when a run starts and ends.
+if not workflow.modifier.is_main_snakefile() and not IN_JOB and is_run(sys.argv[1:]):
+    start_run([])
+    atexit.register(end_run)
+
+
 onstart:
-    check_executor()
-    try:
-        check_writable(
-            str(file)
-            for job in workflow.dag.needrun_jobs()
-            for file in [*job.output, *job.log, *filter(None, [job.benchmark])]
-        )
-        claim_results(Path(OUTPUT))
-    except RunError as error:
-        sys.exit(f"\nslidemake cannot start.\n{error}\n")
-    if not ON_CLUSTER:
-        stop_jobs_on_sigterm()
-    mark_results_folder(
-        Path(OUTPUT),
-        PLAN.rack_size if RACKS else None,
-        PLAN.racks_on_disk if REMOTE_RACKS else None,
+    start_run(
+        str(file)
+        for job in workflow.dag.needrun_jobs()
+        for file in [*job.output, *job.log, *filter(None, [job.benchmark])]
     )
-    WATCH.begin([rule.name for rule in workflow.rules if rule.output])
-    if CORES < workflow.cores:
-        print(
-            f"slidemake: warning: --cores is {workflow.cores}, and this process may use {CORES} CPUs: give --cores {CORES}",
-            file=sys.stderr,
-        )
-    if hint := rack_size_hint(PLAN, MACHINE):
-        print(f"slidemake: {hint}", file=sys.stderr)
-    for encoder, corpora in PLAN.contamination.items():
-        print(f"slidemake: warning: {in_words(encoder, corpora)}", file=sys.stderr)
 
 
 onsuccess:
-    WATCH.end()
-    if os.path.exists(f"{OUTPUT}/report/index.html"):
-        print(
-            f"slidemake: the report is {OUTPUT}/report/index.html", file=sys.stderr
-        )
+    end_run()
 
 
 onerror:
-    WATCH.end()
+    end_run()
     print(
         "slidemake: not everything could be done; the lines that begin with `rule` or name a log file above say why. "
         "What is finished is kept: mend it and run the same command again.",
@@ -117,3 +114,32 @@ rule embeddings:
             for encoder in ENCODERS
             for rack in RACKS
         ],
+
+
+rule train:
+    input:
+        [
+            f"{OUTPUT}/tasks/{task}/{model}/train.json"
+            for task in TASKS
+            for model in PLAN.models_of(task)
+        ],
+        [
+            f"{OUTPUT}/tasks/{task}/{model}/bundle/reference.json"
+            for task in TASKS
+            for model in TASKS[task]["models"]
+        ],
+
+
+rule explain:
+    input:
+        [
+            manifest("explain", rack, task=task, model=model)
+            for task, model in EXPLAINED.items()
+            if model
+            for rack in RACKS
+        ],
+
+
+rule report:
+    input:
+        rules.write_report.output.html,

@@ -1,5 +1,6 @@
 """Configuration, sample sheet and racks: everything that the rules share, read once."""
 
+import atexit
 import os
 import shutil
 
@@ -15,6 +16,7 @@ from slidemake.racks import Machine
 from slidemake.running import (
     check_writable,
     claim_results,
+    is_run,
     refusal,
     stop_jobs_on_sigterm,
 )
@@ -31,7 +33,7 @@ CORES = int(max(1, min([workflow.cores, *([] if ON_CLUSTER else cgroup_quotas())
 MACHINE = Machine(cores=CORES, gpus=int(GPUS.value) if GPUS else 0, cluster=ON_CLUSTER)
 
 try:
-    PLAN = plan_run(config, Path(workflow.basedir), MACHINE, in_job=IN_JOB)
+    PLAN = plan_run(config, BASE, MACHINE, in_job=IN_JOB)
     if not IN_JOB:
         if reason := refusal(
             Path(PLAN.output), Path(".snakemake", "locks"), sys.argv[1:]
@@ -110,6 +112,40 @@ def array_jobs_problem():
         f"slurm-array-jobs: {ready} jobs of one rule can be ready at once here, and {', '.join(small)} would make them "
         "hang. Raise that, or switch arrays off (--slurm-array-jobs '')."
     )
+
+
+def start_run(files):
+    """What a run does before its first job. `files`: those that it will write, as far as they are known."""
+    check_executor()
+    try:
+        check_writable(files)
+        claim_results(Path(OUTPUT))
+    except RunError as error:
+        sys.exit(f"\nslidemake cannot start.\n{error}\n")
+    if not ON_CLUSTER:
+        stop_jobs_on_sigterm()
+    mark_results_folder(
+        Path(OUTPUT),
+        PLAN.rack_size if RACKS else None,
+        PLAN.racks_on_disk if REMOTE_RACKS else None,
+    )
+    WATCH.begin([rule.name for rule in workflow.rules if rule.output])
+    if CORES < workflow.cores:
+        print(
+            f"slidemake: warning: --cores is {workflow.cores}, and this process may use {CORES} CPUs: give --cores {CORES}",
+            file=sys.stderr,
+        )
+    if hint := rack_size_hint(PLAN, MACHINE):
+        print(f"slidemake: {hint}", file=sys.stderr)
+    for encoder, corpora in PLAN.contamination.items():
+        print(f"slidemake: warning: {in_words(encoder, corpora)}", file=sys.stderr)
+
+
+def end_run():
+    """What a run says at its end."""
+    WATCH.end()
+    for line in WATCH.summary(Path(OUTPUT), sum(map(len, RACKS.values()))):
+        print(f"slidemake: {line}", file=sys.stderr)
 
 
 if not IN_JOB:

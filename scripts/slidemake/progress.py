@@ -14,16 +14,18 @@ import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slidemake.racks import Machine
-from slidemake.timings import JobRun, fold, lines
+from slidemake.timings import OUTCOMES, JobRun, fold, lines
 
 FIRST, LONGEST = 15.0, 300.0  # s between reports: doubles from one to the other
 TICK = 2.0  # s between two looks at the lines of running jobs
+LONG = 60.0  # s in work at one stage, after which a slide is named
 # Quantiles of Student's t for 95 % two-sided, by degrees of freedom from 1.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -143,6 +145,7 @@ class Watch(logging.Handler):
         self.every = None if every == "auto" else float(every)
         self.stages: dict[str, Stage] = {}
         self.jobs: dict[int, Job] = {}
+        self.outcomes: dict[str, str] = {}  # {slide: what became of it in this run, over all stages}
         self._failed: set[int] = set()  # jobs, which may be tried again
         self._guard = threading.RLock()
         self._over = threading.Event()
@@ -203,8 +206,15 @@ class Watch(logging.Handler):
         else:
             stage.failed += 1
             self._failed.add(jobid)
-        stage.slides += len(run.seen) if run is not None else 0
-        stage.failed_slides += run.failed if run is not None else 0
+        if run is not None:
+            stage.slides += len(run.outcomes)
+            stage.failed_slides += run.failed
+            self._remember(run)
+
+    def _remember(self, run: JobRun) -> None:
+        for slide_id, outcome in run.outcomes.items():
+            known = self.outcomes.get(slide_id, outcome)
+            self.outcomes[slide_id] = min(known, outcome, key=OUTCOMES.index)
 
     # -- what running jobs say --------------------------------------------------------------------------------------
 
@@ -262,6 +272,7 @@ class Watch(logging.Handler):
                     known.append(found)
                 if found is not None or stage.running:
                     told.append(f"  {rule:17} {_counts(stage):32} {found or 'no estimate yet'}")
+                told += [f"    {slide}" for slide in _long_in_work(stage, time.time())]
         return [f"slidemake: {line}" for line in (self._whole(known, unknown), *told)] if told else []
 
     def _whole(self, known: list[Estimate], unknown: list[str]) -> str:
@@ -282,11 +293,11 @@ class Watch(logging.Handler):
 
     def begin(self, rules: Iterable[str]) -> None:
         """Report on these rules (in this order) from now on, in a thread of its own, until `end`."""
-        if self.every == 0 and not self.machine.cluster:
-            return
         with self._guard:
             self.stages = {rule: self.stages[rule] for rule in rules if rule in self.stages}
             self._began = time.monotonic()
+        if self.every == 0 and not self.machine.cluster:
+            return
         self._thread = threading.Thread(target=self._work, name="slidemake progress", daemon=True)
         self._thread.start()
 
@@ -310,10 +321,36 @@ class Watch(logging.Handler):
         if self._thread is not None:
             self._thread.join(timeout=10)
 
+    def summary(self, output: Path, slides: int) -> list[str]:
+        """What to say at the end of a run on `slides` slides: what became of them, and where the report is, if this run
+        wrote one.
+        """
+        self.look()
+        with self._guard:
+            for job in self.jobs.values():  # those that were stopped
+                for run in job.runs.values():
+                    self._remember(run)
+            counts = Counter(self.outcomes.values())
+            written = [rule for rule in self.stages if rule.endswith("write_report") and self.stages[rule].finished]
+        said = []
+        if self.outcomes:
+            words = {"ok": "computed", "reused": "found finished", "failed": "failed"}
+            told = [f"{counts[outcome]:,} {word}" for outcome, word in words.items() if counts[outcome]]
+            told += [f"{left:,} not looked at"] if (left := slides - len(self.outcomes)) > 0 else []
+            said.append(f"of {slides:,} slides {', '.join(told)}")
+        return said + [f"the report is {output}/report/index.html" for _ in written]
+
+
+def _long_in_work(stage: Stage, now: float) -> list[str]:
+    """Slides of running jobs that have been in work for long, the longest first: at most three are named."""
+    runs = [job.run for job in stage.running.values() if job.run is not None]
+    began = sorted((at, slide_id) for run in runs for slide_id, at in run.in_work.items() if now - at >= LONG)
+    return [f"slide {_printable(slide_id)} has been in work for {duration(now - at)}" for at, slide_id in began[:3]]
+
 
 def _counts(stage: Stage) -> str:
     runs = [job.run for job in stage.running.values() if job.run is not None]
-    slides = stage.slides + sum(len(run.seen) for run in runs)
+    slides = stage.slides + sum(len(run.outcomes) for run in runs)
     failed = stage.failed_slides + sum(run.failed for run in runs)
     parts = [f"{stage.finished}/{stage.total} jobs"]
     parts += [f"{slides:,} slides"] if slides else []

@@ -123,6 +123,8 @@ def run_rack(
         if before.get("status") == "failed":
             return {"slide_id": slide_id, "status": "failed", "failure": before["failure"]}
         started = time.perf_counter()
+        if not background:
+            timings.event("begin", slide_id=slide_id)
         failure: Failure | None = None
         figures: Record = {}
         try:

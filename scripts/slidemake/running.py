@@ -74,6 +74,8 @@ def claim_results(output: Path, patience: float = 2.0) -> None:
     Where the file system knows no locks, nothing is held and Snakemake's own lock has to do.
     """
     global _held
+    if _is_ours(output):
+        return
     output.mkdir(parents=True, exist_ok=True)
     handle = open(output / LOCK, "a+")  # noqa: SIM115 (held until the process ends)
     until = time.monotonic() + patience  # somebody who only looks holds it for an instant
@@ -94,7 +96,7 @@ def refusal(output: Path, locks: Path, arguments: list[str]) -> str | None:
     `locks` is the folder of Snakemake's own locks (.snakemake/locks of the working directory).
     """
     unlocking = "--unlock" in arguments
-    if not unlocking and not is_run(arguments):
+    if (not unlocking and not is_run(arguments)) or _is_ours(output):
         return None
     try:
         with open(output / LOCK, "r+") as handle:
@@ -179,6 +181,11 @@ def _jobs(process: Any) -> list[Any]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether this process holds the folder already: a module, of which rules are taken twice, is read twice."""
+    return _held is not None and not _held.closed and Path(_held.name) == output / LOCK
 
 
 def _lock(handle: IO[str], how: int) -> bool | None:

@@ -6,6 +6,7 @@ appends to it, a line at a time. Whoever reads skips what is no whole line: a re
 
 Events, all with `run` (which of the runs of the job) and `time` (s since 1970):
 start: rule, wildcards, host, threads, mem_mb (declared). rack: stage, slides (how many there are to look at).
+begin: slide_id (its work begins).
 slide: slide_id, outcome (ok, reused, failed), seconds, and of failures code, message, stage.
 end: code (exit code), cpu_seconds, max_rss_mb (of the largest process that worked).
 """
@@ -29,6 +30,7 @@ import psutil
 
 log = logging.getLogger("slidemake")
 
+OUTCOMES = ("failed", "ok", "reused")  # of a slide at a stage; over several stages the first of them counts
 LARGEST = 4 << 20  # bytes; a file that has grown beyond this by runs of years begins anew
 _RULE = re.compile(r"[A-Za-z_][\w.]*")  # embed_tiles_224px_0.5mpp is one
 _MB = 1 << 20 if sys.platform == "darwin" else 1 << 10  # of ru_maxrss
@@ -107,9 +109,20 @@ class JobRun:
     cpu: float | None = None
     mb: float | None = None
     slides: int = 0  # that the rack has
-    seen: set[str] = field(default_factory=set)
-    reused: int = 0
-    failed: int = 0  # here, not at an earlier stage
+    outcomes: dict[str, str] = field(default_factory=dict)  # {slide: one of OUTCOMES, at this stage}
+    in_work: dict[str, float] = field(default_factory=dict)  # {slide: when its work began}
+
+    @property
+    def seen(self) -> set[str]:
+        return set(self.outcomes)
+
+    @property
+    def reused(self) -> int:
+        return sum(outcome == "reused" for outcome in self.outcomes.values())
+
+    @property
+    def failed(self) -> int:
+        return sum(outcome == "failed" for outcome in self.outcomes.values())
 
     @property
     def seconds(self) -> float:
@@ -118,17 +131,20 @@ class JobRun:
     @property
     def fraction(self) -> float:
         """Share of the run that is done, by slides."""
-        return 1.0 if self.code == 0 else min(1.0, len(self.seen) / self.slides) if self.slides else 0.0
+        return 1.0 if self.code == 0 else min(1.0, len(self.outcomes) / self.slides) if self.slides else 0.0
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Take in a later line; raises ValueError, TypeError or KeyError, with nothing changed, if it is damaged."""
         moment = _moment(line)
         if line["event"] == "rack":
             self.slides = max(self.slides, int(line["slides"]))
-        elif line["event"] == "slide" and str(line["slide_id"]) not in self.seen:
-            self.reused += line["outcome"] == "reused"
-            self.failed += line["outcome"] == "failed"
-            self.seen.add(str(line["slide_id"]))
+        elif line["event"] == "begin":
+            self.in_work[str(line["slide_id"])] = moment
+        elif line["event"] == "slide":
+            if line["outcome"] not in OUTCOMES:
+                raise ValueError(f"a slide that is {line['outcome']}")
+            self.in_work.pop(str(line["slide_id"]), None)
+            self.outcomes.setdefault(str(line["slide_id"]), str(line["outcome"]))
         elif line["event"] == "end":
             self.code, self.cpu, self.mb = int(line["code"]), float(line["cpu_seconds"]), float(line["max_rss_mb"])
         self.ended = max(self.ended, moment)

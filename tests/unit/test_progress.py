@@ -6,6 +6,7 @@ import random
 import re
 import statistics
 import threading
+import time
 
 import pytest
 from slidemake.progress import Estimate, Stage, Watch, duration, estimate
@@ -145,6 +146,36 @@ def test_progress_of_a_run_on_one_machine(tmp_path):
         run.write(run.start(jobid, rule, f"r{jobid}"), f"j{jobid}", slides=4, every=5, end=1020)
         run.log("job_finished", job_id=jobid)
     assert run.report() == []
+
+
+def test_the_end_of_a_run_tells_of_slides_and_of_a_report_that_was_written(tmp_path):
+    run = Run(tmp_path, Machine(cores=4), screen_slides=2, tile_slides=1, write_report=1)
+    for jobid, outcome in [(1, "reused"), (2, "ok")]:
+        run.write(run.start(jobid, "screen_slides", f"r{jobid}"), "a", slides=3, every=1, outcome=outcome, end=1010)
+        run.log("job_finished", job_id=jobid)
+    run.write(run.start(3, "tile_slides", "r1"), "a", slides=1, every=1, outcome="failed", end=1010)
+    run.log("job_finished", job_id=3)
+    # a0 failed at a later stage, a1 and a2 were computed by one job and found by another
+    assert run.watch.summary(tmp_path, 5) == ["of 5 slides 2 computed, 1 failed, 2 not looked at"]
+    run.start(4, "write_report", "")
+    run.log("job_error", jobid=4)
+    assert len(run.watch.summary(tmp_path, 5)) == 1, "no report was written"
+    run.start(4, "write_report", "")
+    run.log("job_finished", job_id=4)
+    assert run.watch.summary(tmp_path, 5)[1] == f"the report is {tmp_path}/report/index.html"
+
+
+def test_a_slide_that_is_long_in_work_is_named(tmp_path):
+    run = Run(tmp_path, Machine(cores=1), tile_slides=1)
+    path = run.start(1, "tile_slides", "r0")
+    run.write(path, "a", slides=1, every=1)
+    with open(path, "a") as handle:
+        for slide_id, ago in (("a0", 900), ("a1", 300), ("a2", 5)):
+            began = {"event": "begin", "run": "a", "time": time.time() - ago, "slide_id": slide_id}
+            handle.write(json.dumps(began) + "\n")
+        handle.write(json.dumps({**began, "event": "slide", "slide_id": "a0", "outcome": "ok"}) + "\n")
+    run.watch.look()
+    assert run.report()[2:] == ["slidemake:     slide a1 has been in work for 5 min"]
 
 
 def test_earlier_runs_of_a_job_do_not_count(tmp_path):

@@ -148,7 +148,7 @@ def test_threads_write_whole_lines(log_file, tmp_path):
     slides = [{"slide_id": f"slide-{n:04d}" * 12, "status": "ok"} for n in range(400)]
     run_rack("tiles", tmp_path / "m.json", slides, lambda r: {}, threads=8)
     written = log_file.with_suffix(".jsonl").read_text().strip().splitlines()
-    assert len(written) == len(list(lines("\n".join(written)))) == 402
+    assert len(written) == len(list(lines("\n".join(written)))) == 2 + 2 * 400  # begin and end of each slide
     runs: dict[str, JobRun] = {}
     fold(runs, events(log_file))
     (run,) = runs.values()
