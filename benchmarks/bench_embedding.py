@@ -26,8 +26,9 @@ ENCODER = "efficientnet_lite0"
 
 def stain_transform() -> dict[str, Any]:
     """A Macenko transform of one H&E stain to another: what it costs does not depend on the numbers."""
-    from slidemake.stain import StainFit, pool_targets
+    from slidemake.stain import StainFit
     from slidemake.stain import stain_transform as make
+    from slidemake.stain_targets import pool_targets
 
     source = StainFit(
         "macenko", (240.0, 238.0, 235.0), ((0.65, 0.70, 0.29), (0.10, 0.95, 0.28)), (1.8, 1.0), None, None, 1

@@ -8,6 +8,7 @@ rule cohort_table:
         screen=of_all_racks(manifests("screen")),
         tissue=of_all_racks(manifests("tissue")),
         stain=of_all_racks(manifests("stain")),
+        target=rules.make_stain_target.output.target,
         tiles=of_all_racks(
             [path for grid in GRIDS for path in manifests("tiles", grid=grid)]
         ),

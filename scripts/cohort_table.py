@@ -5,6 +5,7 @@ from pathlib import Path
 from slidemake.adapter import job
 from slidemake.cohort import sheet_records
 from slidemake.cohort_table import FAILURE_COLUMNS, cohort_rows, failure_rows, write_table
+from slidemake.provenance import read_json
 from slidemake.racks import read_manifests
 from slidemake.screening import find_duplicates
 
@@ -17,6 +18,7 @@ with job(snakemake) as sm:  # noqa: F821
         for path in sm.input[stage]:  # manifests/<stage>/<grid or encoder>/<rack>.json
             stages.setdefault(f"{stage} {Path(path).parent.name}", []).extend(read_manifests([path], stage))
     duplicates = find_duplicates(screened) if sm.params.duplicates == "fail" else {}
-    rows = cohort_rows(sheet_records(sm.params.sheet), stages, results, duplicates)
+    target = read_json(sm.input.target)
+    rows = cohort_rows(sheet_records(sm.params.sheet), stages, results, duplicates, target)
     write_table(sm.output.slides, rows)
     write_table(sm.output.failures, failure_rows(rows), FAILURE_COLUMNS)

@@ -31,7 +31,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "fetch": 1,
     "screen": 1,
     "tissue": 2,
-    "stain": 1,
+    "stain": 2,
     "tiles": 3,
     "embed": 3,
     "bags": 1,

@@ -23,6 +23,7 @@ from slidemake.report_comparison import comparison_section
 from slidemake.report_drift import drift_section
 from slidemake.report_evaluation import evaluation_section
 from slidemake.report_outcomes import TITLES, outcome_section
+from slidemake.report_pictures import stain_sentences
 from slidemake.report_stress import stress_section
 from slidemake.report_timeline import timeline_section
 
@@ -249,8 +250,8 @@ def write_report(
 ) -> None:
     """Write report/index.html.
 
-    `tasks` maps a task to {"models": [...], "explained": model or None}; `stain_pictures` are {"site", "slide_id",
-    "before", "after"} with paths of pictures; `config` is the validated configuration.
+    `tasks` maps a task to {"models": [...], "explained": model or None}; `stain_pictures` are those of
+    `report_pictures.stain_pictures`; `config` is the validated configuration.
     """
     rows = read_table(results / "cohort" / "slides.csv")
     failures = read_table(results / "cohort" / "failures.csv")
@@ -284,6 +285,7 @@ def write_report(
             timeline=timeline_section(results),
             stage_figure=figures.throughput([s for s in stages if s["seconds"] > 0]),
             stains=stain_pictures,
+            stain_sentences=stain_sentences(rows),
             encoders=encoders,
             config=json.dumps(config, indent=2, sort_keys=True, default=str),
             versions=versions(),

@@ -1,4 +1,4 @@
-"""Stain normalisation: the fit of one slide, the reference, and the transform between them, in float64 numpy.
+"""Stain normalisation: the fit of one slide and the transform to a reference, in float64 numpy.
 
 A stain is fitted once per slide on pooled tissue pixels, never per tile: on a tile with little of one stain the
 estimate turns on noise. What is applied to pixels afterwards (`stain_torch` on the device, `apply_stain_numpy` here)
@@ -11,9 +11,7 @@ natural logarithm, H before E, 99th percentile of concentrations as their scale.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,14 +90,14 @@ def fit_stain(pixels: np.ndarray, method: str, white_point: Any = None) -> Stain
     matrix = maxima = mean = std = None
     if method == "reinhard":
         lab = rgb_to_lab(np.minimum(pixels * (255.0 / white), 255.0))
-        mean, std = _rounded(lab.mean(axis=0)), _rounded(np.maximum(lab.std(axis=0), 1e-3))
+        mean, std = rounded(lab.mean(axis=0)), rounded(np.maximum(lab.std(axis=0), 1e-3))
     else:
         vectors = _vectors(pixels, od, method)
         top = np.percentile(concentrations(od, vectors), 99, axis=0)
         if top.min() < 0.01:
             raise StainRefused("single_stain", angle_degrees(*vectors))
-        matrix, maxima = tuple(_rounded(row) for row in vectors), _rounded(top)
-    return StainFit(method, _rounded(white), matrix, maxima, mean, std, len(pixels))
+        matrix, maxima = tuple(rounded(row) for row in vectors), rounded(top)
+    return StainFit(method, rounded(white), matrix, maxima, mean, std, len(pixels))
 
 
 def _vectors(pixels: np.ndarray, od: np.ndarray, method: str) -> np.ndarray:
@@ -126,7 +124,7 @@ def _refuse_implausible(od: np.ndarray) -> None:
         raise StainRefused("not_he")
 
 
-def _rounded(values: np.ndarray) -> tuple[float, ...]:
+def rounded(values: Any) -> tuple[float, ...]:
     """Eight decimals: the last bits differ between processors, and would change fingerprints for nothing."""
     return tuple(round(float(value), 8) for value in values)
 
@@ -149,97 +147,6 @@ def estimate_white_point(overview: np.ndarray, tissue: np.ndarray) -> tuple[floa
     return (red, green, blue)
 
 
-# --- references ------------------------------------------------------------------------------------------------------
-
-
-def no_target(reason: str) -> dict[str, Any]:
-    """The reference of a run that normalises nothing."""
-    return _target_record({"status": "none", "method": "none", "reason": reason})
-
-
-def target_from_pixels(pixels: np.ndarray, method: str, source: str = "pixels") -> dict[str, Any]:
-    """Reference from RGB pixels (..., 3) uint8, all of them, with a white point of 255. Raises RunError if not H&E."""
-    try:
-        fit = fit_stain(pixels, method)
-    except StainRefused as refused:
-        raise RunError(
-            f"The stain reference {source} is of no use: {refused}. Set stain.target to an H&E image of tissue that "
-            "fills most of the frame, to 'tiatoolbox' or to 'cohort'."
-        ) from refused
-    return _target_record({"status": "ok", "source": source, **fit.as_dict()})
-
-
-def target_from_image(image: str | Path | np.ndarray, method: str) -> dict[str, Any]:
-    """Reference from 'tiatoolbox' (the image in that package), an image file, or an array (h, w, 3) uint8."""
-    if isinstance(image, np.ndarray):
-        return target_from_pixels(image, method)
-    bundled = str(image) == "tiatoolbox"
-    path = _tiatoolbox_image() if bundled else Path(image)
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise RunError(
-            f"stain.target: {path} does not open as an image ({error}). Give a PNG, JPEG or TIFF."
-        ) from error
-    step = max(1, int(np.ceil(np.sqrt(pixels.shape[0] * pixels.shape[1] / 4e6))))  # 4 Mpx say all there is to say
-    return target_from_pixels(pixels[::step, ::step], method, "tiatoolbox" if bundled else path.name)
-
-
-def _tiatoolbox_image() -> Path:
-    """The reference image inside TIAToolbox, found without importing it (9 s and 1.3 GB)."""
-    found = importlib.util.find_spec("tiatoolbox")
-    for folder in (found.submodule_search_locations or []) if found else []:
-        path = Path(folder) / "data" / "target_image.png"
-        if path.is_file():
-            return path
-    raise RunError(
-        "stain.target is 'tiatoolbox', but TIAToolbox, whose reference image that is, is not installed. Install it "
-        "(the extra slidemake[tiatoolbox]), or set stain.target to 'cohort' or to an H&E image of your own."
-    )
-
-
-def pool_targets(fits: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Reference of a cohort: the median of its slides' fits, element by element, rows of the matrix made unit again.
-
-    `fits` are stain.json records; those with status none or another method take no part. The white point is 255
-    whatever the slides' own are: glass comes out white. Without any fit the reference is `no_target`.
-    """
-    used = [fit for fit in fits if fit.get("status", "ok") == "ok" and fit["method"] == method]
-    if not used:
-        return no_target("no slide of the cohort has a stain fit")
-
-    def median(key: str) -> np.ndarray | None:
-        return None if used[0][key] is None else np.median([fit[key] for fit in used], axis=0)
-
-    matrix, maxima, mean, std = (median(k) for k in ("stain_matrix", "max_concentrations", "lab_mean", "lab_std"))
-    if matrix is not None:
-        matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    return _target_record(
-        {
-            "status": "ok",
-            "source": "cohort",
-            "slides": len(used),
-            "method": method,
-            "white_point": [255.0] * 3,
-            "stain_matrix": None if matrix is None else [_rounded(row) for row in matrix],
-            "max_concentrations": None if maxima is None else _rounded(maxima),
-            "lab_mean": None if mean is None else _rounded(mean),
-            "lab_std": None if std is None else _rounded(std),
-            "pixels": int(sum(fit["pixels"] for fit in used)),
-        }
-    )
-
-
-def _target_record(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "hash": fingerprint("stain", target=values)}
-
-
-# --- transform -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StainTransform:
     """How a slide's pixels become the reference's; plain data.
@@ -247,7 +154,9 @@ class StainTransform:
     Optical density methods: OD = max(-ln(max(I, 1) / I0_source), 0); OD' = OD @ matrix; I' = I0_target exp(-OD'),
     clipped to 0..255. Reinhard: I balanced to the white point, CIELAB moments of the source brought to the target's;
     pixels brighter than an optical density of `GLASS_OD` fade to balanced white, so that glass stays white.
-    `status` none leaves pixels as they are (method none, or a slide whose fit was refused).
+    `status` none leaves pixels as they are (method none, or a slide whose fit was refused or did not pass, with the
+    `reason`). `applied` says which stains are brought to the reference: both, haematoxylin, eosin, or none;
+    `judgement` has the figures of `stain_judgement` that it was decided on.
     """
 
     method: str
@@ -261,6 +170,8 @@ class StainTransform:
     lab_std: tuple[float, ...] | None = None
     target_lab_mean: tuple[float, ...] | None = None
     target_lab_std: tuple[float, ...] | None = None
+    applied: str = "none"
+    judgement: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, with the transform's own `fingerprint` over all of its numbers."""
@@ -296,7 +207,7 @@ def stain_transform(fit: StainFit | dict[str, Any], target: dict[str, Any]) -> S
         return StainTransform(method, "ok", digest, None, white, target_white, **moments)
     scale = np.asarray(target["max_concentrations"]) / np.asarray(values["max_concentrations"])
     matrix = np.linalg.pinv(np.asarray(values["stain_matrix"])) @ np.diag(scale) @ np.asarray(target["stain_matrix"])
-    return StainTransform(method, "ok", digest, None, white, target_white, tuple(_rounded(row) for row in matrix))
+    return StainTransform(method, "ok", digest, None, white, target_white, tuple(rounded(row) for row in matrix))
 
 
 def apply_stain_numpy(tiles: np.ndarray, transform: StainTransform, chunk: int = 16) -> np.ndarray:

@@ -43,12 +43,17 @@ def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([lightness, 500.0 * (f[..., 0] - f[..., 1]), 200.0 * (f[..., 1] - f[..., 2])], axis=-1)
 
 
-def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
-    """CIELAB (..., 3) to RGB 0..255, clipped, not rounded."""
+def lab_to_linear(lab: np.ndarray) -> np.ndarray:
+    """CIELAB (..., 3) to linear RGB 0..1, not clipped: a colour that no screen shows lies outside."""
     fy = (lab[..., 0] + 16.0) / 116.0
     f = np.stack([fy + lab[..., 1] / 500.0, fy, fy - lab[..., 2] / 200.0], axis=-1)
     xyz = np.where(f > np.cbrt(LAB_EPSILON), f**3, (f - LAB_OFFSET) / LAB_KAPPA)
-    return np.clip(linear_to_srgb(xyz @ XYZ_TO_RGB.T.astype(lab.dtype)) * 255.0, 0.0, 255.0)
+    return xyz @ XYZ_TO_RGB.T.astype(lab.dtype)
+
+
+def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
+    """CIELAB (..., 3) to RGB 0..255, clipped, not rounded."""
+    return np.clip(linear_to_srgb(lab_to_linear(lab)) * 255.0, 0.0, 255.0)
 
 
 def luminosity_mask(pixels: np.ndarray, threshold: float = 0.8) -> np.ndarray:

@@ -18,11 +18,9 @@ from slidemake.stain import (
     StainTransform,
     estimate_white_point,
     fit_stain,
-    no_target,
-    pool_targets,
-    stain_transform,
-    target_from_image,
 )
+from slidemake.stain_judgement import describe_pixels, fit_reasons, judged_transform
+from slidemake.stain_targets import no_target, pool_targets, target_from_image
 from slidemake.tissue_stage import read_mask
 
 DEFAULTS: dict[str, Any] = {
@@ -44,11 +42,13 @@ def stain_file(method: str | None = None) -> str:
 def process_slide(record: dict[str, Any], results: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     """Fit the stain of one slide by the run's method, and by those that `options["also"]` names; returns the first fit.
 
-    A fit that is finished is taken as it is: see `fit_slide`.
+    A fit that is finished is taken as it is: see `fit_slide`. The sample of pixels stays in the file: manifests are
+    read for all slides at once.
     """
     for method in options.get("also", ()):
         fit_slide(record, results, {**options, "method": method}, stain_file(method))
-    return fit_slide(record, results, options, stain_file())
+    found = fit_slide(record, results, options, stain_file())
+    return {key: value for key, value in found.items() if key != "tissue"}
 
 
 def fit_slide(
@@ -58,9 +58,10 @@ def fit_slide(
 
     `record` is the tissue stage's (slide_id, fingerprint); path, reader and mpp come from slide.json, the mask from
     tissue.png. A stain that cannot be fitted is no failure: status none, with `reason` (a key of stain.REFUSALS) and
-    `message`, and the slide goes on unnormalised. Regions that do not decode are left out and counted. A finished
-    stain.json with the same fingerprint is taken as it is (`reused`). Raises SlideFailure `unreadable` when no region
-    decodes, and what the reader raises.
+    `message`, and the slide goes on unnormalised. `tissue` is what a fit is judged by before it is used, `unfit` why it
+    is of no use whatever the reference (`stain_judgement`). Regions that do not decode are left out and counted. A
+    finished stain.json with the same fingerprint is taken as it is (`reused`). Raises SlideFailure `unreadable` when no
+    region decodes, and what the reader raises.
     """
     folder = Path(results) / "slides" / record["slide_id"]
     settings = {key: options.get(key, value) for key, value in DEFAULTS.items()}
@@ -73,18 +74,19 @@ def fit_slide(
     stain = {"slide_id": record["slide_id"], "fingerprint": mark, "method": method, "status": "ok", "reason": None}
     empty = ("white_point", "stain_matrix", "max_concentrations", "lab_mean", "lab_std")
     if method == "none":
-        stain |= dict.fromkeys(empty) | {"status": "none", "reason": "method none", "pixels": 0}
+        stain |= dict.fromkeys(empty) | {"status": "none", "reason": "method none", "pixels": 0, "tissue": None}
     else:
         slide = read_slide_record(folder, "slide.json")
         tissue, described = read_mask(folder)
         scale = tuple(described["level0_per_mask_px"])
         pixels, white, unreadable = pool_slide(slide, tissue, scale, settings)
-        stain["unreadable_regions"] = unreadable
+        stain |= {"unreadable_regions": unreadable, "tissue": describe_pixels(pixels, white)}
         try:
             stain |= fit_stain(pixels, method, white).as_dict()
         except StainRefused as refused:
             stain |= dict.fromkeys(empty) | {"white_point": white, "pixels": len(pixels)}
             stain |= {"status": "none", "reason": refused.reason, "message": str(refused)}
+        stain["unfit"] = fit_reasons(stain)
     write_json(folder / name, stain)
     return stain
 
@@ -209,7 +211,8 @@ def _target(results: str | Path, target: str, method: str, slide_ids: list[str],
     if target != "cohort":
         return target_from_image(target, method)
     folder = Path(results) / "slides"
-    return pool_targets([read_slide_record(folder / slide_id, stain_file(suffix)) for slide_id in slide_ids], method)
+    fits = [read_slide_record(folder / slide_id, stain_file(suffix)) for slide_id in slide_ids]
+    return pool_targets([fit for fit in fits if not fit.get("unfit")], method)
 
 
 def target_of(target: dict[str, Any], method: str | None = None) -> dict[str, Any]:
@@ -223,9 +226,10 @@ def slide_transform(
 ) -> dict[str, Any]:
     """Transform of one slide to the reference, JSON-able, with its `fingerprint`; by the run's method or another one.
 
-    A slide without a fit gets the transform that leaves pixels as they are; method and target are the cohort's.
+    A slide without a fit, or with one that does not pass its judgement, gets the transform of its only stain or the
+    one that leaves pixels as they are; method and target are the cohort's. Whatever applies a stain asks here.
     """
     name = stain_file(method if method in target.get("also", {}) else None)
     fit = read_slide_record(Path(results) / "slides" / slide_id, name)
-    transform: StainTransform = stain_transform(fit, target_of(target, method))
+    transform: StainTransform = judged_transform(fit, target_of(target, method))
     return transform.as_dict()

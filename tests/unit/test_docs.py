@@ -159,7 +159,11 @@ def read(path: Path) -> dict:
 def test_manifests(results):
     common = documented("Slide record")
     assert common == {"slide_id", "status", "failure", "seconds", "fingerprint", "reused"}
-    own = {"screen": documented("slide.json"), "tissue": documented("tissue.json"), "stain": documented("stain.json")}
+    own = {
+        "screen": documented("slide.json"),
+        "tissue": documented("tissue.json"),
+        "stain": documented("stain.json") - {"tissue"},
+    }
     for stage in ("screen", "tissue", "stain", "tiles", "embed"):
         manifest = read(results / "manifests" / f"{stage}.json")
         assert set(manifest) == documented("Manifests"), stage
@@ -218,7 +222,7 @@ def test_cohort_table(results):
     manifests = {stage: read(results / "manifests" / f"{stage}.json")["slides"] for stage in stages}
     manifests[f"tiles {GRID}"] = manifests.pop("tiles")
     sheet = {"slide_id": "a", "path": "slide.tiff", "patient_id": "a", "site": ""}
-    (row,) = cohort_rows([sheet], manifests, results, {})
+    (row,) = cohort_rows([sheet], manifests, results, {}, json.loads((results / "target.json").read_text()))
     assert {name.replace(GRID, "<grid>") for name in set(row) - set(sheet)} == documented("Cohort")
     assert all(f"`{name}`" in FORMATS.read_text() for name in FAILURE_COLUMNS)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from slidemake import stain
+from slidemake import stain_targets
 from slidemake.failures import RunError
 from slidemake.stain import (
     METHODS,
@@ -20,14 +20,11 @@ from slidemake.stain import (
     apply_stain_numpy,
     estimate_white_point,
     fit_stain,
-    no_target,
-    pool_targets,
     resolve_method,
     stain_transform,
-    target_from_image,
-    target_from_pixels,
 )
 from slidemake.stain_colour import GLASS_OD, lab_to_rgb, luminosity_mask, optical_density, rgb_to_lab
+from slidemake.stain_targets import no_target, pool_targets, target_from_image, target_from_pixels
 from slidemake.stain_vectors import RUIFROK, angle_degrees, haematoxylin_first, vahadane_vectors
 
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")
@@ -65,7 +62,7 @@ def he_image() -> np.ndarray:
     """Real H&E: the reference image that ships in TIAToolbox, (1000, 1000, 3)."""
     if importlib.util.find_spec("tiatoolbox") is None:
         pytest.skip("TIAToolbox is not installed")
-    with Image.open(stain._tiatoolbox_image()) as image:
+    with Image.open(stain_targets._tiatoolbox_image()) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -273,7 +270,7 @@ def test_target_that_is_no_use_says_so(tmp_path, monkeypatch):
         target_from_image(tmp_path / "gone.png", "macenko")
     with pytest.raises(RunError, match=r"stain\.target"):
         target_from_pixels(np.full((100, 100, 3), 255, np.uint8), "macenko")
-    monkeypatch.setattr(stain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(stain_targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match=r"slidemake\[tiatoolbox\]"):
         target_from_image("tiatoolbox", "macenko")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from slidemake.stain import METHODS, StainTransform, apply_stain_numpy, fit_stain, stain_transform, target_from_pixels
+from slidemake.stain import METHODS, StainTransform, apply_stain_numpy, fit_stain, stain_transform
+from slidemake.stain_targets import target_from_pixels
 from slidemake.stain_torch import apply_stain
 
 PURPLE, FADED = [[0.53, 0.75, 0.39], [0.15, 0.83, 0.53]], [[0.56, 0.72, 0.41], [0.21, 0.90, 0.38]]
