@@ -174,6 +174,7 @@ if TASKS:
             train=f"{OUTPUT}/tasks/{{task}}/{{model}}/train.json",
             predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
             slides=rules.cohort_table.output.slides,
+            splits=rules.split_cohort.output.splits,
             bags=bags_of,
         output:
             reference=f"{OUTPUT}/tasks/{{task}}/{{model}}/bundle/reference.json",

@@ -7,14 +7,22 @@ from slidemake.bags import open_bags
 from slidemake.bundle import read_info
 from slidemake.cohort_table import read_table
 from slidemake.outcomes import load_outcome
-from slidemake.reference import make_reference, write_reference
+from slidemake.reference import make_reference, training_predictions, validation_values, write_reference
 
 with job(snakemake) as sm:  # noqa: F821
+    folder = Path(sm.output.reference).parent
+    info = read_info(folder)
+    outcome, trained = load_outcome(info), info["training"]["patients"]
+    tested = read_table(sm.input.predictions)
+    labels = {row["patient_id"]: row["label"] for row in read_table(sm.input.splits)}
+    predictions = training_predictions(outcome, trained, tested, validation_values(folder.parent), labels)
     reference = make_reference(
         open_bags(sm.input.bags[0]),
-        load_outcome(read_info(Path(sm.output.reference).parent)),
-        read_table(sm.input.predictions),
+        outcome,
+        trained,
+        predictions,
         read_table(sm.input.slides),
         sm.params.results,
+        tested_only={row["patient_id"] for row in tested} - set(trained),
     )
     write_reference(reference, sm.output.reference)

@@ -1,8 +1,9 @@
 """New slides against the training slides of a model: has anything moved that the model's figures rest on?
 
 For all new slides, for each site and for each month of scanning: the share of slides that failed, quality figures,
-mean embeddings (MMD and Frechet distance in the reference's principal directions, and how many patients lie outside of
-what training saw), scores (PSI), and abstention (prediction sets that hold no or several classes).
+mean embeddings (MMD and Frechet distance in the principal directions of reference and new patients together, and how
+many patients lie outside of what training saw), scores (PSI), and abstention (prediction sets that hold no or several
+classes).
 
 Every figure stands beside what chance gives: patients (slides, for quality) of reference and new are pooled and dealt
 anew, and `expected` and `limit` are the median and the 95th percentile of the figure over those deals, `p` the share
@@ -32,6 +33,7 @@ from slidemake.reference import abstains, thinned
 
 SMALLEST = 5  # patients of a group
 MOST = 500  # patients of a group that embeddings are compared for, evenly spaced
+DIRECTIONS = 16  # principal directions in which they are compared
 NEIGHBOURS = 5
 DRAWS = 999
 WATCH, ALARM = 0.05, 0.01  # corrected p values
@@ -47,7 +49,7 @@ class Sample:
     patients: tuple[str, ...]
     sites: tuple[str, ...]  # (P,)
     months: tuple[str, ...]  # (P,) YYYY-MM, "" where the sheet has no date
-    embeddings: np.ndarray  # (P, k) in the reference's directions
+    embeddings: np.ndarray  # (P, k) sketches of the patients' mean embeddings (`reference.sketched`)
     scores: dict[str, np.ndarray]  # (P,)
     prob: np.ndarray  # (P, C); C = 0 where the model does not classify
     slide_patients: tuple[str, ...]  # (S,) of every slide, failed ones too
@@ -146,16 +148,30 @@ def _rate(reference: np.ndarray, new: np.ndarray, seed: list[int]) -> dict[str, 
     return {**found, "share_reference": float(reference.mean()), "share_new": float(new.mean())}
 
 
+def principal_coordinates(pooled: np.ndarray, most: int = DIRECTIONS) -> np.ndarray:
+    """(N, K) -> (N, k): coordinates in at most `most` principal directions, the first with unit variance.
+
+    One scale for all directions: small ones stay small. Fitted on both sides together, they favour neither, so that a
+    permutation test in them is exact; fitted on the reference they would suit its own patients best.
+    """
+    centred = pooled - pooled.mean(0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    kept = min(most, max(1, len(pooled) - 1), int((singular > singular[0] * 1e-6).sum()) if singular[0] > 0 else 1)
+    scale = singular[0] / np.sqrt(max(1, len(pooled) - 1))
+    signs = np.sign(directions[np.arange(kept), np.abs(directions[:kept]).argmax(1)])
+    return centred @ (directions[:kept] * signs[:, None] / (scale or 1.0)).T
+
+
 def _embedding_measures(
-    reference: np.ndarray, new: np.ndarray, spread: float | None, seed: list[int]
+    reference: np.ndarray, new: np.ndarray, sites: Sequence[str], seed: list[int]
 ) -> dict[str, Any]:
-    new = np.array(thinned(list(new), MOST))
-    pooled = np.r_[reference, new]
+    pooled = principal_coordinates(np.r_[reference, np.array(thinned(list(new), MOST))])
+    reference, new = pooled[: len(reference)], pooled[len(reference) :]
     distances = cdist(pooled, pooled, "sqeuclidean")
     width = np.median(distances[np.triu_indices(len(pooled), 1)]) or 1.0
     kernel = np.exp(-distances / width)
     measures = {"mmd": permutation(lambda member: mmd(kernel, member), len(reference), len(new), seed)}
-    measures["mmd"]["between_training_sites"] = spread
+    measures["mmd"]["between_training_sites"] = between_sites(reference, sites)
     measures["frechet"] = permutation(lambda m: frechet(pooled[~m], pooled[m]), len(reference), len(new), seed, 199)
     own, theirs = outside(reference, new)
     bound = np.quantile(own, 0.95)
@@ -178,7 +194,7 @@ def between_sites(embeddings: np.ndarray, sites: Sequence[str]) -> float | None:
     return max(found) if found else None
 
 
-def _measures(reference: Mapping[str, Any], sample: Sample, spread: float | None, seed: list[int]) -> dict[str, Any]:
+def _measures(reference: Mapping[str, Any], sample: Sample, seed: list[int]) -> dict[str, Any]:
     """{measure: figures} of one group against the reference."""
     found: dict[str, Any] = {}
     failed = np.arange(reference["slides"]) < reference["failed"]
@@ -194,7 +210,7 @@ def _measures(reference: Mapping[str, Any], sample: Sample, spread: float | None
             found[f"quality {name}"] = {**test, **medians}
     embeddings = np.array(reference["embeddings"])
     if len(embeddings) >= SMALLEST:
-        of_embeddings = _embedding_measures(embeddings, sample.embeddings, spread, seed)
+        of_embeddings = _embedding_measures(embeddings, sample.embeddings, reference["sites"], seed)
         found |= {f"embedding {name}": figures for name, figures in of_embeddings.items()}
     for name, known in reference["scores"].items():
         values = sample.scores.get(name, np.array([]))
@@ -202,7 +218,7 @@ def _measures(reference: Mapping[str, Any], sample: Sample, spread: float | None
             pooled = np.r_[np.array(known), values]
             found[f"score {name}"] = permutation(_psi(pooled), len(known), len(values), seed)
     if reference["conformal"] and reference["conformal"]["limit"] is not None and sample.prob.size:
-        before = np.arange(reference["patients"]) < reference["abstained"]
+        before = np.arange(reference["scored"]) < reference["abstained"]
         found["abstained"] = _rate(before, abstains(sample.prob, reference["conformal"]["limit"]), seed)
     return found
 
@@ -240,7 +256,6 @@ def _level(name: str, figures: Mapping[str, Any]) -> str:
 
 def judge(reference: Mapping[str, Any], sample: Sample, seed: int = 0) -> dict[str, Any]:
     """Every group of the new slides against the reference: {"groups", "strangest", "conclusion", "points"}."""
-    spread = between_sites(np.array(reference["embeddings"]), reference["sites"]) if reference["embeddings"] else None
     groups = [("all", "", sample)]
     for kind, names in (("site", sample.sites), ("month", sample.months)):
         listed = sorted(set(names) - {""})
@@ -252,7 +267,7 @@ def judge(reference: Mapping[str, Any], sample: Sample, seed: int = 0) -> dict[s
             reason = f"{len(part.patients)} patients; a comparison needs at least {SMALLEST}"
             judged.append({**entry, "level": "not judged", "reason": reason, "measures": {}})
             continue
-        measures = _measures(reference, part, spread, scope_seed(seed, f"drift {kind} {name}"))
+        measures = _measures(reference, part, scope_seed(seed, f"drift {kind} {name}"))
         for figures, p in zip(measures.values(), holm([m["p"] for m in measures.values()]), strict=True):
             figures["p_corrected"] = p
         for measure, figures in measures.items():
@@ -276,19 +291,18 @@ def strangest(reference: Mapping[str, Any], sample: Sample, most: int = 10) -> l
     ]
 
 
-def flattened(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The first two directions of at most 500 patients."""
-    return [[round(float(v), 4) for v in [*row[:2], 0.0][:2]] for row in thinned(list(rows))]
-
-
 def _points(reference: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
-    """Patients of both sides in the first two directions, for the picture."""
-    new = {
-        site: sample.embeddings[np.array([s == site for s in sample.sites], bool)] for site in sorted(set(sample.sites))
-    }
+    """At most 500 patients of each site in the first two principal directions of all, for the picture."""
+    pooled = np.array([*reference["embeddings"], *sample.embeddings.tolist()])
+    if not len(pooled):
+        return {"reference": [], "new": {}}
+    flat = principal_coordinates(pooled, 2)
+    flat = np.c_[flat, np.zeros(len(flat))][:, :2].round(4)
+    split = len(reference["embeddings"])
+    sites = np.array(sample.sites)
     return {
-        "reference": flattened(reference["embeddings"]),
-        "new": {site: flattened(rows) for site, rows in new.items()},
+        "reference": thinned(flat[:split].tolist()),
+        "new": {site: thinned(flat[split:][sites == site].tolist()) for site in sorted(set(sample.sites))},
     }
 
 

@@ -19,6 +19,7 @@ from slidemake.reference import (
     patient_means,
     patient_scores,
     read_reference,
+    sketched,
     slide_quality,
 )
 
@@ -58,7 +59,7 @@ def collect_sample(
     slides = [row for row in cohort if row["status"] != "excluded"]
     scores = patient_scores(predictions, outcome)
     prob = class_probabilities(predictions, outcome)
-    centre, directions = np.array(reference["centre"]), np.array(reference["directions"])
+    centre = np.array(reference["centre"])
     facts: dict[str, dict[str, str]] = {}
     stores: dict[str, list[tuple[str, str]]] = {}
     for row in slides:
@@ -68,7 +69,7 @@ def collect_sample(
             stores.setdefault(patient, []).append((row["slide_id"], patient))
     patients = [p for p in sorted(scores) if p in stores]
     means = [patient_means(load_bags(embeddings, stores[p]), [p])[0] for p in patients]
-    projected = (np.array(means).reshape(len(means), len(centre)) - centre) @ directions.T
+    projected = sketched(np.array(means).reshape(len(means), len(centre)), centre)
     quality = [slide_quality(results, row["slide_id"]) if row["status"] == "ok" else {} for row in slides]
     return Sample(
         tuple(patients),

@@ -43,7 +43,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "stress": 1,
     "explain": 1,
     "predict": 1,
-    "drift": 1,
+    "drift": 2,
     "report": 1,
 }
 

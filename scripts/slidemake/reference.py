@@ -1,7 +1,13 @@
 """What the training slides of a model were like: kept beside its bundle, for `drift` to compare new slides with.
 
-The reference holds no pixel and no patient's name: mean embeddings in a few principal directions, out-of-fold scores,
-quality figures and the share of slides that failed. No torch here.
+It is of the patients that the model was trained on, not of those it was tested on: with an external, temporal or given
+test set these are different people. Their scores are those of models that were not fitted to them: out of fold where
+they were tested, else of the inner validation.
+
+The reference holds no pixel and no patient's name: sketches of the mean embeddings, scores, quality figures and the
+share of slides that failed. A sketch is a projection on random signs, which keeps distances (Achlioptas 2003, J Comput
+Syst Sci 66:671) and knows no data. Principal directions of the reference would fit its own patients better than any new
+ones, and a comparison in them finds a difference where there is none. No torch here.
 """
 
 from __future__ import annotations
@@ -15,11 +21,11 @@ import numpy as np
 from slidemake.bags import Bags
 from slidemake.conformal import conformal_limit, prediction_sets
 from slidemake.failures import RunError, SlideFailure
-from slidemake.outcomes import Outcome
+from slidemake.outcomes import Outcome, number
 from slidemake.provenance import STAGE_VERSIONS, read_json, read_json_if_whole, write_json
 
-FORMAT, FORMAT_VERSION = "slidemake-reference", 1
-DIRECTIONS = 16  # principal directions of the patients' mean embeddings
+FORMAT, FORMAT_VERSION = "slidemake-reference", 2
+SKETCH = 128  # numbers that a patient's mean embedding is projected to
 MOST = 500  # patients (and slides) kept, evenly spaced: enough for every comparison, small enough for a JSON file
 COVERAGE = 0.9  # of the prediction sets that abstention is read from
 QUALITY = (
@@ -97,17 +103,16 @@ def class_probabilities(rows: Iterable[Mapping[str, str]], outcome: Outcome) -> 
     return {p: np.mean(v, axis=0) for p, v in sums.items()}
 
 
-def principal_directions(means: np.ndarray, most: int = DIRECTIONS) -> tuple[np.ndarray, np.ndarray]:
-    """Centre (D,) and directions (k, D), scaled so that training patients have unit variance along the first one.
+def sketched(means: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """(P, D) means -> (P, SKETCH) projections of what is left of them without the centre (D,) on random signs.
 
-    k is at most `most`, and at most P - 1. One scale for all directions: small ones stay small, as they were.
+    Squared distances are kept on average, with a relative standard deviation of about sqrt(2 / SKETCH). The signs are
+    those of NumPy's legacy generator, whose stream is frozen: the same everywhere and for ever.
     """
-    centre = means.mean(0)
-    _, singular, directions = np.linalg.svd(means - centre, full_matrices=False)
-    kept = min(most, max(1, len(means) - 1), int((singular > singular[0] * 1e-6).sum()) if singular[0] > 0 else 1)
-    scale = singular[0] / np.sqrt(max(1, len(means) - 1))
-    signs = np.sign(directions[np.arange(kept), np.abs(directions[:kept]).argmax(1)])
-    return centre, directions[:kept] * signs[:, None] / (scale or 1.0)
+    if means.shape[1] <= SKETCH:
+        return means - centre
+    signs = np.random.RandomState(0).randint(0, 2, (means.shape[1], SKETCH)) * 2.0 - 1.0
+    return (means - centre) @ signs / np.sqrt(SKETCH)
 
 
 def thinned(values: Sequence[Any], most: int = MOST) -> list[Any]:
@@ -122,45 +127,97 @@ def rounded(values: Iterable[float]) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
+def value_cells(outcome: Outcome, values: Sequence[float]) -> dict[str, str]:
+    """The scores among what a model predicts for a patient, values (P,), as a table of predictions has them."""
+    if outcome.kind in ("survival", "regression"):
+        return {score_columns(outcome)[0]: number(values[0])}
+    names = [name for name in outcome.columns() if name.startswith("prob_")]
+    return {name: number(value) for name, value in zip(names, values, strict=True)}
+
+
+def training_predictions(
+    outcome: Outcome,
+    trained: Sequence[str],
+    tested: Iterable[Mapping[str, str]],
+    validation: Mapping[str, Sequence[Sequence[float]]],
+    labels: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """Rows of predictions of the patients `trained`, by models that were not fitted to them.
+
+    tested: rows of predictions_patients.csv; validation: {patient: values (P,) of each inner validation that held the
+    patient out}, for those never tested; labels: {patient: label}.
+    """
+    own = set(trained)
+    rows = [dict(row) for row in tested if row["patient_id"] in own]
+    missing = own - {row["patient_id"] for row in rows}
+    rows += [
+        {"patient_id": patient, "label": labels.get(patient, ""), **value_cells(outcome, values)}
+        for patient in sorted(missing)
+        for values in validation.get(patient, ())
+    ]
+    return rows
+
+
+def validation_values(model: str | Path) -> dict[str, list[list[float]]]:
+    """{patient: values of each inner validation that held it out} from the bundles of a model's folds."""
+    found: dict[str, list[list[float]]] = {}
+    for path in sorted((Path(model) / "bundles").glob("repeat*_fold*/bundle.json")):
+        training = read_json(path)["training"]
+        held = training.get("validation_probability") or training.get("validation_values") or {}
+        for patient, values in held.items():
+            found.setdefault(patient, []).append(values)
+    return found
+
+
 def make_reference(
     bags: Bags,
     outcome: Outcome,
+    trained: Sequence[str],
     predictions: Sequence[Mapping[str, str]],
     cohort: Sequence[Mapping[str, str]],
     results: str | Path,
+    tested_only: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The reference of one model.
 
-    bags         the training cohort's embeddings
+    bags         the cohort's embeddings
     outcome      what the model predicts
-    predictions  rows of predictions_patients.csv, out of fold
+    trained      the patients that the model was trained on
+    predictions  rows of `training_predictions`
     cohort       rows of cohort/slides.csv (failed slides count into the share that failed)
     results      the results folder, for the slides' tissue.json
+    tested_only  patients of the cohort that the model was only tested on: their slides are left out
     """
     scores = patient_scores(predictions, outcome)
-    sites = {row["patient_id"]: row.get("site", "") for row in predictions}
+    sites = patient_sites(cohort)
     truth = {row["patient_id"]: row.get("label", "") for row in predictions}
-    patients = thinned([p for p in sorted(scores) if bags.tiles(p)])
+    patients = thinned([p for p in sorted(trained) if bags.tiles(p)])
     if not patients:
-        raise RunError("No predicted patient has tiles: there is nothing to compare new slides with.")
+        raise RunError("No patient of the training cohort has tiles: there is nothing to compare new slides with.")
     means = patient_means(bags, patients)
-    centre, directions = principal_directions(means)
+    centre = np.array(rounded(means.mean(0)))
     classes, prob = list(outcome.classes), class_probabilities(predictions, outcome)
     labelled = [p for p in sorted(prob) if truth[p] in classes]
     misfit = np.array([1 - prob[p][classes.index(truth[p])] for p in labelled])
     found = conformal_limit(misfit, 1 - COVERAGE)
     limit = found if classes and np.isfinite(found) else None  # too few patients: every class is in every set
     held = np.array([prob[p] for p in sorted(prob)]).reshape(len(prob), len(classes))
-    processed = [row for row in cohort if row["status"] != "excluded"]
+    others = set(tested_only)
+    processed = [
+        row
+        for row in cohort
+        if row["status"] != "excluded" and (row.get("patient_id") or row["slide_id"]) not in others
+    ]
+    scored = [scores[p] for p in patients if p in scores]
     return {
-        "patients": len(scores),
+        "patients": len(trained),
+        "scored": len(scores),
         "slides": len(processed),
         "failed": sum(row["status"] == "failed" for row in processed),
-        "sites": [sites[p] for p in patients],
-        "centre": rounded(centre),
-        "directions": [rounded(row) for row in directions],
-        "embeddings": [rounded(row) for row in (means - centre) @ directions.T],
-        "scores": {name: rounded(s[name] for s in map(scores.get, patients) if s) for name in scores[patients[0]]},
+        "sites": [sites.get(p, "") for p in patients],
+        "centre": centre.tolist(),
+        "embeddings": [rounded(row) for row in sketched(means, centre)],
+        "scores": {name: rounded(s[name] for s in scored) for name in (scored[0] if scored else ())},
         "conformal": {"coverage": COVERAGE, "limit": limit, "patients": len(labelled)} if classes else None,
         "abstained": int(abstains(held, limit).sum()) if classes else None,
         "quality": {
@@ -170,6 +227,14 @@ def make_reference(
             ).items()
         },
     }
+
+
+def patient_sites(cohort: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """{patient: site}, several joined by "+", from rows of cohort/slides.csv."""
+    found: dict[str, set[str]] = {}
+    for row in cohort:
+        found.setdefault(row.get("patient_id") or row["slide_id"], set()).add(row.get("site") or "")
+    return {patient: "+".join(sorted(sites - {""})) for patient, sites in found.items()}
 
 
 def write_reference(reference: Mapping[str, Any], path: str | Path) -> None:

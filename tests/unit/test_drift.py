@@ -8,9 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mil_cohort import planted
+from scipy.spatial.distance import pdist
 from scipy.stats import ks_2samp
 from slidemake.conformal import conformal_limit
-from slidemake.drift import Sample, between_sites, frechet, judge, kolmogorov_smirnov, mmd, permutation, psi
+from slidemake.drift import (
+    Sample,
+    between_sites,
+    frechet,
+    judge,
+    kolmogorov_smirnov,
+    mmd,
+    permutation,
+    principal_coordinates,
+    psi,
+)
 from slidemake.drift_stage import drift_rows
 from slidemake.failures import RunError
 from slidemake.outcomes import ClassOutcome, MultilabelOutcome, RegressionOutcome
@@ -21,9 +32,12 @@ from slidemake.reference import (
     class_probabilities,
     make_reference,
     patient_scores,
-    principal_directions,
     read_reference,
     score_columns,
+    sketched,
+    training_predictions,
+    validation_values,
+    value_cells,
     write_reference,
 )
 from slidemake.report_drift import drift_section
@@ -87,18 +101,41 @@ def test_permutation_p_is_uniform_under_the_null():
 
 def test_directions_hold_the_variance():
     x = np.random.default_rng(0).normal(size=(40, 6)) * [5, 3, 1, 1e-3, 1e-3, 1e-3]
-    centre, directions = principal_directions(x, 2)
-    projected = (x - centre) @ directions.T
+    projected = principal_coordinates(x, 2)
     assert projected[:, 0].std(ddof=1) == pytest.approx(1)
     assert projected[:, 1].std(ddof=1) == pytest.approx(x[:, 1].std() / x[:, 0].std(), rel=0.1)
-    assert principal_directions(x[:3])[1].shape == (2, 6)
-    assert principal_directions(np.ones((5, 6)))[1].shape == (1, 6)
+    assert principal_coordinates(x[:3]).shape == (3, 2)
+    assert principal_coordinates(np.ones((5, 6))).shape == (5, 1)
+
+
+def test_sketches_keep_distances_and_know_no_data():
+    """Johnson-Lindenstrauss: squared distances within some sqrt(2 / 128) = 12.5 %, whatever the centre."""
+    x = np.random.default_rng(0).normal(size=(12, 1280)) * np.arange(1, 1281) ** -0.5
+    near = pdist(sketched(x, x.mean(0)), "sqeuclidean") / pdist(x, "sqeuclidean")
+    assert abs(near.mean() - 1) < 0.1
+    assert near.std() < 0.25
+    np.testing.assert_allclose(pdist(sketched(x, np.zeros(1280))), pdist(sketched(x, x.mean(0))))
+    np.testing.assert_array_equal(sketched(x[:, :8], x[0, :8]), x[:, :8] - x[0, :8])
+
+
+def test_many_distinct_features_are_no_drift():
+    """1,280 features with eigenvalues 1/k, 24 training and 24 new patients of the same kind. In directions of the
+    training patients alone all such cohorts differ; here each is at its nominal 5 %: 4 of 10 or more have p = 0.001."""
+    levels = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        old, young = rng.normal(size=(2, 24, 1280)) * np.arange(1, 1281) ** -0.5
+        known = {**reference(0, 24), "embeddings": sketched(old, old.mean(0)).tolist(), "scores": {}, "quality": {}}
+        new = replace(sample(0, 24), sites=("c",) * 24, months=("",) * 24, embeddings=sketched(young, old.mean(0)))
+        levels.append(judge(known, new)["groups"][0]["measures"]["embedding mmd"]["p"] < 0.05)
+    assert sum(levels) < 4
 
 
 def reference(seed: int, n: int = 60) -> dict:
     rng = np.random.default_rng(seed)
     return {
         "patients": n,
+        "scored": n,
         "slides": n,
         "failed": 3,
         "sites": ["a", "b"] * (n // 2),
@@ -202,11 +239,13 @@ def test_a_reference_is_made_written_and_bound_to_its_bundle(tmp_path):
     cohort = [{"slide_id": s, "status": "ok"} for s in bags.slides] + [{"slide_id": "x", "status": "failed"}]
     for slide in bags.slides[:7]:
         write_json(tmp_path / "slides" / slide / "tissue.json", {"area_mm2": 2.0, "qc": {"blur_fraction": 0.1}})
-    made = make_reference(bags, ClassOutcome(["N", "Y"]), rows, cohort, tmp_path)
+    cohort = [{**row, "patient_id": p, "site": "lab"} for row, p in zip(cohort, [*bags.patients, "P00"], strict=True)]
+    made = make_reference(bags, ClassOutcome(["N", "Y"]), list(splits.labels), rows, cohort, tmp_path)
     assert (made["patients"], made["failed"], made["slides"]) == (24, 1, len(bags.slides) + 1)
+    assert made["sites"] == ["lab"] * 24
     assert made["quality"] == {"area_mm2": [2.0] * 7, "blur_fraction": [0.1] * 7}
-    back = np.array(made["embeddings"]) @ np.linalg.pinv(np.array(made["directions"])).T + made["centre"]
-    np.testing.assert_allclose(back[0], bags.bag("P00").mean(0), atol=1e-4)  # 8 directions of 8: nothing is lost
+    back = np.array(made["embeddings"]) + made["centre"]
+    np.testing.assert_allclose(back[0], bags.bag("P00").mean(0), atol=1e-4)  # 8 features: nothing is lost
     (tmp_path / "bundle").mkdir()
     write_json(tmp_path / "bundle" / "bundle.json", {"fingerprint": "one"})
     write_reference(made, tmp_path / "bundle" / "reference.json")
@@ -214,6 +253,39 @@ def test_a_reference_is_made_written_and_bound_to_its_bundle(tmp_path):
     write_json(tmp_path / "bundle" / "bundle.json", {"fingerprint": "two"})
     with pytest.raises(RunError, match="belongs to another bundle"):
         read_reference(tmp_path / "bundle")
+
+
+def test_the_reference_is_of_the_training_patients(tmp_path):
+    """A fixed test set of another hospital: none of it is in the reference, and training patients have the scores of
+    the inner validation that held them out."""
+    bags, splits = planted()
+    people = sorted(splits.labels)
+    trained, external = people[:16], people[16:]
+    outcome = ClassOutcome(["N", "Y"])
+    tested = [{"patient_id": p, "label": splits.labels[p], "prob_N": "0.9", "prob_Y": "0.1"} for p in external]
+    folder = tmp_path / "bundles" / "repeat0_fold0"
+    held = {p: [0.25, 0.75] for p in trained}
+    write_json(folder / "bundle.json", {"training": {"validation_probability": held}})
+    rows = training_predictions(outcome, trained, tested, validation_values(tmp_path), splits.labels)
+    assert {row["patient_id"] for row in rows} == set(trained)
+    cohort = [
+        {"slide_id": s, "patient_id": p, "site": "new" if p in external else "old", "status": "ok"}
+        for s, p in zip(bags.slides, bags.patients, strict=True)
+    ]
+    made = make_reference(bags, outcome, trained, rows, cohort, tmp_path, external)
+    assert (made["patients"], made["scored"]) == (16, 16)
+    assert set(made["sites"]) == {"old"}
+    assert made["slides"] == sum(row["site"] == "old" for row in cohort)
+    assert set(made["scores"]["prob_Y"]) == {0.75}
+    np.testing.assert_allclose(
+        np.array(made["embeddings"])[3] + made["centre"], bags.bag(trained[3]).mean(0), atol=1e-4
+    )
+
+
+def test_scores_among_values():
+    assert value_cells(CoxOutcome([1.0, 2.0]), [0.3, 0.9, 0.8]) == {"risk": "0.3"}
+    assert value_cells(RegressionOutcome(), [4.5]) == {"predicted": "4.5"}
+    assert value_cells(MultilabelOutcome(["a", "b"]), [0.1, 0.2]) == {"prob_a": "0.1", "prob_b": "0.2"}
 
 
 def test_section_of_the_report(tmp_path):

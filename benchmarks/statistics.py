@@ -1,0 +1,158 @@
+"""Are the report's statistics right where nothing is to be found, and do they see what was planted?
+
+    .venv/bin/python benchmarks/statistics.py                    # all sections, some minutes
+    .venv/bin/python benchmarks/statistics.py --sections drift --cohorts 400
+
+Every section simulates cohorts whose truth is known and prints the share of them in which something is said, with its
+Monte Carlo standard error. docs/statistics.md has the tables. A slice of each runs in the tests.
+
+survival   how often the ratio of seen to expected events accuses a model whose predictions are the true risks
+optimism   how often the alarm goes off where embeddings know nothing of sites of unequal sizes
+drift      how often new patients drawn as the training patients were are said to differ
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from slidemake.calibration_survival import expected_events, poisson_ratio
+from slidemake.drift import Sample, judge
+from slidemake.reference import sketched
+from slidemake.shortcuts import Slides, optimism
+from slidemake.verdict_outcomes import FEW_EVENTS
+
+FEATURES = 1280
+SITES = {  # patients of each site
+    "24: 8, 8, 8": (8, 8, 8),
+    "24: 16, 4, 4": (16, 4, 4),
+    "60: 42, 18": (42, 18),
+    "100: 60, 20, 10, 10": (60, 20, 10, 10),
+    "100: ten of 30 to 2": (30, 20, 12, 10, 8, 6, 5, 4, 3, 2),
+}
+
+
+def accused(seed: int, patients: int, risk: float) -> tuple[bool, bool]:
+    """One site of so many patients at a true risk of the event by t = 1: (interval without 1, and it would be said)."""
+    rng, rate, at = np.random.default_rng([seed, patients]), -np.log(1 - risk), np.array([1.0])
+    died, left = rng.exponential(1 / rate, patients), rng.exponential(2 / rate, patients)
+    time, event = np.minimum(died, left), died <= left
+    expected = expected_events(time, np.full((patients, 1), 1 - risk), at, 1.0)
+    _, low, high = poisson_ratio(int((event & (time <= 1)).sum()), expected)
+    outside = not low <= 1 <= high
+    return outside, outside and expected >= FEW_EVENTS
+
+
+def optimistic(seed: int, sizes: tuple[int, ...], site_shift: float) -> bool | None:
+    """Whether the alarm goes off where labels are independent of sites; None where sites cannot be held out."""
+    rng, n = np.random.default_rng([seed, *sizes]), sum(sizes)
+    y = rng.permutation(np.arange(n) % 2)
+    site = np.repeat(np.arange(len(sizes)), sizes)
+    x = rng.normal(size=(n, 32)) + 1.2 * np.outer(y - 0.5, rng.normal(size=32) / 4)
+    x += site_shift * rng.normal(size=(len(sizes), 32))[site]
+    names = tuple(f"P{i:03d}" for i in range(n))
+    slides = Slides(x, names, tuple("nt"[k] for k in y), tuple(f"S{k}" for k in site), ("one",) * n)
+    found = optimism(x, slides, seed, 19)
+    return None if found["p"] is None else found["p"] <= 0.05
+
+
+def drifts(seed: int, decay: float, reference: int, new: int, shift: float = 0.0) -> str:
+    """Level of the whole of new patients; embeddings of FEATURES with eigenvalues k^-decay, new ones shifted by `shift`
+    standard deviations along the first direction."""
+    rng = np.random.default_rng([seed, reference, new])
+    spread = np.arange(1, FEATURES + 1) ** (-decay / 2)
+    old, young = (rng.normal(size=(n, FEATURES)) * spread for n in (reference, new))
+    young[:, 0] += shift * spread[0]
+    centre = old.mean(0)
+    scores = rng.uniform(size=reference + new)
+    record = {
+        "patients": reference,
+        "scored": reference,
+        "slides": reference,
+        "failed": 0,
+        "sites": ["a"] * reference,
+        "embeddings": sketched(old, centre).tolist(),
+        "scores": {"prob_y": scores[:reference].tolist()},
+        "conformal": None,
+        "abstained": None,
+        "quality": {},
+    }
+    names = tuple(f"p{i}" for i in range(new))
+    sample = Sample(
+        names,
+        ("a",) * new,
+        ("",) * new,
+        sketched(young, centre),
+        {"prob_y": scores[reference:]},
+        np.zeros((new, 0)),
+        names,
+        (("a", ""),) * new,
+        np.zeros(new, bool),
+        {},
+    )
+    return str(judge(record, sample, seed)["groups"][0]["level"])
+
+
+def share(found: list[bool]) -> str:
+    """A share of the cohorts and its Monte Carlo standard error."""
+    p = float(np.mean(found))
+    return f"{p:.3f} ({np.sqrt(max(p * (1 - p), 1 / len(found) ** 2) / len(found)):.3f})"
+
+
+def survival_table(cohorts: int, pool: ProcessPoolExecutor) -> list[list[str]]:
+    rows = [["patients at the site", "risk", "interval without 1", "said in the report"]]
+    for patients in (10, 15, 25, 50, 200):
+        for risk in (0.05, 0.2, 0.5):
+            found = list(pool.map(partial(accused, patients=patients, risk=risk), range(cohorts), chunksize=50))
+            rows.append([str(patients), f"{risk:g}", share([a for a, _ in found]), share([b for _, b in found])])
+    return rows
+
+
+def optimism_table(cohorts: int, pool: ProcessPoolExecutor) -> list[list[str]]:
+    rows = [["patients and sites", "site in the embeddings", "alarm"]]
+    for name, sizes in SITES.items():
+        for shift in (0.0, 1.0):
+            found = pool.map(partial(optimistic, sizes=sizes, site_shift=shift), range(cohorts), chunksize=5)
+            rows.append([name, "yes" if shift else "no", share([bool(f) for f in found if f is not None])])
+    return rows
+
+
+def drift_table(cohorts: int, pool: ProcessPoolExecutor) -> list[list[str]]:
+    rows = [["eigenvalues", "training and new patients", "shift (SD)", "watch or alarm", "alarm"]]
+    for decay in (1.0, 1.5, 2.0):
+        for reference, new in ((24, 24), (60, 30), (200, 50)):
+            for shift in (0.0, 2.0):
+                one = partial(drifts, decay=decay, reference=reference, new=new, shift=shift)
+                levels = list(pool.map(one, range(cohorts if not shift else max(20, cohorts // 5)), chunksize=5))
+                cells = [share([level != "ok" for level in levels]), share([level == "alarm" for level in levels])]
+                rows.append([f"k^-{decay:g}", f"{reference}, {new}", f"{shift:g}", *cells])
+    return rows
+
+
+SECTIONS = {"survival": (survival_table, 2000), "optimism": (optimism_table, 300), "drift": (drift_table, 200)}
+
+
+def main() -> None:
+    """Print the tables as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--cohorts", type=int, help="simulated cohorts of each kind (default: by section)")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    with ProcessPoolExecutor(options.workers) as pool:
+        for name in options.sections:
+            table, usual = SECTIONS[name]
+            cohorts = options.cohorts or usual
+            print(f"\n{name}: {cohorts} cohorts each; in brackets the Monte Carlo standard error\n")
+            head, *rows = table(cohorts, pool)
+            print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
