@@ -1,9 +1,10 @@
 """One small protocol for reading slides, and the choice of the implementation that serves a file.
 
-`open_slide` returns a `SlideReader`: level geometry, um per pixel, and `read`, safe from several threads. Three
+`open_slide` returns a `SlideReader`: level geometry, um per pixel, and `read`, safe from several threads. Four
 implementations: `openslide` (every format that it opens), `pyvips` (tiled TIFFs on which it is proven pixel-equal: a
-few times as fast), `tiatoolbox` (OME-TIFF, JPEG 2000, OME-Zarr, plain images, DICOM variants). `choose_reader` decides
-once per slide, at screening; the name is recorded and later stages pass it back.
+few times as fast), `tifffile` (OME-TIFF, and tiled TIFFs that OpenSlide does not open), `tiatoolbox` (JPEG 2000,
+OME-Zarr, plain images, DICOM variants). `choose_reader` decides once per slide, at screening; the name is recorded and
+later stages pass it back.
 
 Conventions. Positions are level-0 pixels, sizes are pixels of the level read. A position is rounded to the nearest
 pixel of the level (downsamples such as 3.9998 are never truncated). What lies outside the slide, or is transparent, is
@@ -27,7 +28,7 @@ from slidemake.remote import arrive
 if TYPE_CHECKING:
     from slidemake.jpeg_tiles import JpegTiles
 
-READERS = ("pyvips", "openslide", "tiatoolbox")
+READERS = ("pyvips", "openslide", "tifffile", "tiatoolbox")
 BLOCK = 1024  # px of the level read at once for an overview: bounds its memory
 SAMPLE = 512  # px, side of the regions compared between two readers
 
@@ -73,6 +74,7 @@ class SlideReader:
         self.properties = properties or {}
         self.file_mpp = file_mpp
         self.mpp = mpp if mpp is not None else (sum(file_mpp) / 2 if file_mpp else None)
+        self.several_images = False  # another image of the file could be as much of a slide as this one
         self.corrupt_blocks = 0  # blocks that `overview` and `thumbnail` could not read and left white
 
     def __enter__(self) -> SlideReader:
@@ -225,7 +227,7 @@ def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None)
         from slidemake.reader_vips import VipsReader
 
         return VipsReader(file, mpp)
-    if reader == "tiatoolbox":
+    if reader in ("tifffile", "tiatoolbox"):
         from slidemake.reader_tiatoolbox import open_tiatoolbox
 
         return open_tiatoolbox(Path(path), mpp)
@@ -260,13 +262,14 @@ def choose_reader(path: str | Path) -> str:
     problem = opens_with_openslide(file)
     # OpenSlide takes an OME-TIFF for a generic TIFF: it misses the sub-resolutions, the channels and the mpp.
     ome = index is not None and index.is_ome
-    name = "openslide" if problem is None and not ome else "tiatoolbox"
+    other = "tifffile" if index is not None and index.pages and (ome or index.pages[0].tiled) else "tiatoolbox"
+    name = "openslide" if problem is None and not ome else other
     if index is not None and vips_may_read(index, ome) and (name == "openslide" or ome):
         with open_slide(path, name) as reference:
             if reference.vendor in ("aperio", "generic-tiff", "ome-tiff") and _vips_agrees(file, reference):
                 return "pyvips"
         return name
-    if name == "tiatoolbox":
+    if name != "openslide":
         try:
             open_slide(path, name).close()
         except SlideFailure as failure:

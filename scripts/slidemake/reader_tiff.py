@@ -6,7 +6,6 @@ pixels are compressed, how many channels there are. TIFF 6.0 and BigTIFF; NDPI a
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +41,6 @@ _WANTED = {
     347,
     65420,
 }
-UM_PER_UNIT = {"": 1.0, "µm": 1.0, "um": 1.0, "μm": 1.0, "micrometer": 1.0, "micrometre": 1.0, "nm": 1e-3}
-UM_PER_UNIT |= {"nanometer": 1e-3, "mm": 1e3, "millimeter": 1e3, "cm": 1e4, "m": 1e6, "meter": 1e6, "Å": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,7 @@ class TiffPage:
     counts: np.ndarray
     tile: tuple[int, int] = (0, 0)
     jpeg_tables: bytes = b""
+    reduced: bool = False  # marked as a smaller copy of another image
     subpages: tuple[TiffPage, ...] = ()
 
 
@@ -172,14 +170,24 @@ def _make_page(tags: dict[int, np.ndarray], subpages: tuple[TiffPage, ...]) -> T
         bits=int(tags[258].max()) if 258 in tags else 1,
         planar=number(284, 1) == 2,
         alpha=number(338, 0) in (1, 2),
-        description=tags[270].tobytes().split(b"\0")[0].decode("utf-8", "replace") if 270 in tags else "",
+        description=_text(tags[270].tobytes()) if 270 in tags else "",
         resolution=_resolution(tags, number(296, 2)),
         offsets=offsets,
         counts=counts,
         tile=(number(322, 0), number(323, 0)),
         jpeg_tables=tags[347].tobytes() if 347 in tags else b"",
+        reduced=bool(number(254, 0) & 1),
         subpages=subpages,
     )
+
+
+def _text(data: bytes) -> str:
+    """Text of a tag: UTF-8, or what some writers take for it (a micro sign of one byte)."""
+    data = data.split(b"\0")[0]
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def _resolution(tags: dict[int, np.ndarray], unit: int) -> tuple[float, float] | None:
@@ -223,15 +231,3 @@ def check_rgb(page: TiffPage, name: str) -> None:
         raise SlideFailure("not_brightfield", f"{name} has {page.samples} channel(s) per pixel, not RGB")
     if page.bits != 8:
         raise SlideFailure("not_brightfield", f"{name} has {page.bits} bits per channel, not 8")
-
-
-def ome_mpp(description: str) -> tuple[float, float] | None:
-    """um per px (x, y) of the first image of an OME-XML, units converted; None if absent."""
-    found = []
-    for axis in "XY":
-        size = re.search(rf'\bPhysicalSize{axis}="([^"]+)"', description)
-        unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]*)"', description)
-        scale = UM_PER_UNIT.get(unit.group(1).replace("&#181;", "µ") if unit else "")
-        if size is not None and scale is not None:
-            found.append(float(size.group(1)) * scale)
-    return (found[0], found[-1]) if found and min(found) > 0 else None

@@ -24,7 +24,9 @@ from slidemake.failures import SlideFailure
 from slidemake.jpeg_tiles import JpegTiles
 from slidemake.reader import Level, SlideReader, make_levels
 from slidemake.reader_openslide import OpenSlideReader
-from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, ome_mpp, read_tiff_index
+from slidemake.reader_ome import other_images, slide_image
+from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, read_tiff_index
+from slidemake.reader_tifffile import level_pages, ome_properties
 
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # what matters is raised, with the file's name
 pyvips.cache_set_max(0)  # no operation cache: a closed slide gives its memory back
@@ -36,7 +38,10 @@ def vips_may_read(index: TiffIndex, ome: bool = False) -> bool:
     """Whether the file is worth a comparison: 8-bit RGB in JPEG tiles, none absent."""
     if index.broken or index.ndpi or not index.pages:
         return False
-    pages = [index.pages[0], *index.pages[0].subpages] if ome else [p for p in index.pages if p.tiled]
+    if ome:
+        pages = [page for page, _ in level_pages(index, slide_image(index).page)]
+    else:
+        pages = [page for page in index.pages if page.tiled]
     return bool(pages) and all(_plain_tiles(page) for page in pages)
 
 
@@ -79,11 +84,14 @@ class VipsReader(SlideReader):
             raise SlideFailure("unsupported", f"{path.name} is not a TIFF file")
         self._associated: list[str] = []
         if index.is_ome:
-            page = index.pages[0]
-            self._pages = [page, *page.subpages]
-            self._sources = [{"page": 0, "subifd": i - 1} for i in range(len(self._pages))]
+            image = slide_image(index)
+            chosen = level_pages(index, image.page)
+            self._pages = [page for page, _ in chosen]
+            self._sources = [{"page": n, "subifd": -1 if below is None else below} for _, (n, below) in chosen]
             levels = make_levels([(p.width, p.height) for p in self._pages])
-            super().__init__(path, levels, mpp=mpp, file_mpp=ome_mpp(page.description), vendor="ome-tiff")
+            more = {"vendor": "ome-tiff", "properties": ome_properties(image)}
+            super().__init__(path, levels, mpp=mpp, file_mpp=image.mpp, **more)
+            self._associated, self.several_images = other_images(index, image)
         else:
             with OpenSlideReader(path, mpp) as known:
                 numbers = [_page_of(index, level) for level in known.levels]

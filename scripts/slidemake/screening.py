@@ -123,7 +123,7 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
     with open_slide(path, choose_reader(path) if name == "auto" else name, row.mpp) as slide:
         flags = _check_modality(slide) + _probe(slide)
         mpp, source = _resolve_mpp(slide, row.mpp, options.get("default_mpp"))
-        flags += _mpp_flags(slide, mpp, source)
+        flags += _mpp_flags(slide, mpp, source) + (["several_images"] if slide.several_images else [])
         picture = slide.thumbnail(THUMBNAIL)
         flags += _check_light(picture, path.name)
         write_image(pictures[0], Image.fromarray(picture), format="JPEG", quality=85)

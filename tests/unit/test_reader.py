@@ -13,7 +13,8 @@ import pyvips
 import tifffile
 from slidemake.failures import RunError, SlideFailure
 from slidemake.reader import Level, best_level, choose_reader, make_levels, open_slide, same_pixels, sample_regions
-from slidemake.reader_tiff import check_whole, ome_mpp, read_tiff_index
+from slidemake.reader_ome import parse_xml, physical_size
+from slidemake.reader_tiff import check_whole, read_tiff_index
 
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="SLIDEMAKE_TEST_DATA is not set: no real slides to read")
@@ -315,12 +316,12 @@ def save_ome(path: Path, image: np.ndarray, compression: str = "jpeg", **metadat
 def test_ome_tiff_with_sub_ifds(tmp_path: Path) -> None:
     image = picture(900, 700)
     jpeg = save_ome(tmp_path / "jpeg.ome.tiff", image)
-    assert choose_reader(jpeg) == "pyvips"  # equal to what TIAToolbox gives
-    with open_slide(jpeg, "pyvips") as a, open_slide(jpeg, "tiatoolbox") as b:
+    assert choose_reader(jpeg) == "pyvips"  # equal to what tifffile gives
+    with open_slide(jpeg, "pyvips") as a, open_slide(jpeg, "tifffile") as b:
         assert [v.width for v in a.levels] == [900, 450, 225]
         assert same_pixels(b, a)
     path = save_ome(tmp_path / "slide.ome.tiff", image, "deflate")
-    for name in ("auto", "tiatoolbox"):
+    for name in ("auto", "tifffile", "tiatoolbox"):
         with open_slide(path, name) as reader:
             assert reader.mpp == pytest.approx(0.5)  # 500 nm
             assert [v.width for v in reader.levels] == [900, 450, 225]
@@ -335,7 +336,7 @@ def test_ome_tiff_of_planes_and_of_dyes(tmp_path: Path) -> None:
     how = {"tile": (128, 128), "photometric": "minisblack", "ome": True}
     tifffile.imwrite(tmp_path / "planes.ome.tiff", planes, metadata={"axes": "CYX"}, **how)
     with open_slide(tmp_path / "planes.ome.tiff") as reader:
-        assert reader.name == "tiatoolbox"
+        assert reader.name == "tifffile"
         assert reader.mpp is None
         assert np.array_equal(reader.read(10, 20, 0, 100, 90), image[20:110, 10:110])
     names = {"axes": "CYX", "Channel": {"Name": ["DAPI", "FITC", "Cy5"]}}
@@ -348,9 +349,18 @@ def test_ome_tiff_of_planes_and_of_dyes(tmp_path: Path) -> None:
 
 
 def test_ome_units() -> None:
-    assert ome_mpp('<Pixels PhysicalSizeX="0.00025" PhysicalSizeXUnit="mm" PhysicalSizeY="0.5">') == (0.25, 0.5)
-    assert ome_mpp('<Pixels PhysicalSizeX="0.5" PhysicalSizeXUnit="pixel">') is None
-    assert ome_mpp("<Pixels>") is None
+    def said(attributes: str) -> tuple[float, float] | None:
+        return physical_size(parse_xml(f"<Pixels {attributes}/>", "x").attrib)
+
+    assert said('PhysicalSizeX="0.00025" PhysicalSizeXUnit="mm" PhysicalSizeY="0.5"') == (0.25, 0.5)
+    assert said('PhysicalSizeX="0,25" PhysicalSizeY="2,5e-1"') == (0.25, 0.25)
+    assert said('PhysicalSizeX="250" PhysicalSizeXUnit="nm"') == (0.25, 0.25)
+    assert said('PhysicalSizeX="0.5" PhysicalSizeXUnit="&#181;m" PhysicalSizeY="0.5"') == (0.5, 0.5)
+    assert said('PhysicalSizeX="0.5" PhysicalSizeXUnit="micron" PhysicalSizeY="0.5"') == (0.5, 0.5)
+    for text in ('PhysicalSizeX="0.5" PhysicalSizeXUnit="pixel"', "", 'PhysicalSizeX="nan"', 'PhysicalSizeX="-1"'):
+        assert said(text) is None, text
+    assert said('PhysicalSizeX="0.5" PhysicalSizeXUnit="pixel" PhysicalSizeY="0.5"') is None
+    assert said('PhysicalSizeX="1,000.5"') is None
 
 
 def test_jpeg_2000(tmp_path: Path) -> None:
