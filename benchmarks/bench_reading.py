@@ -73,7 +73,7 @@ class StoredTiles:
         from slidemake.tile_reading import resample
 
         def filter_part(count: int) -> None:
-            resample(regions[:count], window.read_px, window.tile_px)
+            resample(regions[:count], window.read_size, window.tile_px)
 
         self.decode_all(threads, worth)
         with ThreadPoolExecutor(threads) as pool:

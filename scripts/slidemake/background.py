@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slidemake.failures import SlideFailure
-from slidemake.grid import Grid, Window, boxes, plan_window, tile_positions
+from slidemake.grid import Grid, Window, boxes, slide_window, tile_positions
 from slidemake.provenance import fingerprint, read_json_if_whole, read_slide_record, write_json
 from slidemake.tissue_geometry import tissue_fractions
 
@@ -37,7 +37,7 @@ def background_tiles(
     """
     coords = tile_positions(window, slide["width"], slide["height"], slide["bounds"])
     inside = boxes(coords, window)
-    around = inside + np.array([-1.0, -1.0, 2.0, 2.0]) * window.tile_level0
+    around = inside + np.array([-1.0, -1.0, 2.0, 2.0]) * np.tile(window.size_level0, 2)
     empty = tissue_fractions(mask, scale, inside) == 0
     far = tissue_fractions(mask, scale, around) == 0
     order = np.random.default_rng(list(seed)).permutation(len(coords))
@@ -61,7 +61,7 @@ def embed_background(
     tiles, seed; `forward()` gives the warm encoder. A slide without such tiles gets `vector` None: it takes no part.
     Raises SlideFailure too_coarse, unreadable.
     """
-    from slidemake.reader import open_slide
+    from slidemake.reader import open_screened
     from slidemake.tile_reading import read_tiles
     from slidemake.tissue_stage import read_mask
 
@@ -79,14 +79,14 @@ def embed_background(
     if done and done.get("fingerprint") == mark:
         return {"fingerprint": mark, "tiles": len(done["coords"]), "reused": True}
     slide = read_slide_record(folder, "slide.json")
-    window = plan_window(grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], tolerance)
+    window = slide_window(grid, slide, tolerance)
     mask, described = read_mask(folder)
     seed = [options["seed"], int(slide["identity"][:8], 16)]
     scale = tuple(described["level0_per_mask_px"])
     coords = background_tiles(window, slide, mask, scale, options["tiles"], seed)
     vector = None
     if len(coords):
-        with open_slide(slide["path"], reader=slide["reader"]) as reader:
+        with open_screened(slide) as reader:
             tiles, good = read_tiles(reader, coords, window)
         if not good.any():
             raise SlideFailure("unreadable", f"none of {len(coords)} tiles of background decodes")

@@ -58,9 +58,9 @@ class Source:
         self.store, self.slide = TileStore(job.tiles), job.slide
         self.reader: Any = None
         if not self.store.has_pixels:
-            from slidemake.reader import open_slide
+            from slidemake.reader import open_screened
 
-            self.reader = open_slide(job.slide["path"], reader=job.slide["reader"])
+            self.reader = open_screened(job.slide)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -78,13 +78,13 @@ def read_selected(store: TileStore, slide: dict[str, Any], reader: Any, indices:
     """Tiles (n, H, W, 3) uint8 of a store that has them, or, for `store: coords`, out of the open slide."""
     if store.has_pixels:
         return store.read_tiles(indices)
-    from slidemake.grid import parse_grid, plan_window
+    from slidemake.grid import parse_grid, slide_window
     from slidemake.tile_reading import read_tiles
 
     grid = parse_grid(store.attrs["grid"], store.attrs["stride_px"])
     # a store whose tiles were taken within tolerance says so by not having resampled
     tolerance = 0.0 if store.attrs["resampling"] != "none" else 0.25
-    window = plan_window(grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], tolerance)
+    window = slide_window(grid, slide, tolerance)
     coords = store.coords[np.asarray(list(indices), int)]
     tiles, good = read_tiles(reader, coords, window)
     if not good.all():

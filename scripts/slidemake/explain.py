@@ -183,18 +183,20 @@ def gallery(
     *,
     name: str,
     title: str,
-    level0_mpp: float | None = None,
+    level0_mpp: tuple[float, float] | None = None,
     leave_one_out: np.ndarray | None = None,
 ) -> None:
     """Gallery of tiles (k, H, W, 3) with percentile (0..100), place on the slide and a scale bar in um.
 
-    mpp: um per px of the tiles; level0_mpp: um per px of level 0, in which coords (k, 2) are given; without it the
+    mpp: um per px of the tiles; level0_mpp: um per px (x, y) of level 0, in which coords (k, 2) are given; without it the
     place is in px. leave_one_out (k,): f(X) - f(X without the tile); its negative is written under the tile.
     """
     captions = []
     for i in range(len(tiles)):
         x, y = coords[i]
-        place = f"x {x * level0_mpp / 1000:.2f}, y {y * level0_mpp / 1000:.2f} mm" if level0_mpp else f"x {x}, y {y} px"
+        place = f"x {x}, y {y} px"
+        if level0_mpp:
+            place = f"x {x * level0_mpp[0] / 1000:.2f}, y {y * level0_mpp[1] / 1000:.2f} mm"
         drop = np.nan if leave_one_out is None else leave_one_out[i]
         captions.append((f"percentile {scores[i]:.1f}", f"Δ {-drop:+.2g}" if np.isfinite(drop) else "", place))
     note = "Percentile of attention in the slide; sensitivity, not causality."
@@ -216,7 +218,7 @@ def explain_slide(
     overview: np.ndarray,
     sx: float,
     sy: float,
-    mpp: float | None,
+    mpp: tuple[float, float] | None,
     k: int = 10,
     truth: np.ndarray | None = None,
     facts: dict[str, Any] | None = None,
@@ -225,7 +227,7 @@ def explain_slide(
 
     coords (N, 2) and tile_level0_px (w, h) in level-0 px; features (N, D); attention (N,); leave_one_out (N,) =
     f(X) - f(X without the tile), or None for models that have none; read_tiles(indices) -> (k, H, W, 3) uint8;
-    overview (h, w, 3) uint8 with sx, sy level-0 px per px; mpp um per level-0 px or None; k tiles per gallery; truth
+    overview (h, w, 3) uint8 with sx, sy level-0 px per px; mpp um per level-0 px (x, y) or None; k tiles per gallery; truth
     (N,) fraction of each tile that is tumour, where known (`tile_truth`). `facts` (fingerprint, prediction, label, ...)
     are added to explain.json. N = 0 and N = 1 are legal; tiles whose score is NaN are listed and not drawn.
     """
@@ -242,14 +244,14 @@ def explain_slide(
     folder.mkdir(parents=True, exist_ok=True)
     _write_scores(folder / "scores.csv", coords, columns)
     write_geojson(coords, tile_level0_px, columns, folder / "heatmap.geojson")
-    place: dict[str, Any] = {"sx": sx, "sy": sy, "mpp": mpp, "title": slide_id}
+    place: dict[str, Any] = {"sx": sx, "sy": sy, "mpp": mpp and mpp[0], "title": slide_id}
     render_heatmap(overview, coords, tile_level0_px, rank, folder / "heatmap.png", **place)
     top = select_diverse(attention, features, k)
     bottom = select_diverse(np.where(np.isin(np.arange(n), top), np.nan, -attention), features, k)
     for name, chosen, word in (("top", top, "highest"), ("bottom", bottom, "lowest")):
         title = f"{word} attention, {len(chosen)} of {n} tiles" + (", look-alikes left out" if len(chosen) < n else "")
         tiles = read_tiles(chosen) if len(chosen) else np.empty((0, 1, 1, 3), np.uint8)
-        tile_mpp = mpp * tile_level0_px[0] / tiles.shape[2] if mpp and len(chosen) else None
+        tile_mpp = mpp[0] * tile_level0_px[0] / tiles.shape[2] if mpp and len(chosen) else None
         gallery(
             tiles,
             rank[chosen],

@@ -161,7 +161,7 @@ class Explainer:
                 overview=overview,
                 sx=sx,
                 sy=sy,
-                mpp=slide["mpp"],
+                mpp=tuple(slide["mpp_xy"]),
                 k=self.options["top_tiles"],
                 truth=truth,
                 facts=facts,
@@ -173,11 +173,11 @@ class Explainer:
     ) -> Iterator[tuple[np.ndarray, float, float, SlideReader | None]]:
         """Overview, level-0 px per px of it in x and y, and the open slide: None where it is not on the disk and not
         needed either, because screening kept an overview and the store has the tiles."""
-        from slidemake.reader import open_slide
+        from slidemake.reader import open_screened
 
         if not slide.get("remote"):
-            with open_slide(slide["path"], reader=slide["reader"]) as reader:
-                yield *reader.overview_at(max(1.0, max(slide["width"], slide["height"]) / OVERVIEW)), reader
+            with open_screened(slide) as reader:
+                yield *reader.overview_of(OVERVIEW), reader
             return
         with Image.open(self.results / "slides" / slide["slide_id"] / "overview.jpg") as picture:
             overview = np.asarray(picture.convert("RGB"))
@@ -189,5 +189,5 @@ class Explainer:
         (self.results / "fetched").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.results / "fetched") as folder:
             path = self.fetch(slide["slide_id"], Path(folder))
-            with open_slide(path, reader=slide["reader"]) as reader:
+            with open_screened(slide, path) as reader:
                 yield overview, *scales, reader

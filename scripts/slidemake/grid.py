@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,9 @@ class Window:
     level: pyramid level read; downsample: of that level; read_px: side of a tile in px of that level (fractional);
     scale: read_px / tile_px (1 = read as it is, above 1 = reduced); effective_mpp: um/px of the stored tile;
     tile_level0: side of a tile in level-0 px (fractional); stride_level0 likewise.
+
+    Where pixels are not square these are those of a square pixel of the mean um/px, and `stretch` has the factors in x
+    and y by which a side has more of the scan's pixels than that: `read_size`, `size_level0`.
     """
 
     tile_px: int
@@ -65,32 +68,57 @@ class Window:
     effective_mpp: float
     tile_level0: float
     stride_level0: float
+    stretch: tuple[float, float] = (1.0, 1.0)
 
     @property
     def resampled(self) -> bool:
-        return self.scale != 1.0
+        return self.scale != 1.0 or self.stretch != (1.0, 1.0)
+
+    @property
+    def finest_scale(self) -> float:
+        """`scale` on the axis that is reduced least."""
+        return self.scale * min(self.stretch)
+
+    @property
+    def read_size(self) -> tuple[float, float]:
+        """Width and height of a tile in px of the level."""
+        return self.read_px * self.stretch[0], self.read_px * self.stretch[1]
+
+    @property
+    def size_level0(self) -> tuple[float, float]:
+        """Width and height of a tile in level-0 px."""
+        return self.tile_level0 * self.stretch[0], self.tile_level0 * self.stretch[1]
 
 
-def plan_window(grid: Grid, slide_mpp: float, downsamples: Sequence[float], tolerance: float = 0.0) -> Window:
+def plan_window(
+    grid: Grid, slide_mpp: float | tuple[float, float], downsamples: Sequence[float], tolerance: float = 0.0
+) -> Window:
     """Choose the pyramid level and the resampling that give `grid` on a slide of `slide_mpp` um per level-0 px.
 
-    The nearest finer (or equal) level is read. Where its mpp is within `tolerance` (relative) of the grid's, pixels
-    are taken as they are and the effective mpp says so. Raises SlideFailure too_coarse above 5 % of enlargement.
+    slide_mpp: one number, or (x, y) where pixels are not square; tiles are square in um all the same. The nearest
+    level that is finer (or equal) on both axes is read. Where its mpp is within `tolerance` (relative) of the grid's,
+    pixels are taken as they are and the effective mpp says so; pixels that are not square are always resampled. Raises
+    SlideFailure too_coarse above 5 % of enlargement.
     """
-    wanted = grid.mpp / slide_mpp
-    if wanted * COARSER_ALLOWED < 1.0:
+    mpp_x, mpp_y = slide_mpp if isinstance(slide_mpp, tuple) else (slide_mpp, slide_mpp)
+    square = mpp_x == mpp_y
+    mean = mpp_x if square else (mpp_x + mpp_y) / 2
+    stretch = (1.0, 1.0) if square else (mean / mpp_x, mean / mpp_y)
+    wanted = grid.mpp / mean
+    finest = wanted * min(stretch)
+    if finest * COARSER_ALLOWED < 1.0:
         raise SlideFailure(
             "too_coarse",
-            f"the scan has {slide_mpp:.4g} um/px and grid {grid.name} needs {grid.mpp:g} or finer",
+            f"the scan has {max(mpp_x, mpp_y):.4g} um/px and grid {grid.name} needs {grid.mpp:g} or finer",
         )
     # 0.1 % of slack: a level of 3.9998 or 2.0005 is the level of 4 or 2
-    finer = [i for i, d in enumerate(downsamples) if d <= wanted * 1.001]
+    finer = [i for i, d in enumerate(downsamples) if d <= finest * 1.001]
     level = max(finer, key=lambda i: downsamples[i]) if finer else 0
     downsample = float(downsamples[level])
     scale = wanted / downsample
-    if abs(scale - 1.0) <= max(tolerance, 1e-9):
+    if square and abs(scale - 1.0) <= max(tolerance, 1e-9):
         scale = 1.0
-    effective = grid.mpp if scale != 1.0 else slide_mpp * downsample
+    effective = mean * downsample if square and scale == 1.0 else grid.mpp
     tile_level0 = grid.tile_px * scale * downsample
     return Window(
         tile_px=grid.tile_px,
@@ -101,7 +129,14 @@ def plan_window(grid: Grid, slide_mpp: float, downsamples: Sequence[float], tole
         effective_mpp=effective,
         tile_level0=tile_level0,
         stride_level0=tile_level0 * grid.stride_px / grid.tile_px,
+        stretch=stretch,
     )
+
+
+def slide_window(grid: Grid, slide: Mapping[str, Any], tolerance: float = 0.0) -> Window:
+    """`plan_window` for a slide as screening recorded it (slide.json)."""
+    mpp = tuple(slide.get("mpp_xy") or (slide["mpp"], slide["mpp"]))
+    return plan_window(grid, (mpp[0], mpp[1]), [level["downsample"] for level in slide["levels"]], tolerance)
 
 
 def tile_positions(window: Window, width: int, height: int, bounds: Sequence[int] | None = None) -> np.ndarray:
@@ -111,19 +146,20 @@ def tile_positions(window: Window, width: int, height: int, bounds: Sequence[int
     """
     x0, y0, w, h = bounds or (0, 0, width, height)
 
-    def axis(start: float, end: float) -> np.ndarray:
-        count = max(0, math.floor((end - window.tile_level0) / window.stride_level0 + 1e-9) + 1)
-        positions = np.rint(np.arange(count) * window.stride_level0).astype(np.int64)
-        return positions[(positions >= start) & (positions + window.tile_level0 <= end + 0.5)]
+    def axis(start: float, end: float, stretch: float) -> np.ndarray:
+        side, stride = window.tile_level0 * stretch, window.stride_level0 * stretch
+        count = max(0, math.floor((end - side) / stride + 1e-9) + 1)
+        positions = np.rint(np.arange(count) * stride).astype(np.int64)
+        return positions[(positions >= start) & (positions + side <= end + 0.5)]
 
-    xs, ys = axis(x0, min(x0 + w, width)), axis(y0, min(y0 + h, height))
+    xs, ys = axis(x0, min(x0 + w, width), window.stretch[0]), axis(y0, min(y0 + h, height), window.stretch[1])
     grid_y, grid_x = np.meshgrid(ys, xs, indexing="ij")
     return np.stack([grid_x.ravel(), grid_y.ravel()], axis=1).astype(np.int32)
 
 
 def boxes(coords: np.ndarray, window: Window) -> np.ndarray:
     """(N, 4) float64 level-0 x, y, w, h of tiles at `coords`."""
-    size = np.full((len(coords), 2), window.tile_level0)
+    size = np.broadcast_to(window.size_level0, (len(coords), 2))
     return np.concatenate([np.asarray(coords, np.float64).reshape(-1, 2), size], axis=1)
 
 
@@ -144,5 +180,5 @@ def describe_window(grid: Grid, window: Window, slide_mpp: float, mpp_source: st
         "level_downsample": window.downsample,
         "scale": round(window.scale, 8),
         "resampling": "bicubic, antialiased" if window.resampled else "none",
-        "tile_level0_px": [round(window.tile_level0, 6)] * 2,
+        "tile_level0_px": [round(side, 6) for side in window.size_level0],
     }

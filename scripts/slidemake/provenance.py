@@ -29,10 +29,10 @@ from slidemake.failures import SlideFailure, damaged
 STAGE_VERSIONS: dict[str, int] = {
     "demo": 1,
     "fetch": 1,
-    "screen": 1,
-    "tissue": 2,
+    "screen": 2,
+    "tissue": 3,
     "stain": 2,
-    "tiles": 3,
+    "tiles": 4,
     "embed": 3,
     "bags": 1,
     "splits": 2,

@@ -14,10 +14,10 @@ white. Corrupt data raises `OSError`: garbage is never returned silently where t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -30,30 +30,40 @@ if TYPE_CHECKING:
 
 READERS = ("pyvips", "openslide", "tifffile", "tiatoolbox")
 BLOCK = 1024  # px of the level read at once for an overview: bounds its memory
+SQUARE = 0.01  # pixels whose sides differ by less are square
 SAMPLE = 512  # px, side of the regions compared between two readers
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the pyramid. `downsample`: level-0 px per px of this level, mean of x and y, never rounded."""
+    """One level of the pyramid. `downsample`: level-0 px per px of this level, mean of x and y, never rounded.
+
+    `number`: of the level in the file, as its decoder counts them.
+    """
 
     width: int
     height: int
     downsample: float
+    number: int = 0
+
+
+Mpp = float | tuple[float, float] | None  # um per px, of x and y where they differ
 
 
 def make_levels(sizes: Sequence[tuple[int, int]]) -> tuple[Level, ...]:
     """Levels from (width, height) pairs, finest first. Downsample: mean of the ratios of x and y, as OpenSlide."""
     w0, h0 = sizes[0]
-    return tuple(Level(int(w), int(h), (w0 / w + h0 / h) / 2) for w, h in sizes)
+    return tuple(Level(int(w), int(h), (w0 / w + h0 / h) / 2, number) for number, (w, h) in enumerate(sizes))
 
 
 class SlideReader:
     """A slide that is open for reading; a context manager. Implementations supply `_read_inside`.
 
-    Attributes: `name` (of the implementation), `path`, `dimensions` (w, h at level 0), `levels`, `mpp` (um per level-0
-    pixel, mean of x and y; the caller's value before the file's; None if unknown), `file_mpp` (mpp_x, mpp_y) | None,
-    `vendor`, `properties`, `bounds` (x, y, w, h in level-0 px of the scanned area, None if the file has none).
+    Attributes: `name` (of the implementation), `path`, `dimensions` (w, h at level 0), `stored` (all levels as the file
+    has them), `levels` (those that are used: `stored`, unless screening found otherwise), `mpp_xy` (um per level-0
+    pixel in x and y; the caller's value before the file's; None if unknown) and `mpp`, its mean, `file_mpp` (mpp_x,
+    mpp_y) | None, `vendor`, `properties`, `bounds` (x, y, w, h in level-0 px of the scanned area, None if the file has
+    none).
     """
 
     name = ""
@@ -63,17 +73,19 @@ class SlideReader:
         path: Path,
         levels: tuple[Level, ...],
         *,
-        mpp: float | None = None,
+        mpp: Mpp = None,
         file_mpp: tuple[float, float] | None = None,
         vendor: str = "",
         properties: dict[str, str] | None = None,
         bounds: tuple[int, int, int, int] | None = None,
     ):
-        self.path, self.levels, self.vendor, self.bounds = path, levels, vendor, bounds
+        self.path, self.vendor, self.bounds = path, vendor, bounds
+        self.stored = self.levels = levels
         self.dimensions = (levels[0].width, levels[0].height)
         self.properties = properties or {}
         self.file_mpp = file_mpp
-        self.mpp = mpp if mpp is not None else (sum(file_mpp) / 2 if file_mpp else None)
+        self.mpp_xy = square_mpp(file_mpp) if mpp is None else (mpp if isinstance(mpp, tuple) else (mpp, mpp))
+        self.mpp = sum(self.mpp_xy) / 2 if self.mpp_xy else None
         self.several_images = False  # another image of the file could be as much of a slide as this one
         self.corrupt_blocks = 0  # blocks that `overview` and `thumbnail` could not read and left white
 
@@ -91,8 +103,12 @@ class SlideReader:
         return []
 
     def _read_inside(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
-        """(h, w, 3) uint8 of a window that lies inside the level; lx, ly in pixels of the level."""
+        """(h, w, 3) uint8 of a window that lies inside a stored level; lx, ly in pixels of the level."""
         raise NotImplementedError
+
+    def _stored_tiles(self, level: int, reduce: int) -> JpegTiles | None:
+        """As `jpeg_tiles`, of a stored level."""
+        return None
 
     def read(self, x0: float, y0: float, level: int, w: int, h: int) -> np.ndarray:
         """Region of w x h px of `level` whose top-left corner is at level-0 position (x0, y0).
@@ -108,10 +124,10 @@ class SlideReader:
         left, top = max(lx, 0), max(ly, 0)
         right, bottom = min(lx + w, size.width), min(ly + h, size.height)
         if (left, top, right, bottom) == (lx, ly, lx + w, ly + h):
-            return self._read_inside(lx, ly, level, w, h)
+            return self._read_inside(lx, ly, size.number, w, h)
         out = np.full((h, w, 3), 255, np.uint8)
         if right > left and bottom > top:
-            inside = self._read_inside(left, top, level, right - left, bottom - top)
+            inside = self._read_inside(left, top, size.number, right - left, bottom - top)
             out[top - ly : bottom - ly, left - lx : right - lx] = inside
         return out
 
@@ -121,11 +137,17 @@ class SlideReader:
         `reduce` 2, 4 or 8 decodes them that much smaller. None where the file has no such tiles, or where they were
         not found to be pixel-equal to the reference reader.
         """
-        return None
+        return self._stored_tiles(self.levels[level].number, reduce)
 
     def thumbnail(self, max_px: int) -> np.ndarray:
         """The whole slide, area-averaged so that its longer side has at most `max_px` px: (h, w, 3) uint8."""
-        return self.overview_at(max(self.dimensions) / max_px)[0]
+        return self.overview_of(max_px)[0]
+
+    def overview_of(self, max_px: int) -> tuple[np.ndarray, float, float]:
+        """As `overview`, with at most `max_px` px on the longer side; pixels are square where the slide's mpp is known."""
+        x, y = self.mpp_xy or (1.0, 1.0)
+        wanted = max(self.dimensions[0] * x, self.dimensions[1] * y) / max_px
+        return self.overview_at(wanted / x, wanted / y)
 
     def overview(self, mpp: float) -> tuple[np.ndarray, float, float]:
         """The whole slide at `mpp` um/px (never coarser; finer only where the slide itself ends).
@@ -135,36 +157,38 @@ class SlideReader:
         are corrupt stay white and are counted in `corrupt_blocks`. Returns (h, w, 3) uint8 and the exact level-0 px
         per overview px in x and y. Raises ValueError when the slide's mpp is not known.
         """
-        if not self.mpp:
+        if not self.mpp_xy:
             raise ValueError(f"{self.path}: overview(mpp) needs the slide's um per pixel; pass mpp= to open_slide")
-        return self.overview_at(mpp / self.mpp)
+        return self.overview_at(mpp / self.mpp_xy[0], mpp / self.mpp_xy[1])
 
-    def overview_at(self, downsample: float) -> tuple[np.ndarray, float, float]:
-        """As `overview`, with the level-0 px per overview px given."""
-        level = best_level(self.levels, max(downsample, 1.0))
+    def overview_at(self, downsample: float, downsample_y: float | None = None) -> tuple[np.ndarray, float, float]:
+        """As `overview`, with the level-0 px per overview px given: in x, and in y where that is another number."""
+        asked = (downsample, downsample if downsample_y is None else downsample_y)
+        level = best_level(self.levels, max(min(asked), 1.0))
         size = self.levels[level]
-        factor = max(downsample / size.downsample, 1.0)
-        whole = max(1, math.floor(factor * (1 + 1e-3)))
-        reduced = self._reduced(level, whole)
+        factors = [max(value / size.downsample, 1.0) for value in asked]
+        whole = [max(1, math.floor(factor * (1 + 1e-3))) for factor in factors]
+        reduced = self._reduced(level, whole[0], whole[1])
         (w0, h0), (w, h) = self.dimensions, (size.width, size.height)
-        if abs(factor / whole - 1) <= 1e-3:
-            return reduced, whole * w0 / w, whole * h0 / h
-        out_w, out_h = math.ceil(w / factor - 1e-9), math.ceil(h / factor - 1e-9)
-        small = _area_resize(_area_resize(reduced, h / whole, out_h, 0), w / whole, out_w, 1)
+        if all(abs(factor / n - 1) <= 1e-3 for factor, n in zip(factors, whole, strict=True)):
+            return reduced, whole[0] * w0 / w, whole[1] * h0 / h
+        out_w, out_h = math.ceil(w / factors[0] - 1e-9), math.ceil(h / factors[1] - 1e-9)
+        small = _area_resize(_area_resize(reduced, h / whole[1], out_h, 0), w / whole[0], out_w, 1)
         return np.clip(np.rint(small), 0, 255).astype(np.uint8), w0 / out_w, h0 / out_h
 
-    def _reduced(self, level: int, factor: int) -> np.ndarray:
-        """The whole level, averaged over factor x factor px (fewer at the right and bottom edges)."""
+    def _reduced(self, level: int, factor_x: int, factor_y: int) -> np.ndarray:
+        """The whole level, averaged over factor_x x factor_y px (fewer at the right and bottom edges)."""
         size = self.levels[level]
-        out = np.empty((-(-size.height // factor), -(-size.width // factor), 3), np.uint8)
-        side = factor * max(1, BLOCK // factor)
-        for y in range(0, size.height, side):
-            for x in range(0, size.width, side):
-                w, h = min(side, size.width - x), min(side, size.height - y)
-                block = self._read_or_white(x, y, level, w, h)
-                if factor > 1:
-                    block = np.asarray(Image.fromarray(block).reduce(factor))
-                out[y // factor : y // factor + block.shape[0], x // factor : x // factor + block.shape[1]] = block
+        out = np.empty((-(-size.height // factor_y), -(-size.width // factor_x), 3), np.uint8)
+        wide, high = (factor * max(1, BLOCK // factor) for factor in (factor_x, factor_y))
+        for y in range(0, size.height, high):
+            for x in range(0, size.width, wide):
+                w, h = min(wide, size.width - x), min(high, size.height - y)
+                block = self._read_or_white(x, y, size.number, w, h)
+                if factor_x > 1 or factor_y > 1:
+                    block = np.asarray(Image.fromarray(block).reduce((factor_x, factor_y)))
+                top, left = y // factor_y, x // factor_x
+                out[top : top + block.shape[0], left : left + block.shape[1]] = block
         return out
 
     def _read_or_white(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
@@ -182,6 +206,13 @@ class SlideReader:
                 part = self._read_or_white(lx + x, ly + y, level, min(half, w - x), min(half, h - y))
                 out[y : y + half, x : x + half] = part
         return out
+
+
+def square_mpp(mpp: tuple[float, float] | None) -> tuple[float, float] | None:
+    """um per px in x and y with a difference that scanners have by rounding (up to 1 %) taken out of it."""
+    if mpp is None or abs(mpp[0] / mpp[1] - 1) > SQUARE:
+        return mpp
+    return (sum(mpp) / 2, sum(mpp) / 2)
 
 
 def best_level(reader: SlideReader | Sequence[Level], downsample: float) -> int:
@@ -209,11 +240,25 @@ def _area_resize(image: np.ndarray, extent: float, out: int, axis: int) -> np.nd
     return np.moveaxis(result, 0, axis)
 
 
-def open_slide(path: str | Path, reader: str = "auto", mpp: float | None = None) -> SlideReader:
+def open_screened(slide: Mapping[str, Any], path: str | Path | None = None) -> SlideReader:
+    """Open a slide as screening recorded it (slide.json): its reader, its um per px, the levels that fit together.
+
+    `path`: where the file is now, when it is not where it was. Every stage after screening opens slides so.
+    """
+    x, y = slide.get("mpp_xy") or (slide["mpp"], slide["mpp"])
+    reader = open_slide(path or slide["path"], slide.get("reader") or "auto", (x, y))
+    if all("number" in level for level in slide.get("levels", ())):
+        reader.levels = tuple(Level(**level) for level in slide.get("levels", ())) or reader.stored
+    return reader
+
+
+def open_slide(
+    path: str | Path, reader: str = "auto", mpp: Mpp = None
+) -> SlideReader:
     """Open a slide file, or the folder of a multi-file DICOM or OME-Zarr.
 
     `reader`: the name recorded at screening, or "auto" (`choose_reader`, which reads some regions). `mpp`: um per
-    pixel that stands before the file's own. Raises SlideFailure (missing_file, unsupported, not_brightfield, ...).
+    pixel (or x and y) that stands before the file's own. Raises SlideFailure (missing_file, unsupported, not_brightfield, ...).
     """
     arrive(path)
     if reader == "auto":

@@ -10,7 +10,7 @@ import numpy as np
 import openslide
 
 from slidemake.failures import SlideFailure
-from slidemake.reader import Level, SlideReader
+from slidemake.reader import Level, Mpp, SlideReader
 
 CACHE_BYTES = 32 << 20  # decoded tiles kept per slide
 
@@ -35,7 +35,7 @@ class OpenSlideReader(SlideReader):
 
     name = "openslide"
 
-    def __init__(self, path: Path, mpp: float | None = None):
+    def __init__(self, path: Path, mpp: Mpp = None):
         self._lock = threading.Lock()
         try:
             self._slide = _open(path)
@@ -46,7 +46,7 @@ class OpenSlideReader(SlideReader):
         properties = dict(sorted(slide.properties.items()))
         super().__init__(
             path,
-            tuple(Level(w, h, float(downsample)) for (w, h), downsample in sizes),
+            tuple(Level(w, h, float(downsample), number) for number, ((w, h), downsample) in enumerate(sizes)),
             mpp=mpp,
             file_mpp=_file_mpp(properties),
             vendor=properties.get("openslide.vendor", ""),
@@ -63,12 +63,12 @@ class OpenSlideReader(SlideReader):
 
     def subpixel_offset(self, position: int, level: int) -> float:
         """How far beside the level's grid a window at `position` (px of the level, one axis) is read, in px."""
-        downsample = self.levels[level].downsample
+        downsample = self.stored[level].downsample
         offset = _level0(position, downsample) / downsample - position
         return 0.0 if abs(offset) < 1 / 512 else offset  # what cairo takes for a whole number of pixels
 
     def _read_inside(self, lx: int, ly: int, level: int, w: int, h: int) -> np.ndarray:
-        downsample = self.levels[level].downsample
+        downsample = self.stored[level].downsample
         corner = (_level0(lx, downsample), _level0(ly, downsample))
         slide = self._slide
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.failures import SlideFailure
-from slidemake.reader import SlideReader, make_levels
+from slidemake.reader import Mpp, SlideReader, make_levels
 from slidemake.reader_arrays import ArrayReader, open_arrays
 from slidemake.reader_ome import FLUORESCENCE, UM_PER_UNIT
 from slidemake.reader_tiff import read_tiff_index
@@ -27,7 +27,7 @@ MAX_DECODED_BYTES = 512 << 20  # a plain image is held in memory as a whole: 13,
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # TIAToolbox turns everybody's chatter on
 
 
-def open_tiatoolbox(path: Path, mpp: float | None = None) -> SlideReader:
+def open_tiatoolbox(path: Path, mpp: Mpp = None) -> SlideReader:
     """Open what OpenSlide does not. The kind of file is told by its content, not by its name.
 
     Raises SlideFailure: `unsupported` (with what the decoder said), `not_brightfield`.
@@ -87,7 +87,7 @@ def _power(info: Any) -> dict[str, str]:
     return {"openslide.objective-power": f"{info.objective_power:g}"} if info.objective_power else {}
 
 
-def _open_jp2(path: Path, mpp: float | None) -> SlideReader:
+def _open_jp2(path: Path, mpp: Mpp) -> SlideReader:
     from tiatoolbox.wsicore.wsireader import JP2WSIReader
 
     reader = _no_guess(JP2WSIReader(path, post_proc=None))
@@ -106,7 +106,7 @@ def _open_jp2(path: Path, mpp: float | None) -> SlideReader:
     )
 
 
-def _open_zarr(path: Path, mpp: float | None) -> SlideReader:
+def _open_zarr(path: Path, mpp: Mpp) -> SlideReader:
     import zarr
 
     group = zarr.open_group(str(path), mode="r")
@@ -154,7 +154,7 @@ def _zarr_mpp(scales: dict[str, Any]) -> tuple[float, float] | None:
     return _pair(found)
 
 
-def _open_dicom(path: Path, mpp: float | None) -> SlideReader:
+def _open_dicom(path: Path, mpp: Mpp) -> SlideReader:
     from tiatoolbox.wsicore.wsireader import DICOMWSIReader
 
     slide = DICOMWSIReader(path, post_proc=None).wsi  # its `info` fails on files that name no manufacturer
@@ -169,7 +169,7 @@ def _open_dicom(path: Path, mpp: float | None) -> SlideReader:
     return ArrayReader("tiatoolbox", path, levels, window, slide.close, mpp=mpp, file_mpp=file_mpp, vendor="dicom")
 
 
-def _open_plain(path: Path, mpp: float | None) -> SlideReader:
+def _open_plain(path: Path, mpp: Mpp) -> SlideReader:
     """PNG, JPEG or strip TIFF: decoded whole, so its decoded size is capped. Only a TIFF's resolution is believed."""
     import pyvips
 
@@ -188,6 +188,6 @@ def _open_plain(path: Path, mpp: float | None) -> SlideReader:
         raise SlideFailure("unreadable", f"{path.name} does not decode: {' '.join(str(error).split())}") from error
     from tiatoolbox.wsicore.wsireader import VirtualWSIReader
 
-    held = VirtualWSIReader(pixels, mpp=(mpp, mpp) if mpp else None).img
+    held = VirtualWSIReader(pixels).img
     file_mpp = index.pages[0].resolution if index is not None else None
     return open_arrays("tiatoolbox", path, [held], "YXS", None, mpp=mpp, file_mpp=file_mpp, vendor="plain image")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.failures import SlideFailure
+from slidemake.reader import Mpp
 from slidemake.reader_arrays import ArrayReader, open_arrays
 from slidemake.reader_ome import OmeImage, other_images, slide_image
 from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, read_tiff_index
@@ -55,7 +56,7 @@ def check_rgb_or_planes(index: TiffIndex) -> None:
     check_rgb(index.pages[0], index.path.name)
 
 
-def open_tifffile(path: Path, mpp: float | None = None) -> ArrayReader:
+def open_tifffile(path: Path, mpp: Mpp = None) -> ArrayReader:
     """Open a tiled TIFF or an OME-TIFF. Raises SlideFailure `not_brightfield`, `unsupported`; OSError and what
     tifffile raises where the file is damaged.
     """

@@ -22,7 +22,7 @@ import pyvips
 
 from slidemake.failures import SlideFailure
 from slidemake.jpeg_tiles import JpegTiles
-from slidemake.reader import Level, SlideReader, make_levels
+from slidemake.reader import Level, Mpp, SlideReader, make_levels
 from slidemake.reader_openslide import OpenSlideReader
 from slidemake.reader_ome import other_images, slide_image
 from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, read_tiff_index
@@ -78,7 +78,7 @@ class VipsReader(SlideReader):
 
     name = "pyvips"
 
-    def __init__(self, path: Path, mpp: float | None = None):
+    def __init__(self, path: Path, mpp: Mpp = None):
         index = read_tiff_index(path)
         if index is None or not index.pages:
             raise SlideFailure("unsupported", f"{path.name} is not a TIFF file")
@@ -139,7 +139,7 @@ class VipsReader(SlideReader):
             image = pyvips.Image.tiffload(str(self.path), access="random", fail_on="warning", **self._sources[level])
         except pyvips.Error as error:
             raise OSError(f"{self.path.name}: libvips does not open level {level}: {error}") from error
-        size = self.levels[level]
+        size = self.stored[level]
         if (image.width, image.height, image.bands, image.format) != (size.width, size.height, 3, "uchar"):
             raise OSError(f"{self.path.name}: libvips sees level {level} as {image}")
         return image
@@ -149,10 +149,10 @@ class VipsReader(SlideReader):
             data = _fetch(self._region(level), lx, ly, w, h)
             if data is not None and _NOTES.collect() == self._notes_before:
                 return data.reshape(h, w, 3)
-        return self.jpeg_tiles(level).read(lx, ly, w, h)
+        return self._stored_tiles(level).read(lx, ly, w, h)
 
-    def jpeg_tiles(self, level: int, reduce: int = 1) -> JpegTiles:
-        """The stored tiles of a level, shared by all threads (see `SlideReader.jpeg_tiles`)."""
+    def _stored_tiles(self, level: int, reduce: int = 1) -> JpegTiles:
+        """Shared by all threads (see `SlideReader.jpeg_tiles`)."""
         with self._lock:
             found = self._stored.get((level, reduce))
             if found is None:

@@ -16,7 +16,8 @@ from PIL import Image
 from slidemake.failures import SlideFailure
 from slidemake.provenance import content_identity, file_sha256, fingerprint, read_json_if_whole, write_image, write_json
 from slidemake.racks import Record
-from slidemake.reader import SlideReader, choose_reader, open_slide, slide_file
+from slidemake.reader import SQUARE, SlideReader, choose_reader, open_slide, slide_file, square_mpp
+from slidemake.reader_levels import aligned_levels
 from slidemake.reader_tiff import check_rgb, check_whole, read_tiff_index
 from slidemake.remote import arrive
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from slidemake.cohort import SlideRow
 
 PLAUSIBLE_MPP = (0.05, 10.0)  # um per px at level 0; a resolution tag of 72 dpi says 353
+OVERVIEW_MPP = 100.0  # scans of a whole glass slide in one picture (macro, overview, flatbed) have 10 to 100 um per px
+GLASS_UM = 160e3  # longest side of anything on a glass slide, large formats included
+PRINT_DPI = (72, 96, 100, 120, 144, 150, 180, 200, 240, 250, 300, 350, 360, 400, 600, 720, 1200)  # no microscope's
 THUMBNAIL = 512  # px, longer side
 OVERVIEW = 1200  # px; kept of slides that will not stay on the disk, for the pictures of the explanation
 PROBE = 256  # px, side of the regions read
@@ -124,6 +128,9 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
         flags = _check_modality(slide) + _probe(slide)
         mpp, source = _resolve_mpp(slide, row.mpp, options.get("default_mpp"))
         flags += _mpp_flags(slide, mpp, source) + (["several_images"] if slide.several_images else [])
+        xy = square_mpp(slide.file_mpp) if source == "file" and slide.file_mpp else (mpp, mpp)
+        slide.levels, changed = aligned_levels(slide, index)
+        flags += ["levels_not_aligned"] if changed else []
         picture = slide.thumbnail(THUMBNAIL)
         flags += _check_light(picture, path.name)
         write_image(pictures[0], Image.fromarray(picture), format="JPEG", quality=85)
@@ -137,6 +144,7 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
             "levels": [vars(level) for level in slide.levels],
             "bounds": list(slide.bounds) if slide.bounds else None,
             "mpp": mpp,
+            "mpp_xy": list(xy),
             "mpp_source": source,
             "mpp_file": list(slide.file_mpp) if slide.file_mpp else None,
             "objective": _objective(slide),
@@ -152,11 +160,24 @@ def _resolve_mpp(slide: SlideReader, sheet: float | None, default: float | None)
         if value is None:
             continue
         if not PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]:
+            if source == "file" and _is_overview(slide, value):
+                raise SlideFailure(
+                    "too_coarse",
+                    f"{slide.path.name} says {value:.4g} um per pixel, an overview of the glass: no grid is so coarse",
+                    "Give the scan itself; of a DICOM folder, the files of ImageType VOLUME.",
+                )
             where = {"sheet": "The sheet", "file": "The file", "default": "The setting default_mpp"}[source]
             message = f"{where} says {value:.6g} um per pixel; between 0.05 and 10 is plausible"
             raise SlideFailure("implausible_mpp", message)
         return float(value), source
     raise SlideFailure("no_mpp", f"{slide.path.name} does not say its um per pixel, nor does the sheet")
+
+
+def _is_overview(slide: SlideReader, mpp: float) -> bool:
+    """Whether so coarse a value can be true: no resolution of printers and screens, and the picture fits on a glass."""
+    dots = 25400.0 / mpp
+    printed = any(abs(dots - dpi) < 0.002 * dpi for dpi in PRINT_DPI) and slide.vendor != "dicom"
+    return PLAUSIBLE_MPP[1] < mpp <= OVERVIEW_MPP and max(slide.dimensions) * mpp <= GLASS_UM and not printed
 
 
 def _objective(slide: SlideReader) -> float | None:
@@ -174,7 +195,7 @@ def _mpp_flags(slide: SlideReader, mpp: float, source: str) -> list[str]:
         flags.append("mpp_disagrees_with_objective")
     if slide.file_mpp:
         x, y = slide.file_mpp
-        if abs(x / y - 1) > 0.02:
+        if abs(x / y - 1) > SQUARE and source == "file":
             flags.append("pixels_not_square")
         if source == "sheet" and abs(mpp / ((x + y) / 2) - 1) > 0.05:
             flags.append("mpp_of_sheet_differs_from_file")

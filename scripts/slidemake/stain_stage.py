@@ -12,7 +12,7 @@ from scipy import ndimage as ndi
 
 from slidemake.failures import SlideFailure
 from slidemake.provenance import fingerprint, read_json_if_whole, read_slide_record, write_json
-from slidemake.reader import SlideReader, best_level, open_slide
+from slidemake.reader import SlideReader, best_level, open_screened
 from slidemake.stain import (
     StainRefused,
     StainTransform,
@@ -98,7 +98,7 @@ def pool_slide(
 
     `slide` is slide.json; `tissue` (h, w) bool with `scale` level-0 px per mask px in x and y.
     """
-    with open_slide(slide["path"], reader=slide.get("reader") or "auto", mpp=slide["mpp"]) as reader:
+    with open_screened(slide) as reader:
         white = (255.0, 255.0, 255.0)
         if settings["white_point"] == "estimate":
             white = _white_point(reader, tissue, scale, slide.get("bounds"))

@@ -41,9 +41,9 @@ def reduction(reader: Readable, window: Window) -> int:
     """How many times smaller than stored the JPEG tiles are decoded (1, 2, 4 or 8) before the rest is resampled."""
     from slidemake.jpeg_tiles import REDUCTIONS
 
-    if window.scale < 2 * (1 - REDUCED_SLACK) or reader.jpeg_tiles(window.level) is None:
+    if window.finest_scale < 2 * (1 - REDUCED_SLACK) or reader.jpeg_tiles(window.level) is None:
         return 1
-    return next(factor for factor in REDUCTIONS if window.scale >= factor * (1 - REDUCED_SLACK))
+    return next(factor for factor in REDUCTIONS if window.finest_scale >= factor * (1 - REDUCED_SLACK))
 
 
 def read_tiles(reader: Readable, coords: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
@@ -56,19 +56,20 @@ def read_tiles(reader: Readable, coords: np.ndarray, window: Window) -> tuple[np
     stored = reader.jpeg_tiles(window.level, reduce)
     side = window.tile_px
     tiles, good = np.empty((len(coords), side, side, 3), np.uint8), np.zeros(len(coords), bool)
-    read_px = window.read_px / reduce if window.resampled else float(side)
-    region = math.ceil(read_px - 1e-6)
+    wide, high = (px / reduce if window.resampled else float(side) for px in window.read_size)
+    region = math.ceil(high - 1e-6), math.ceil(wide - 1e-6)
+    as_stored = (wide, high) == (side, side)
     corners = np.floor(coords / (window.downsample * reduce) + 0.5).astype(int)
-    step = max(1, REGION_BYTES // (region * region * 3))
+    step = max(1, REGION_BYTES // (region[0] * region[1] * 3))
     for start in range(0, len(coords), step):
         part = slice(start, min(start + step, len(coords)))
-        target = tiles[part] if read_px == side else np.empty((part.stop - start, region, region, 3), np.uint8)
+        target = tiles[part] if as_stored else np.empty((part.stop - start, *region, 3), np.uint8)
         if stored is not None:
             good[part] = _from_stored(stored, corners[part], target)
         else:
             good[part] = _from_reader(reader, corners[part], window, target)
-        if read_px != side:
-            tiles[part] = resample(target, read_px, side)
+        if not as_stored:
+            tiles[part] = resample(target, (wide, high), side)
     tiles[~good] = 0
     return tiles, good
 
@@ -87,13 +88,13 @@ def _from_stored(stored: JpegTiles, corners: np.ndarray, out: np.ndarray) -> np.
 
 def _from_reader(reader: Readable, corners: np.ndarray, window: Window, out: np.ndarray) -> np.ndarray:
     """As `_from_stored`, in runs of neighbours with one read each; a run that fails is read tile by tile."""
-    side, good = out.shape[1], np.zeros(len(corners), bool)
+    (high, side), good = out.shape[1:3], np.zeros(len(corners), bool)
 
     def read(start: int, stop: int) -> None:
         first, top = corners[start].tolist()
         wide = int(corners[stop - 1, 0]) - first + side
         x0, y0 = round(first * window.downsample), round(top * window.downsample)
-        strip = reader.read(x0, y0, window.level, wide, side)
+        strip = reader.read(x0, y0, window.level, wide, high)
         for index in range(start, stop):
             offset = int(corners[index, 0]) - first
             out[index] = strip[:, offset : offset + side]
@@ -129,8 +130,8 @@ def _runs(corners: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
             start = index
 
 
-def resample(regions: np.ndarray, read_px: float, side: int) -> np.ndarray:
-    """The squares of `read_px` px (fractional) at the corner of regions (n, h, h, 3) uint8 as (n, side, side, 3).
+def resample(regions: np.ndarray, read_size: tuple[float, float], side: int) -> np.ndarray:
+    """What is `read_size` (w, h; fractional) at the corner of regions (n, h, w, 3) uint8 as (n, side, side, 3).
 
     Antialiased bicubic as Pillow's, at a fifth of its time: PyTorch has the vectorised form of the same filter. The two
     differ by one grey level here and there, by two at most.
@@ -142,11 +143,11 @@ def resample(regions: np.ndarray, read_px: float, side: int) -> np.ndarray:
         torch.set_num_threads(1)  # the callers are threads themselves
         _PREPARED.done = True
     batch = torch.from_numpy(regions).permute(0, 3, 1, 2)
-    # The scale is given, because the region is larger than read_px by the rest of its last pixel. The tiny excess keeps
-    # the size that PyTorch computes from it, floor(h * scale), from falling to side - 1 where h is read_px.
+    # The scale is given, because the region is larger than what is read by the rest of its last pixel. The tiny excess
+    # keeps the size that PyTorch computes from it, floor(h * scale), from falling to side - 1 where h is what is read.
     small = F.interpolate(
         batch,
-        scale_factor=side / read_px * (1 + 1e-9),
+        scale_factor=tuple(side / px * (1 + 1e-9) for px in reversed(read_size)),
         mode="bicubic",
         antialias=True,
         align_corners=False,

@@ -20,7 +20,7 @@ import numpy as np
 
 from slidemake.arrays import write_array
 from slidemake.failures import RunError, SlideFailure
-from slidemake.grid import Grid, Window, boxes, describe_window, plan_window, tile_positions
+from slidemake.grid import Grid, Window, boxes, describe_window, slide_window, tile_positions
 from slidemake.integrity import seal
 from slidemake.provenance import committed, fingerprint, read_slide_record
 from slidemake.tile_reading import read_tiles, reduction
@@ -45,8 +45,7 @@ READ_TILES = 64  # tiles in memory at a time per task; more does not read faster
 class ShardTask:
     """All that a worker needs to make one shard, in plain values (it may run in another process)."""
 
-    slide: str
-    reader: str
+    slide: dict[str, Any]  # slide.json
     window: Window
     coords: np.ndarray
     out: str | None  # shard file; None scores the tiles without keeping them (store: coords)
@@ -87,9 +86,9 @@ def finish_shard(task: ShardTask, parts: list[Part]) -> tuple[np.ndarray, np.nda
 
 def make_shard(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     """A whole shard, by a worker that opens the slide for itself."""
-    from slidemake.reader import open_slide
+    from slidemake.reader import open_screened
 
-    with open_slide(task.slide, reader=task.reader) as reader:
+    with open_screened(task.slide) as reader:
         return finish_shard(task, [make_part(task, a, reader) for a in range(0, len(task.coords), READ_TILES)])
 
 
@@ -154,7 +153,12 @@ def _on_cluster(tasks: list[ShardTask], scheduler: str) -> list[tuple[np.ndarray
             "(tcp://host:8786), or set it to 'threads'."
         ) from error
     here = [  # a worker need not run in this folder
-        replace(task, slide=os.path.abspath(task.slide), out=task.out and os.path.abspath(task.out)) for task in tasks
+        replace(
+            task,
+            slide={**task.slide, "path": os.path.abspath(task.slide["path"])},
+            out=task.out and os.path.abspath(task.out),
+        )
+        for task in tasks
     ]
     with client, client.as_current():
         futures = [client.submit(make_shard, task, pure=False) for task in here]
@@ -196,9 +200,7 @@ def process_slide(
     if store_fingerprint(path) == print_:
         return {"fingerprint": print_, "reused": True, **_figures(TileStore(path))}
     slide = read_slide_record(results / "slides" / slide_id, "slide.json")
-    window = plan_window(
-        grid, slide["mpp"], [level["downsample"] for level in slide["levels"]], options.get("mpp_tolerance", 0.0)
-    )
+    window = slide_window(grid, slide, options.get("mpp_tolerance", 0.0))
     coords, tissue, refused = select_tiles(window, slide, results / "slides" / slide_id, options["min_tissue"])
     minimum = options.get("min_tiles", 1)
     if len(coords) < minimum:
@@ -259,13 +261,13 @@ def _write(
     stain: dict[str, Any] | None,
 ) -> int:
     """Write the whole store at `work`; returns the number of corrupt tiles left out."""
-    from slidemake.reader import open_slide
+    from slidemake.reader import open_screened
     from slidemake.tile_quality import NAMES
 
     keep_pixels, size, codec = options["store"] == "pixels", options["shard_tiles"], _codec(options)
     candidates = len(coords)
     quality = np.zeros((0, len(NAMES)), np.float32)
-    with open_slide(slide["path"], reader=slide["reader"]) as reader:
+    with open_screened(slide) as reader:
         original = keeps_original(reader, window, coords, options)
         reduced = reduction(reader, window)
         while True:
@@ -273,9 +275,7 @@ def _write(
             starts = range(0, len(coords), size)
             outs = [str(shard_path(work, k)) if keep_pixels else None for k in range(len(starts))]
             tasks = [
-                ShardTask(
-                    slide["path"], slide["reader"], window, coords[a : a + size], out, codec, size, stain, original
-                )
+                ShardTask(slide, window, coords[a : a + size], out, codec, size, stain, original)
                 for a, out in zip(starts, outs, strict=True)
             ]
             results = run_shards(tasks, threads, scheduler, reader)

@@ -76,14 +76,15 @@ def _make(
     geojson: str | Path | None,
     mark: str,
 ) -> dict[str, Any]:
-    from slidemake.reader import open_slide
+    from slidemake.reader import open_screened
 
-    with open_slide(record["path"], reader=record.get("reader", "auto"), mpp=record["mpp"]) as slide:
+    with open_screened(record) as slide:
         mpp = float(record["mpp"])
+        mpp_x, mpp_y = slide.mpp_xy or (mpp, mpp)
         width, height = slide.dimensions
-        coarsest = mpp * math.sqrt(width * height / MAX_OVERVIEW_PX)
-        rgb, sx, sy = slide.overview(max(settings["overview_mpp"], mpp, coarsest))
-        mask_mpp = mpp * (sx + sy) / 2
+        coarsest = math.sqrt(mpp_x * mpp_y * width * height / MAX_OVERVIEW_PX)
+        rgb, sx, sy = slide.overview(max(settings["overview_mpp"], mpp_x, mpp_y, coarsest))
+        mask_mpp = (mpp_x * sx + mpp_y * sy) / 2
         if geojson is None:
             found = detect_tissue(rgb, mask_mpp, detection)
             polygons = mask_polygons(found.mask, (sx, sy))
@@ -93,7 +94,7 @@ def _make(
             found = describe_mask(rgb, mask_mpp, drawn, detection)
         samples = sample_focus(slide, found.mask, (sx, sy), mpp, settings["focus_samples"])
     qc = {**found.qc, **samples}
-    pixel_mm2 = (mpp * sx) * (mpp * sy) / 1e6
+    pixel_mm2 = (mpp_x * sx) * (mpp_y * sy) / 1e6
     figures = {
         "slide_id": record["slide_id"],
         "fingerprint": mark,
@@ -104,13 +105,13 @@ def _make(
         "mask_height": found.mask.shape[0],
         "level0_per_mask_px": [sx, sy],
         "area_mm2": round(float(found.mask.sum()) * pixel_mm2, 6),
-        "slide_area_mm2": round(width * height * mpp**2 / 1e6, 6),
+        "slide_area_mm2": round(width * height * mpp_x * mpp_y / 1e6, 6),
         "components": int(ndi.label(found.mask, structure=np.ones((3, 3)))[1]),
         "threshold": found.threshold,
         "qc": qc,
         "flags": sorted({*flags_of(qc), *(["unreadable"] if samples["unreadable_samples"] else [])}),
     }
-    _write(folder, rgb, found, polygons_geojson(polygons, mpp), mask_mpp, figures)
+    _write(folder, rgb, found, polygons_geojson(polygons, math.sqrt(mpp_x * mpp_y)), mask_mpp, figures)
     return figures
 
 

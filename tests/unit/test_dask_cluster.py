@@ -93,11 +93,9 @@ def tile(results: Path, scheduler: str, **changes: object) -> tuple[dict[str, ob
 def shards(results: Path, slide: Path | None = None, count: int = 6) -> list[ShardTask]:
     window = plan_window(GRID, 0.5, [1.0], 0.0)
     coords = np.array([[64 * (i % 8), 64 * (i // 8)] for i in range(4 * count)])
-    slide = slide or results.parent / "slide.tiff"
+    opened = {"path": str(slide or results.parent / "slide.tiff"), "reader": "openslide", "mpp": 0.5}
     return [
-        ShardTask(
-            str(slide), "openslide", window, coords[4 * k : 4 * k + 4], str(results / f"s{k}"), TileCodec(), 4, None
-        )
+        ShardTask(opened, window, coords[4 * k : 4 * k + 4], str(results / f"s{k}"), TileCodec(), 4, None)
         for k in range(count)
     ]
 

@@ -304,7 +304,7 @@ def test_explanation(tmp_path):
         overview=np.full((40, 40, 3), 255, np.uint8),
         sx=1,
         sy=1,
-        mpp=0.5,
+        mpp=(0.5, 0.5),
         k=1,
         truth=np.zeros(3),
         facts=facts,

@@ -45,7 +45,7 @@ def case(n: int = 30, seed: int = 0, tile: int = 100) -> dict:
         "overview": np.full((125, 150, 3), 230, np.uint8),
         "sx": 4.0,
         "sy": 4.0,
-        "mpp": 0.5,
+        "mpp": (0.5, 0.5),
     }
 
 
@@ -214,7 +214,7 @@ def test_same_input_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_tile_and_one_tile_are_legal(tmp_path, n):
-    for mpp in (0.5, None):
+    for mpp in ((0.5, 0.5), None):
         record = explain_slide(tmp_path / "x", **{**case(n), "mpp": mpp}, truth=np.zeros(n))
         assert record["tiles"] == n
         assert len(record["top"]) == n

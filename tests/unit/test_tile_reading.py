@@ -69,7 +69,7 @@ def test_resampled_tiles_equal_pillows_antialiased_resize(pixels, slide_mpp):
 @pytest.mark.parametrize(("read_px", "side"), [(320.0, 224), (448.0, 224), (221.8, 224), (225.0001, 224), (98.0, 49)])
 def test_resampling_gives_the_asked_size_whatever_the_rounding(read_px, side):
     regions = np.zeros((2, math.ceil(read_px), math.ceil(read_px), 3), np.uint8)
-    assert resample(regions, read_px, side).shape == (2, side, side, 3)
+    assert resample(regions, (read_px, read_px), side).shape == (2, side, side, 3)
 
 
 def test_overlapping_tiles(pixels):
