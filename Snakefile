@@ -75,10 +75,13 @@ onstart:
         for job in workflow.dag.needrun_jobs()
         for file in [*job.output, *job.log, *filter(None, [job.benchmark])]
     )
+    CURRENCY.write_plan()
 
 
 onsuccess:
     end_run()
+    if workflow.touch:
+        CURRENCY.accept()
 
 
 onerror:

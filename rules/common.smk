@@ -9,7 +9,9 @@ from snakemake_interface_executor_plugins.settings import SharedFSUsage
 from slidemake.adapter import available_cpus, cgroup_quotas
 from slidemake.configuration import stage_options
 from slidemake.contamination import in_words
+from slidemake.currency import identity
 from slidemake.failures import RunError
+from slidemake.planning import attach
 from slidemake.progress import Watch
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.racks import Machine
@@ -44,6 +46,7 @@ except RunError as error:
 
 CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
+CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)
 WATCH = Watch(MACHINE, CONFIG["progress_every"])
 if not IN_JOB:
     WATCH.attach()

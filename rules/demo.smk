@@ -21,6 +21,7 @@ if CONFIG["demo"]:
         params:
             side=CONFIG["demo"]["side"],
             seed=CONFIG["demo"]["seed"],
+            made=[row.path for row in PLAN.rows],
             version=STAGE_VERSIONS["demo"],
         message:
             "Drawing the slides of the demo cohort"

@@ -37,6 +37,7 @@ for GRID in GRIDS:
             encoders=[PLAN.encoder_record(e) for e in PLAN.encoders_of(GRID)],
             stains=[PLAN.stain_method_of(e) for e in PLAN.encoders_of(GRID)],
             options=stage_options(CONFIG, "embed"),
+            files=PLAN.weights_files(PLAN.encoders_of(GRID)),
             version=STAGE_VERSIONS["embed"],
         message:
             f"Embedding the tiles of rack {{wildcards.rack}} with {', '.join(PLAN.encoders_of(GRID))}"
@@ -68,6 +69,7 @@ rule embed_background:
         embedding=stage_options(CONFIG, "embed"),
         options=stage_options(CONFIG, "background"),
         tolerance=CONFIG["tiling"]["mpp_tolerance"],
+        files=lambda wildcards: PLAN.weights_files([wildcards.encoder]),
         version=STAGE_VERSIONS["background"],
     message:
         "Embedding background of the slides of rack {wildcards.rack} with {wildcards.encoder}"

@@ -36,7 +36,8 @@ rule explain_slides:
             if CONFIG["tiling"]["store"] == "coords"
             else []
         ),
-        fetching=lambda wildcards, threads: CONFIG["remote"],
+        fetching=CONFIG["remote"],
+        files=lambda wildcards: PLAN.truth_files(wildcards.rack),
         version=STAGE_VERSIONS["explain"],
     message:
         "Explaining {wildcards.model} on the slides of rack {wildcards.rack}"

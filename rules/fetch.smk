@@ -59,8 +59,7 @@ if REMOTE_RACKS:
         params:
             results=OUTPUT,
             rows=lambda wildcards: PLAN.remote_rows(wildcards.rack),
-            # a function of `threads`, so that Snakemake does not fetch again when it changes
-            options=lambda wildcards, threads: CONFIG["remote"],
+            fetching=CONFIG["remote"],
             version=STAGE_VERSIONS["fetch"],
         message:
             "Fetching the slides of rack {wildcards.rack}"

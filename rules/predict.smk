@@ -8,6 +8,7 @@ if PLAN.bundle:
             slides=rules.cohort_table.output.slides,
             passed=rules.check_cohort.output.passed,
             bundle=f"{CONFIG['bundle']}/bundle.json",
+            weights=PLAN.bundle_weights,
             embed=of_all_racks(
                 [path for e in ENCODERS for path in manifests("embed", encoder=e)]
             ),

@@ -5,7 +5,7 @@ def slides_of_rack(wildcards):
     """Slide files that are there. One that is missing becomes a failure record, not an error of the whole plan."""
     if CONFIG["demo"]:
         return []
-    return [row.path for row in RACKS[wildcards.rack] if os.path.exists(row.path)]
+    return [row.path for row in RACKS[wildcards.rack] if identity(row.path) != "absent"]
 
 
 rule screen_slides:

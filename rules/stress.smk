@@ -38,6 +38,9 @@ rule stress_test:
         embedding=stage_options(CONFIG, "embed"),
         evaluation=stage_options(CONFIG, "evaluate"),
         options=stage_options(CONFIG, "stress"),
+        files=lambda wildcards: PLAN.weights_files(
+            [PLAN.encoder_of(wildcards.task, wildcards.model)]
+        ),
         version=STAGE_VERSIONS["stress"],
     message:
         "Testing {wildcards.model} of task {wildcards.task} under stress"

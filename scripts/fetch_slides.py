@@ -10,7 +10,7 @@ from slidemake.racks import run_rack
 from slidemake.remote import alone, get_slide
 
 with job(snakemake) as sm:  # noqa: F821
-    folder, options = Path(sm.output.slides), dict(sm.params.options)
+    folder, options = Path(sm.output.slides), dict(sm.params.fetching)
     # Snakemake empties an output before a job and after one that failed: what has come is kept beside it
     staging = folder.with_name(f"{folder.name}+coming")
     rows = {row["slide_id"]: row for row in sm.params.rows}

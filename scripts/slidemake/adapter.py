@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from slidemake import isolation, timings
+from slidemake import currency, isolation, timings
 from slidemake.failures import RunError, SlideFailure, disk_trouble
 
 
@@ -42,7 +42,10 @@ def job(snakemake: Any) -> Iterator[Any]:
     _stop_on_sigterm()
     code = 1
     try:
+        ticket = currency.begin(getattr(snakemake, "output", ()), dict(getattr(snakemake, "params", {}).items()))
         yield snakemake
+        if ticket is not None and isolation.tried_alone() is None:
+            ticket.done()
         code = 0
     except Exception as error:
         _tell(error, snakemake.rule, log_file)

@@ -20,8 +20,16 @@ from slidemake.bags import open_embeddings
 from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
 from slidemake.explain import explain_slide, tile_truth
 from slidemake.failures import damaged
-from slidemake.provenance import committed, files_are_whole, fingerprint, read_json_if_whole, read_slide_record
+from slidemake.provenance import (
+    committed,
+    file_sha256,
+    files_are_whole,
+    fingerprint,
+    read_json_if_whole,
+    read_slide_record,
+)
 from slidemake.screening import OVERVIEW
+from slidemake.setup import truth_file
 from slidemake.splits import Splits
 from slidemake.tiles import TileStore
 
@@ -61,13 +69,13 @@ class Explainer:
         slide_id, patient = row["slide_id"], row["patient_id"]
         out = self.out / slide_id
         bundles = self._bundles(patient)
-        truth_file = self._truth(row)
+        mask_file = self._truth(row)
         print_ = fingerprint(
             "explain",
             embeddings=record["fingerprint"],
             bundles=[bundle.info["fingerprint"] for bundle in bundles],
             options=self.options,
-            truth=truth_file is not None,
+            truth=file_sha256(mask_file) if mask_file is not None else None,
         )
         described = read_json_if_whole(out / "explain.json")
         if described and described.get("fingerprint") == print_ and files_are_whole(out, described):
@@ -81,8 +89,8 @@ class Explainer:
         attention, change, probability = self._scores(bundles, features, attrs, row)
         store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
         truth = None
-        if truth_file is not None:
-            mask = np.asarray(Image.open(truth_file).convert("L")) > 127
+        if mask_file is not None:
+            mask = np.asarray(Image.open(mask_file).convert("L")) > 127
             slide = read_slide_record(self.results / "slides" / slide_id, "slide.json")
             truth = tile_truth(mask, store.coords, store.attrs["tile_level0_px"], slide["width"] / mask.shape[1])
         described = self._write(
@@ -129,8 +137,7 @@ class Explainer:
         if not pattern:
             return None
         slide = read_slide_record(self.results / "slides" / row["slide_id"], "slide.json")
-        folder, stem = Path(slide["path"]).parent, Path(slide["path"]).stem
-        path = Path(pattern.format(folder=folder, stem=stem, slide_id=row["slide_id"]))
+        path = Path(truth_file(pattern, slide["path"], row["slide_id"]))
         return path if path.exists() else None
 
     def _write(

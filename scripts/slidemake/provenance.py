@@ -41,7 +41,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "compare": 1,
     "background": 1,
     "stress": 1,
-    "explain": 1,
+    "explain": 2,
     "predict": 1,
     "drift": 2,
     "report": 1,

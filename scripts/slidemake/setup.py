@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +115,23 @@ class Plan:
         """{slide: GeoJSON given in the sheet} of a rack."""
         return {row.slide_id: row.tissue_geojson for row in self.racks[rack] if row.tissue_geojson}
 
+    def weights_files(self, encoders: Iterable[str]) -> list[str]:
+        """Files of weights of the user's that these encoders load."""
+        files = {self.encoders[encoder].source.file for encoder in encoders}
+        return sorted(file for file in files if file)
+
+    @property
+    def bundle_weights(self) -> list[str]:
+        """Files of weights of the bundle that is applied."""
+        return sorted(str(path) for path in Path(self.config["bundle"]).glob("*.safetensors"))
+
+    def truth_files(self, rack: str) -> list[str]:
+        """Where the masks of annotated tumour of a rack's slides may be, whether they are there or not."""
+        pattern = self.config["explain"]["truth"]
+        if not pattern:
+            return []
+        return [truth_file(pattern, row.path, row.slide_id) for row in self.racks[rack] if not is_remote(row.path)]
+
     def models_of(self, task: str) -> list[str]:
         """Configured models of a task, then the controls."""
         return [*self.tasks[task]["models"], *CONTROLS]
@@ -212,6 +230,7 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
         registry_paths.append(Path(raw["encoders_file"]))
     known = registry(registry_paths)
     config = load_configuration(raw, base, encoders=known)
+    config["output"] = normal_output(config["output"])
     bundle = read_bundle(config["bundle"]) if config["bundle"] else None
     if bundle:
         config = apply_bundle(config, bundle)
@@ -232,6 +251,17 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     kept = (read_json_if_whole(Path(config["output"]) / MARKER) or {}).get("racks_on_disk")
     on_disk = int(kept or config["remote"]["racks_on_disk"])
     return Plan(config, rows, racks, encoders, known, bundle, size, on_disk)
+
+
+def truth_file(pattern: str, slide: str | Path, slide_id: str) -> str:
+    """Path of the mask of annotated tumour of the slide at a path, as `explain.truth` says."""
+    return pattern.format(folder=Path(slide).parent, stem=Path(slide).stem, slide_id=slide_id)
+
+
+def normal_output(path: str) -> str:
+    """One spelling of the results folder: relative where it is below the working folder, absolute elsewhere."""
+    path = os.path.abspath(path)
+    return os.path.relpath(path) if path.startswith(f"{os.getcwd()}/") else path
 
 
 def rack_size(config: dict[str, Any], slides: int, machine: Machine, in_job: bool = False) -> int:

@@ -255,10 +255,12 @@ def lost_zeros(values: Iterable[str]) -> str | None:
 
 
 def resolve(path: str, sheet: Path) -> str:
-    """A path of the sheet: URIs stay, `~` is the home folder, relative paths start at the sheet's folder."""
+    """A path of the sheet: URIs stay, `~` is the home folder, relative paths start at the sheet's folder. Absolute,
+    because results keep it and may be used from another folder than the one they were made from.
+    """
     if URI.match(path):
         return path
-    return os.path.normpath(sheet.parent / Path(path).expanduser())
+    return os.path.abspath(sheet.parent / Path(path).expanduser())
 
 
 def disagreements(rows: list[Row], column: str) -> Iterator[Problem]:

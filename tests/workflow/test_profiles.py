@@ -54,7 +54,7 @@ def test_options_are_those_of_snakemake(name: str):
 
 
 def test_profiles_that_replace_the_default_keep_what_it_is_for():
-    kept = {"scheduler", "rerun-triggers", "rerun-incomplete", "keep-going", "show-failed-logs"}
+    kept = {"scheduler", "rerun-incomplete", "keep-going", "show-failed-logs"}
     default = profile("default")
     for name in set(PROFILES) - set(OVERLAYS):
         assert {key: profile(name).get(key) for key in kept} == {key: default[key] for key in kept}, name
