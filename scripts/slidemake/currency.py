@@ -230,6 +230,7 @@ def why_stale(outcome: Outcome, results: Path, tree: Tree) -> str | None:
     return None
 
 
+DERIVED = "what it is made from is not what it was"
 NO_RECORD = "nothing is kept of what it was made with, so it is looked at"
 
 
@@ -241,7 +242,7 @@ def _difference(record: Mapping[str, Any], outcome: Outcome) -> str:
         return f"other settings: {', '.join(names)}"
     if read:
         return f"another file: {_first(read)}"
-    return "it was made from something else"
+    return DERIVED
 
 
 def _changed(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from slidemake.currency import (
+    DERIVED,
     NO_RECORD,
     Outcome,
     Tree,
@@ -66,9 +67,10 @@ class Currency:
                 f"{self.results} does not say what its results were made with (an older slidemake, or {self.results}/"
                 "digests was deleted): all jobs look at them once, and what is finished is found"
             ]
-        kinds = Counter((self.outcomes[job].rule, why) for job, why in found.items())
+        first = {job: why for job, why in found.items() if why != DERIVED} or found
+        kinds = Counter((self.outcomes[job].rule, why) for job, why in first.items())
         lines = [f"{rule}{f' ({n} jobs)' if n > 1 else ''}: {why}" for (rule, why), n in kinds.items()]
-        more = [f"and {len(lines) - SHOWN} more; each job says its reason"] if len(lines) > SHOWN else []
+        more = [f"and {len(lines) - SHOWN} more reasons: each job says its own"] if len(lines) > SHOWN else []
         return ["not current, and made again with what follows:", *[f"  {line}" for line in lines[:SHOWN] + more]]
 
     def _made(self, job: Any) -> bool:
@@ -90,7 +92,7 @@ class Currency:
 
 
 def attach(workflow: Any, results: Path, in_job: bool) -> Currency:
-    """Let digests decide which of the jobs run whose outcomes are below `results`, whatever Snakemake decides of others.
+    """Let digests decide which of the jobs below `results` run, whatever Snakemake decides of others.
 
     To be called before Snakemake lists its jobs. As a module of another workflow there is no moment when a run starts:
     its plan is then written as soon as it is made.
