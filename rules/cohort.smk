@@ -18,6 +18,7 @@ rule cohort_table:
     output:
         slides=f"{OUTPUT}/cohort/slides.csv",
         failures=f"{OUTPUT}/cohort/failures.csv",
+        seal=f"{OUTPUT}/cohort/tables.json",
     log:
         log_file("cohort_table"),
     benchmark:
@@ -42,6 +43,7 @@ rule check_cohort:
     input:
         slides=rules.cohort_table.output.slides,
         failures=rules.cohort_table.output.failures,
+        seal=rules.cohort_table.output.seal,
     output:
         passed=f"{OUTPUT}/cohort/passed.json",
     log:

@@ -8,6 +8,7 @@ from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from slidemake.adapter import available_cpus, cgroup_quotas
 from slidemake.configuration import stage_options
+from slidemake.cohort import describe_tasks
 from slidemake.contamination import in_words
 from slidemake.currency import identity
 from slidemake.failures import RunError
@@ -47,6 +48,9 @@ except RunError as error:
 CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
 CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)
+if not IN_JOB:
+    for line in describe_tasks(PLAN.rows, TASKS):
+        print(f"slidemake: {line}", file=sys.stderr)
 WATCH = Watch(MACHINE, CONFIG["progress_every"])
 if not IN_JOB:
     WATCH.attach()

@@ -15,6 +15,7 @@ if PLAN.bundle:
         output:
             slides=f"{OUTPUT}/predictions/slides.csv",
             patients=f"{OUTPUT}/predictions/patients.csv",
+            seal=f"{OUTPUT}/predictions/tables.json",
         log:
             log_file("predict_slides"),
         benchmark:

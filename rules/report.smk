@@ -50,6 +50,7 @@ rule write_report:
             caption="../docs/report/report.rst",
             category="Report",
         ),
+        seal=f"{OUTPUT}/report/report.json",
     log:
         log_file("write_report"),
     benchmark:

@@ -5,7 +5,7 @@ import logging
 from slidemake.adapter import job
 from slidemake.bags import open_bags
 from slidemake.near_duplicates import near_duplicates, stop_at_copies, warnings_of
-from slidemake.provenance import write_json
+from slidemake.provenance import placed, write_json
 from slidemake.splits import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
@@ -13,4 +13,4 @@ with job(snakemake) as sm:  # noqa: F821
     stop_at_copies(found)
     for warning in warnings_of(found):
         logging.getLogger("slidemake").warning("%s", warning)
-    write_json(sm.output.report, found)
+    write_json(sm.output.report, {**found, **placed(sm.output.report)})

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.cohort import sheet_records
-from slidemake.cohort_table import FAILURE_COLUMNS, cohort_rows, failure_rows, write_table
+from slidemake.cohort_table import FAILURE_COLUMNS, cohort_rows, failure_rows
 from slidemake.provenance import read_json
 from slidemake.racks import read_manifests
 from slidemake.screening import find_duplicates
+from slidemake.tables import seal_tables, write_table
 
 with job(snakemake) as sm:  # noqa: F821
     results = Path(sm.params.results)
@@ -22,3 +23,4 @@ with job(snakemake) as sm:  # noqa: F821
     rows = cohort_rows(sheet_records(sm.params.sheet), stages, results, duplicates, target)
     write_table(sm.output.slides, rows)
     write_table(sm.output.failures, failure_rows(rows), FAILURE_COLUMNS)
+    seal_tables(sm.output.seal, [sm.output.slides, sm.output.failures])

@@ -5,13 +5,13 @@ from pathlib import Path
 from slidemake.adapter import job
 from slidemake.bags import open_bags
 from slidemake.bundle import read_info
-from slidemake.cohort_table import read_table
 from slidemake.outcomes import load_outcome
 from slidemake.reference import make_reference, training_predictions, validation_values, write_reference
+from slidemake.tables import read_table
 
 with job(snakemake) as sm:  # noqa: F821
     folder = Path(sm.output.reference).parent
-    info = read_info(folder)
+    info = read_info(folder, of_run=True)
     outcome, trained = load_outcome(info), info["training"]["patients"]
     tested = read_table(sm.input.predictions)
     labels = {row["patient_id"]: row["label"] for row in read_table(sm.input.splits)}

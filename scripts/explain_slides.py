@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from slidemake.adapter import job
-from slidemake.cohort_table import read_table
 from slidemake.explain_stage import Explainer
 from slidemake.racks import read_manifest, run_rack
 from slidemake.remote import fetch_row
 from slidemake.splits import read_splits
+from slidemake.tables import read_table
 
 with job(snakemake) as sm:  # noqa: F821
     import torch

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from slidemake.adapter import job
-from slidemake.cohort_table import read_table
-from slidemake.prediction import apply_bundle_to_stores, prediction_columns, write_predictions
+from slidemake.prediction import apply_bundle_to_stores, prediction_columns
+from slidemake.tables import read_table, seal_tables, write_table
 
 with job(snakemake) as sm:  # noqa: F821
     rows = [row for row in read_table(sm.input.slides) if row["status"] == "ok"]
@@ -13,5 +13,6 @@ with job(snakemake) as sm:  # noqa: F821
     slides, patients, without, outcome = apply_bundle_to_stores(sm.params.bundle, embeddings, rows)
     if without:
         logging.getLogger("slidemake").warning("no tiles, so no prediction, for patients %s", ", ".join(without))
-    write_predictions(sm.output.slides, slides, prediction_columns(outcome, "slide"))
-    write_predictions(sm.output.patients, patients, prediction_columns(outcome, "patient"))
+    write_table(sm.output.slides, slides, prediction_columns(outcome, "slide"))
+    write_table(sm.output.patients, patients, prediction_columns(outcome, "patient"))
+    seal_tables(sm.output.seal, [sm.output.slides, sm.output.patients])

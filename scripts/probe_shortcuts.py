@@ -7,11 +7,11 @@ from slidemake.adapter import job
 from slidemake.background import background_vectors
 from slidemake.background_control import background_control
 from slidemake.bags import open_bags
-from slidemake.cohort_table import read_table
-from slidemake.provenance import write_json
+from slidemake.provenance import placed, write_json
 from slidemake.racks import read_manifests
 from slidemake.shortcuts import probe_shortcuts, slides_of
 from slidemake.splits import read_splits
+from slidemake.tables import read_table
 
 with job(snakemake) as sm:  # noqa: F821
     labels, rows = read_splits(sm.input.splits).labels, read_table(sm.input.slides)
@@ -23,4 +23,4 @@ with job(snakemake) as sm:  # noqa: F821
         result["findings"].append(result["background"]["finding"])
     for finding in result["findings"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])
-    write_json(sm.output.report, result)
+    write_json(sm.output.report, {**result, **placed(sm.output.report)})

@@ -3,9 +3,9 @@
 import logging
 
 from slidemake.adapter import job
-from slidemake.cohort_table import read_table
 from slidemake.split_table import fold_table
 from slidemake.splits import make_splits, write_splits
+from slidemake.tables import read_table
 
 with job(snakemake) as sm:  # noqa: F821
     rows, task = read_table(sm.input.slides), sm.params.task

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from slidemake.adapter import job
 from slidemake.bags import open_bags
-from slidemake.cohort_table import read_table
 from slidemake.memory import keep_freed_memory
 from slidemake.provenance import read_json
 from slidemake.splits import read_splits
 from slidemake.stain_stage import target_of
+from slidemake.tables import read_table
 from slidemake.training import train_model
 
 with job(snakemake) as sm:  # noqa: F821

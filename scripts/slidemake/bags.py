@@ -18,7 +18,7 @@ import numpy as np
 from slidemake.arrays import StoredArray
 from slidemake.failures import RunError, SlideFailure, damaged
 from slidemake.integrity import check_store
-from slidemake.provenance import check_file, committed, file_sums, read_json, write_json
+from slidemake.provenance import check_file, check_place, committed, file_sums, placed, read_json, write_json
 
 IN_MEMORY_BYTES = 1 << 30
 
@@ -137,26 +137,35 @@ def load_bags(folder: str | Path, slides: Iterable[tuple[str, str]]) -> Bags:
     return make_bags(features, cohort.slides, cohort.patients, cohort.sizes, **cohort.about())
 
 
-def pack_bags(folder: str | Path, slides: Iterable[tuple[str, str]], path: str | Path) -> None:
+def pack_bags(
+    folder: str | Path,
+    slides: Iterable[tuple[str, str]],
+    path: str | Path,
+    wanted: Mapping[str, str] | None = None,
+) -> None:
     """Pack the stores as `load_bags` would into the NumPy file `path`, in the stores' type, with an index beside it.
 
     The index (`.json`) is written last and names the array that it belongs to; memory does not grow with the cohort.
+    wanted: {slide: fingerprint} of the stores that the embedding stage made; others are refused (RunError).
     """
     cohort = _Cohort.open(folder, slides)
+    cohort.check(wanted or {})
     with committed(path) as work, open(work, "wb") as handle:
         header = {"descr": np.lib.format.dtype_to_descr(cohort.dtype), "fortran_order": False, "shape": cohort.shape}
         np.lib.format.write_array_header_2_0(handle, header)
         for values in cohort.values():
             handle.write(values.data)  # tofile() does not say why it failed
     about = {"slides": cohort.slides, "patients": cohort.patients, "sizes": cohort.sizes, **cohort.about()}
+    index = Path(path).with_suffix(".json")
     files = file_sums(Path(path).parent, [Path(path).name])
-    write_json(Path(path).with_suffix(".json"), {"format": "slidemake-bags", **about, "files": files})
+    write_json(index, {"format": "slidemake-bags", **placed(index), **about, "files": files})
 
 
 def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
     """Bags that `pack_bags` wrote: in memory as float32 up to `in_memory_bytes`, above that mapped as they are."""
     try:
         index = read_json(Path(path).with_suffix(".json"))
+        check_place(Path(path).with_suffix(".json"), index)
         features = np.load(path, mmap_mode="r", allow_pickle=False)
         if features.size * 4 <= in_memory_bytes:  # a larger one is checked by `slidemake.verify` only
             check_file(path, index)
@@ -165,7 +174,8 @@ def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
         raise RunError(
             f"{path} cannot be read ({error}); delete it and run again: it is packed from the embeddings."
         ) from error
-    index.pop("files", None)
+    for key in ("files", "place"):
+        index.pop(key, None)
     if index.pop("format", None) != "slidemake-bags":
         raise RunError(f"{Path(path).with_suffix('.json')} is no index of packed bags; delete both and run again.")
     return make_bags(features, **index)
@@ -191,6 +201,16 @@ class _Cohort:
         return cls(
             Path(folder), *(list(c) for c in zip(*pairs, strict=True)), *(list(c) for c in zip(*stores, strict=True))
         )
+
+    def check(self, wanted: Mapping[str, str]) -> None:
+        """RunError for a store that is not the one that the embedding stage made of its slide."""
+        for slide, attrs in zip(self.slides, self.attrs, strict=True):
+            if wanted.get(slide, attrs.get("fingerprint")) != attrs.get("fingerprint"):
+                store = self.folder / f"{slide}.zarr"
+                raise RunError(
+                    f"{store} is not the store that the embedding stage made of this slide. Delete it and give the "
+                    "same command again."
+                )
 
     @property
     def sizes(self) -> list[int]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 
 from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import same_encoder, stain_identity
+from slidemake.bundle_place import JSON, about_place, check_bundle_place, misplaced
 from slidemake.failures import RunError, SlideFailure
 from slidemake.outcomes import Outcome, Threshold, load_outcome
 from slidemake.provenance import (
@@ -34,7 +35,7 @@ from slidemake.provenance import (
 )
 
 FORMAT, FORMAT_VERSION = "slidemake-bundle", 1
-JSON, WEIGHTS = "bundle.json", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,16 @@ def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Gr
         work.mkdir()
         (work / WEIGHTS).write_bytes(save(tensors))  # save_file would make it readable to its owner alone
         versions = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        write_json(work / JSON, {**info, **versions, "groups": about, "files": file_sums(work, [WEIGHTS])})
+        of_place = about_place(folder)
+        files = file_sums(work, [WEIGHTS])
+        write_json(work / JSON, {**info, **versions, **of_place, "groups": about, "files": files})
 
 
-def read_info(folder: str | Path) -> dict[str, Any]:
-    """bundle.json of a bundle, checked for format and version; RunError when it is not one that this version reads."""
+def read_info(folder: str | Path, of_run: bool = False) -> dict[str, Any]:
+    """bundle.json of a bundle; RunError when it is not one that this version reads, or lies in another's place.
+
+    of_run: the folder is one of the run's own results, where the bundle must have been written (`bundle_place`).
+    """
     path = Path(folder) / JSON
     while not path.is_file():
         if may_appear(path):
@@ -131,12 +137,13 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             f"{FORMAT} version "
             f"{FORMAT_VERSION}. Use the slidemake that wrote it (versions are in the file), or train again."
         )
+    check_bundle_place(folder, info, of_run)
     return info
 
 
-def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
-    """Load a bundle; every tensor must be there, in shape and finite. RunError otherwise."""
-    info = read_info(folder)
+def load_bundle(folder: str | Path, device: str = "cpu", of_run: bool = False) -> Bundle:
+    """Load a bundle; every tensor must be there, in shape and finite. RunError otherwise, and as `read_info`."""
+    info = read_info(folder, of_run)
     path = Path(folder) / WEIGHTS
     try:
         check_file(path, info)
@@ -166,9 +173,9 @@ def load_bundle(folder: str | Path, device: str = "cpu") -> Bundle:
 
 
 def is_complete(folder: str | Path, fingerprint: str) -> bool:
-    """Whether `folder` holds a whole bundle with this fingerprint."""
+    """Whether `folder` holds a whole bundle with this fingerprint that was written there."""
     info = read_json_if_whole(Path(folder) / JSON)
-    if not isinstance(info, dict) or info.get("fingerprint") != fingerprint:
+    if not isinstance(info, dict) or info.get("fingerprint") != fingerprint or misplaced(folder, info, of_run=True):
         return False
     try:
         check_file(Path(folder) / WEIGHTS, info)

@@ -7,7 +7,7 @@ labels can be learned as a task asks for it.
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from slidemake.failures import RunError
 from slidemake.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
 from slidemake.sheet_labels import Cells, cell_problems, cohort_problems, order_problems, patient_labels
 from slidemake.sheet_table import KNOWN, Problem, Table, check_columns, read_table
+from slidemake.spellings import doubtful_names, number_problems, spelling_problems
 from slidemake.targets import CLASSES, about_label, is_number, label_columns, task_type
 
 log = logging.getLogger("slidemake")
@@ -78,10 +79,11 @@ def read_sheet(
     columns = list(dict.fromkeys([*columns, *(column for task in tasks.values() for column in label_columns(task))]))
     table = read_table(path)
     cells = [(number, converted(row)) for number, row in table.rows]
-    problems = [*table.problems, *check_columns(table.columns, columns), *check_cells(cells)]
+    problems = [*table.problems, *check_columns(table.columns, columns), *check_cells(cells, columns)]
     for _, row in cells:
         row["patient_id"] = row.get("patient_id") or str(row.get("slide_id") or "")
     problems += check_rows(cells, path)
+    problems += _group_problems(cells, _grouping(columns, tasks))
     if "split" in table.columns:
         problems += disagreements(cells, "split")
     rows = [_slide_row(number, row, path, columns) for number, row in cells]
@@ -93,11 +95,38 @@ def read_sheet(
         problems += [problem for problem in found if not problem.row or (problem.row, problem.column) not in seen]
     if problems:
         raise RunError(_message(table.name, problems))
+    for column in _grouping(columns, tasks):
+        warn_of_doubtful(table.name, column, Counter(str(row[column]) for _, row in cells if row.get(column)))
     for column in ("slide_id", "patient_id"):
         warning = lost_zeros(str(row[column]) for _, row in cells)
         if warning:
             log.warning("%s, column %s: %s", table.name, column, warning)
     return rows
+
+
+def _grouping(columns: Iterable[str], tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Columns that put slides together: ours, and those that the configuration names, but for numbers and dates.
+
+    Labels that are classes are looked at with their task (`task_problems`).
+    """
+    dates = {str(task.get("splits", {}).get("date_column", "")) for task in tasks.values()}
+    labels = {column for task in tasks.values() for column in label_columns(task)}
+    others = [column for column in columns if column not in {*labels, *dates, "scan_date"}]
+    return list(dict.fromkeys(["patient_id", "site", "scanner", "split", *others]))
+
+
+def _group_problems(cells: list[tuple[int, dict[str, Any]]], columns: Iterable[str]) -> Iterator[Problem]:
+    included = [(number, row) for number, row in cells if row.get("exclude") is not True]
+    for column in columns:
+        named = [(number, str(row[column])) for number, row in included if row.get(column)]
+        yield from spelling_problems(named, column)
+
+
+def warn_of_doubtful(sheet: str, column: str, counts: Mapping[str, int]) -> None:
+    """Say so when a column that groups has names that may mean that there is no value."""
+    if found := doubtful_names(counts):
+        listed = ", ".join(f"{name} ({count} slides)" for name, count in sorted(found.items()))
+        log.warning("%s, column %s: %s: taken as a name; leave these cells empty if it is none", sheet, column, listed)
 
 
 def _slide_row(number: int, row: dict[str, Any], sheet: Path, columns: list[str]) -> SlideRow:
@@ -159,6 +188,11 @@ def check_task(rows: list[SlideRow], task: Mapping[str, Any], name: str = "task"
         listed = "\n  ".join(str(problem) for problem in problems[:MAX_SHOWN])
         more = f"\n  ... and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
         raise RunError(f"The sample sheet does not fit {name} (label {about_label(task)}):\n  {listed}{more}")
+    return task_counts(rows, task)
+
+
+def task_counts(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> dict[str, Any]:
+    """What `check_task` returns, of rows that fit the task."""
     included = [row for row in rows if not row.exclude]
     labels = patient_labels(_cells(included, task), task)
     labelled = [row for row in included if row.patient_id in labels and any(_label_cells(row, task).values())]
@@ -169,6 +203,19 @@ def check_task(rows: list[SlideRow], task: Mapping[str, Any], name: str = "task"
         "slides": len(labelled),
         "unlabelled": len(included) - len(labelled),
     }
+
+
+def describe_tasks(rows: list[SlideRow], tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each task: how many patients have which class, and how many slides have no label."""
+    lines = []
+    for name, task in tasks.items():
+        found = task_counts(rows, task)
+        classes = ", ".join(f"{label} {count}" for label, count in list(found["classes"].items())[:20])
+        more = ", ..." if len(found["classes"]) > 20 else ""
+        of = f": {classes}{more}" if classes else ""
+        without = f"; {found['unlabelled']} slides have no label" if found["unlabelled"] else ""
+        lines.append(f"task {name}: {found['patients']} patients, {found['slides']} slides{of}{without}")
+    return lines
 
 
 def _label_cells(row: SlideRow, task: Mapping[str, Any]) -> dict[str, str]:
@@ -209,6 +256,7 @@ def task_problems(rows: list[SlideRow], task: Mapping[str, Any], name: str) -> l
     if task_type(task) in CLASSES:
         label = task["label"]
         problems = list(disagreements(_pairs(labelled, {label: lambda row: row.labels[label]}), label))
+        problems += spelling_problems(((row.row, row.labels[label]) for row in labelled if row.labels[label]), label)
         texts = [*_class_problems(labelled, task), *_fold_problems(labelled, task)]
     else:
         cells = _cells(labelled, task)
@@ -236,18 +284,18 @@ def _class_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterat
     label, counts = task["label"], patients_per_class(labelled, task["label"])
     classes = sorted(counts)
     shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-    by_case: dict[str, list[str]] = defaultdict(list)
-    for one in classes:
-        by_case[one.casefold()].append(one)
-    for same in by_case.values():
-        if len(same) > 1:
-            yield f"classes {' and '.join(same)} of column {label} differ in case only; write one of them everywhere"
+    same = list(number_problems(classes, label))
+    yield from same
+    unsure = list(_doubtful_classes(counts, task))
+    yield from unsure
+    yield from _unnamed_classes(classes, task)
     if len(classes) == 1:
         yield f"column {label} has one class only ({shown}); a model needs slides of at least two"
-    elif task.get("type", "binary") == "binary" and len(classes) > 2:
+    elif task.get("type", "binary") == "binary" and len(classes) > 2 and not same and not unsure:
         number = len(classes) > 20 and all(is_number(one) for one in classes)
         remedy = "it looks like a measurement, not a class: set type: regression" if number else "set type: multiclass"
-        yield f"column {label} has {len(classes)} classes ({shown}), and a binary task has two; {remedy}"
+        shown = ", ".join(f"{name} {counts[name]}" for name in classes[:8]) + (", ..." if len(classes) > 8 else "")
+        yield f"column {label} has {len(classes)} classes ({shown} patients), and a binary task has two; {remedy}"
     if task_type(task) == "ordinal" and len(classes) > 1:
         yield from order_problems(classes, task)
     positive = task.get("positive")
@@ -255,6 +303,32 @@ def _class_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterat
         near = nearest(positive, classes)
         meant = f"did you mean {near}?" if near else f"its classes: {shown}"
         yield f"no slide has the positive class {positive} in column {label}; {meant}"
+
+
+def _doubtful_classes(counts: Counter[str], task: Mapping[str, Any]) -> Iterator[str]:
+    """Is `Unknown` a class? Only who made the table knows: asked, unless the configuration names all classes."""
+    named = {str(name) for name in [*(task.get("classes") or ()), *(task.get("order") or ())]}
+    found = {name: count for name, count in doubtful_names(counts).items() if name not in named}
+    for name, count in found.items():
+        key, rest = ("order", "grades") if task_type(task) == "ordinal" else ("classes", "classes")
+        listed = ", ".join(f"{one} {number}" for one, number in sorted(counts.items())[:8])
+        yield (
+            f"column {task['label']} has {count} of {name} (patients: {listed}): is that a value, or none? If none, "
+            f"leave those cells empty; if it is one, name all {rest} in {key}"
+        )
+
+
+def _unnamed_classes(classes: list[str], task: Mapping[str, Any]) -> Iterator[str]:
+    """Names that `classes` does not have, and names of `classes` that no slide has."""
+    named = [str(name) for name in task.get("classes") or ()]
+    if not named:
+        return
+    for name in sorted(set(classes) - set(named)):
+        near = nearest(name, named)
+        meant = f"did you mean {near}?" if near else f"classes has {', '.join(named)}"
+        yield f"class {name} of column {task['label']} is not in classes; {meant}"
+    for name in sorted(set(named) - set(classes)):
+        yield f"classes names {name}, and no slide has it in column {task['label']}; remove it"
 
 
 def _fold_problems(labelled: list[SlideRow], task: Mapping[str, Any]) -> Iterator[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slidemake import csv_cells
 from slidemake.failures import RunError, SlideFailure
-from slidemake.provenance import read_json_if_whole, write_text
+from slidemake.provenance import read_json_if_whole
 from slidemake.remote import is_remote, shown
 
 FIGURES = ("identity", "vendor", "reader", "width", "height", "mpp", "mpp_source", "objective")
@@ -72,22 +69,6 @@ def _judgements(results: Path, slide_id: str, target: dict[str, Any]) -> dict[st
         other = columns_of(slide_transform(results, slide_id, target, method))
         row |= {f"{column}_{method}": value for column, value in other.items()}
     return row
-
-
-def write_table(path: str | Path, rows: list[dict[str, Any]], columns: Iterable[str] | None = None) -> None:
-    """Write rows as CSV, whole or not at all; columns in order of first appearance unless given."""
-    names = list(columns or dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv_cells.DictWriter(text, names, lineterminator="\n", restval="", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def read_table(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV as text."""
-    with open(path, newline="", encoding="utf-8-sig") as handle:
-        return list(csv_cells.DictReader(handle))
 
 
 def failure_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

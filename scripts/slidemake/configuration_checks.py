@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,7 @@ def _check_invariance(name: str, model: dict[str, Any]) -> Iterator[str]:
 # task's key -> types that it is for
 _KEYS_OF_TYPES = {
     "positive": ("binary",),
+    "classes": ("binary", "multiclass"),
     "labels": ("multilabel",),
     "order": ("ordinal",),
     "unit": ("regression", "survival"),
@@ -165,10 +167,19 @@ def _check_explain(config: dict[str, Any], models: dict[str, Any], tasks: dict[s
     for name, task in tasks.items():
         if explain.get("slides") == "positive" and task.get("type") == "binary" and task.get("positive") is None:
             yield f"tasks.{name}.positive: explain.slides is positive, so say which class that is"
-    try:
-        str(explain.get("truth")).format(folder="", stem="", slide_id="")
-    except (KeyError, IndexError, ValueError):
+    if not _plain_fields(str(explain.get("truth") or ""), ("folder", "stem", "slide_id")):
         yield f"explain.truth: {explain['truth']!r} may hold {{folder}}, {{stem}} and {{slide_id}}, and no other braces"
+
+
+def _plain_fields(pattern: str, names: tuple[str, ...]) -> bool:
+    """Whether the fields of a format string are bare names, none with an attribute, an index, a format or a conversion:
+    `{stem.__class__}` reaches into Python, and `{stem:>999999999}` takes the memory.
+    """
+    try:
+        fields = list(string.Formatter().parse(pattern))
+    except ValueError:
+        return False
+    return all(name is None or (name in names and not form and not how) for _, name, form, how in fields)
 
 
 def _check_files(config: dict[str, Any]) -> Iterator[str]:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from slidemake.bags import load_bags
-from slidemake.cohort_table import read_table, write_table
 from slidemake.drift import Sample, judge
 from slidemake.outcomes import Outcome, load_outcome
-from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
+from slidemake.provenance import STAGE_VERSIONS, file_sums, placed, read_json, write_json
 from slidemake.reference import (
     QUALITY,
     class_probabilities,
@@ -22,6 +21,7 @@ from slidemake.reference import (
     sketched,
     slide_quality,
 )
+from slidemake.tables import read_table, write_table
 
 COLUMNS = (
     "group",
@@ -101,6 +101,8 @@ def watch_drift(
     found = judge(reference, sample)
     write_table(table, drift_rows(found), COLUMNS)
     about = {"format": "slidemake-drift", "format_version": 1, "version": STAGE_VERSIONS["drift"]}
+    about |= placed(out)
+    about["files"] = file_sums(Path(table).parent, [Path(table).name])
     training = {key: reference[key] for key in ("patients", "slides", "failed")}
     write_json(out, {**about, "bundle": reference["bundle"], "training": training, **found})
     return found

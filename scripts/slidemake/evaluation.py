@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from slidemake.calibration_report import calibration_report, mean_over_repeats
-from slidemake.cohort_table import read_table
 from slidemake.conformal import conformal, risk_coverage
 from slidemake.evaluation_scopes import (
     Draws,
@@ -39,6 +38,7 @@ from slidemake.prediction_table import Predictions, read_predictions, read_valid
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.reliability import roc_and_pr
 from slidemake.subgroups import groups_of
+from slidemake.tables import read_table
 from slidemake.verdict import CONTROLS, REFERENCE, confounding, verdict
 
 DEFAULTS: dict[str, Any] = {

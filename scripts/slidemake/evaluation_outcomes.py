@@ -19,7 +19,6 @@ from slidemake.bootstrap import (
     scope_seed,
     with_intervals,
 )
-from slidemake.cohort_table import read_table
 from slidemake.contamination import in_words
 from slidemake.evaluation_kinds import KINDS, Kind
 from slidemake.evaluation_probabilities import about_predictions
@@ -30,6 +29,7 @@ from slidemake.nested import CHOSEN, with_choice
 from slidemake.outcome_table import OutcomeTable, read_outcome_validation, read_outcomes
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.subgroups import by_group, groups_of
+from slidemake.tables import read_table
 from slidemake.verdict import CONTROLS, REFERENCE
 from slidemake.verdict_outcomes import outcome_verdict
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from slidemake.bags import open_embeddings
 from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
+from slidemake.bundle_place import check_unseen
 from slidemake.explain import explain_slide, tile_truth
 from slidemake.failures import damaged
 from slidemake.provenance import (
@@ -25,12 +26,13 @@ from slidemake.provenance import (
     file_sha256,
     files_are_whole,
     fingerprint,
+    placed,
     read_json_if_whole,
     read_slide_record,
 )
 from slidemake.screening import OVERVIEW
 from slidemake.setup import truth_file
-from slidemake.splits import Splits
+from slidemake.splits import TRAIN, VAL, Splits
 from slidemake.tiles import TileStore
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class Explainer:
         self.bundle = lru_cache(maxsize=64)(self._load)
 
     def _load(self, repeat: int, fold: str) -> Bundle:
-        return load_bundle(self.folder / "bundles" / f"repeat{repeat}_fold{fold}")
+        return load_bundle(self.folder / "bundles" / f"repeat{repeat}_fold{fold}", of_run=True)
 
     def wanted(self, row: dict[str, str], positive: str | None) -> bool:
         """Whether the options ask for this slide: its patient was tested, and is positive if only those are."""
@@ -102,6 +104,7 @@ class Explainer:
             change,
             truth,
             {
+                **placed(out / "explain.json"),
                 "fingerprint": print_,
                 "label": self.splits.labels[patient],
                 "patient_id": patient,
@@ -113,7 +116,10 @@ class Explainer:
 
     def _bundles(self, patient: str) -> list[Bundle]:
         folds = ((repeat, of[patient]) for repeat, of in sorted(self.splits.folds.items()))
-        return [self.bundle(repeat, fold) for repeat, fold in folds if fold not in ("train", "val")]
+        tested = [(repeat, fold) for repeat, fold in folds if fold not in (TRAIN, VAL)]
+        for repeat, fold in tested:
+            check_unseen([patient], self.bundle(repeat, fold).info, f"the model of repeat {repeat}, fold {fold}")
+        return [self.bundle(repeat, fold) for repeat, fold in tested]
 
     def _scores(
         self, bundles: list[Bundle], features: np.ndarray, attrs: dict[str, Any], row: dict[str, str]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.cohort_table import read_table
+from slidemake.bundle_place import trained_on
 from slidemake.evaluation import evaluate_models
 from slidemake.evaluation_kinds import KINDS
 from slidemake.evaluation_outcomes import evaluate_tables
@@ -24,6 +24,7 @@ from slidemake.outcome_table import OutcomeTable, parse_outcomes
 from slidemake.prediction_table import Predictions
 from slidemake.split_patients import some
 from slidemake.subgroups import groups_of
+from slidemake.tables import read_table
 from slidemake.targets import LabelError, canonical, join_cells, label_columns, label_task
 
 
@@ -72,7 +73,7 @@ def _known_patients(
     known = sorted((row for row in rows if row["patient_id"] in truth), key=lambda row: row["patient_id"])
     if not known:
         raise RunError(f"bundle_label: none of {len(rows)} predicted patients has a label.")
-    trained = sorted({row["patient_id"] for row in known} & set(bundle["training"].get("patients", ())))
+    trained = sorted({row["patient_id"] for row in known} & trained_on(bundle))
     if trained:
         raise RunError(
             f"Leak: the bundle was trained on {some(trained)}. An external cohort has other patients; leave these out "
@@ -158,7 +159,7 @@ def evaluate_external(
         "model": p.name,
         "label": label,
         "threshold": bundle.get("threshold"),
-        "trained_on": len(bundle["training"].get("patients", ())),
+        "trained_on": len(trained_on(bundle)),
         "without_label": len(rows) - len(p.patients),
     }
     write_metrics(result, points, metrics, table, curves)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.csv_cells import write_rows
-from slidemake.provenance import file_sums, write_json, write_text
+from slidemake.provenance import file_sums, placed, write_json, write_text
 from slidemake.subgroups import as_scopes
 
 FIGURES, OF_CLASSES = ("model", "metric", "scope", "value", "low", "high", "n", "positives"), ("prevalence",)
@@ -43,5 +43,5 @@ def write_metrics(
 ) -> None:
     """Write the three files; metrics.json last, with the checksum of the table."""
     write_text(table, metrics_table(result))
-    write_json(curves, points)
-    write_json(metrics, {**result, "files": file_sums(table.parent, [table.name])})
+    write_json(curves, {**points, **placed(curves)})
+    write_json(metrics, {**result, **placed(metrics), "files": file_sums(table.parent, [table.name])})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from slidemake.failures import RunError
 from slidemake.prediction_table import NEEDED, Predictions, validation_of_folds
-from slidemake.provenance import check_file, read_json
+from slidemake.tables import read_columns
 from slidemake.targets import parse_multilabel, parse_survival
 
 
@@ -100,12 +99,7 @@ def _decision(kind: str, names: tuple[str, ...], cell: str) -> float:
 
 def read_outcomes(path: str | Path, name: str, kind: str) -> OutcomeTable:
     """Predictions of model `name` for a task of type `kind`, out of fold; RunError as `parse_outcomes`."""
-    trained = Path(path).with_name("train.json")
-    if trained.exists():
-        check_file(path, read_json(trained))
-    with open(path, newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        columns, rows = list(reader.fieldnames or []), list(reader)
+    columns, rows = read_columns(path)
     return parse_outcomes(rows, name, kind, path, columns)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slidemake import csv_cells
 from slidemake.bags import Bags, load_bags, open_embeddings
 from slidemake.bundle import Bundle, check_features, load_bundle, predict
 from slidemake.failures import RunError
 from slidemake.outcomes import Outcome, Threshold
-from slidemake.provenance import write_text
 
 
 def prediction_columns(outcome: Outcome, level: str) -> list[str]:
@@ -28,15 +25,6 @@ def prediction_row(
 ) -> dict[str, Any]:
     """One row: predicted values, raw outputs, the threshold and what it decides."""
     return {**about, "tiles": tiles, **outcome.cells(outputs, values, threshold)}
-
-
-def write_predictions(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows as CSV, whole or not at all."""
-    text = io.StringIO()
-    writer = csv_cells.DictWriter(text, list(columns), lineterminator="\n", restval="", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def predict_bags(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slidemake import csv_cells
+from slidemake.bundle_place import check_bundle_place
 from slidemake.failures import RunError
-from slidemake.provenance import check_file, read_json, read_json_if_whole
+from slidemake.provenance import read_json_if_whole
+from slidemake.tables import read_columns
 
 NEEDED = ("patient_id", "label", "repeat", "fold")
 
@@ -73,12 +74,7 @@ def read_predictions(path: str | Path, name: str) -> Predictions:
     Raises RunError (with the row) for missing columns, values that are no probabilities, a label without a column, a
     patient with two rows in one repeat, or with two labels or sites.
     """
-    trained = Path(path).with_name("train.json")
-    if trained.exists():
-        check_file(path, read_json(trained))
-    with open(path, newline="", encoding="utf-8") as handle:
-        reader = csv_cells.DictReader(handle)
-        columns, rows = reader.fieldnames or [], list(reader)
+    columns, rows = read_columns(path)
     classes = tuple(column.removeprefix("prob_") for column in columns if column.startswith("prob_"))
     missing = [column for column in NEEDED if column not in columns]
     if missing or len(classes) < 2:
@@ -136,7 +132,9 @@ def validation_of_folds(
     found = {}
     for repeat, row in zip(repeats, fold, strict=True):
         for number in sorted(set(row.tolist()) - {-1}):
-            info = read_json_if_whole(Path(path).with_name("bundles") / f"repeat{repeat}_fold{number}" / "bundle.json")
+            folder = Path(path).with_name("bundles") / f"repeat{repeat}_fold{number}"
+            info = read_json_if_whole(folder / "bundle.json")
+            check_bundle_place(folder, info or {}, of_run=True)
             kept = ((info or {}).get("training") or {}).get(key) or {}
             if known := {patient: kept[patient] for patient in sorted(kept) if wanted(patient)}:
                 found[repeat, number] = known

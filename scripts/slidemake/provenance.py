@@ -34,17 +34,17 @@ STAGE_VERSIONS: dict[str, int] = {
     "stain": 2,
     "tiles": 4,
     "embed": 3,
-    "bags": 1,
-    "splits": 2,
-    "train": 6,
-    "evaluate": 6,
-    "compare": 1,
+    "bags": 2,
+    "splits": 3,
+    "train": 7,
+    "evaluate": 7,
+    "compare": 2,
     "background": 1,
-    "stress": 1,
+    "stress": 2,
     "explain": 2,
-    "predict": 1,
-    "drift": 2,
-    "report": 1,
+    "predict": 2,
+    "drift": 3,
+    "report": 2,
 }
 
 NETWORK_FILE_SYSTEMS = {
@@ -66,6 +66,7 @@ NETWORK_FILE_SYSTEMS = {
 }
 LATE = 30.0  # seconds that a process waits, in all, for what network file systems have not shown yet
 _waited = 0.0
+FOLDERS = ("manifests", "slides", "cohort", "tasks", "explain", "predictions", "report")  # of results, with JSON
 FORMAT_VERSION = 1  # of the results folder as a whole; `check_results_format` refuses others
 
 
@@ -285,6 +286,26 @@ def read_json_if_whole(path: str | Path) -> Any | None:
         return None
 
 
+def placed(path: str | Path) -> dict[str, str]:
+    """{"place": path inside of the results}, which a JSON keeps so that it is refused where somebody else put it.
+
+    From the last folder that has the name of one of the results' own; nothing for a path outside of them.
+    """
+    parts = Path(path).parts
+    at = max((i for i, part in enumerate(parts) if part in FOLDERS), default=None)
+    return {} if at is None else {"place": "/".join(parts[at:])}
+
+
+def check_place(path: str | Path, content: Any) -> None:
+    """`damaged` for a JSON that was written for another place: of another task, model, fold, rack or slide.
+
+    One without a `place` (written by hand, or by an older slidemake) is taken as it is.
+    """
+    place = content.get("place") if isinstance(content, dict) else None
+    if place is not None and not f"/{Path(path).as_posix()}".endswith(f"/{place}"):
+        raise damaged(path, f"was written as {place}, and somebody put it here")
+
+
 def read_slide_record(folder: str | Path, name: str) -> dict[str, Any]:
     """`name` (slide.json, tissue.json, stain.json) of the folder of a slide; `damaged` also when it is another's."""
     path = Path(folder) / name
@@ -302,18 +323,21 @@ def file_sums(folder: str | Path, names: Iterable[str]) -> dict[str, str]:
 def files_are_whole(folder: str | Path, described: dict[str, Any]) -> bool:
     """Whether all files that `described["files"]` lists are in `folder` as they were written. Never waits."""
     names = described.get("files", {})
-    return not any(_problem_of_file(Path(folder) / name, described) for name in names)
+    return not any(_problem_of_file(Path(folder) / name, described, name) for name in names)
 
 
-def check_file(path: str | Path, described: dict[str, Any]) -> None:
-    """`damaged` unless the file is as `described["files"]` says (where it says anything about it)."""
-    while problem := _problem_of_file(Path(path), described):
+def check_file(path: str | Path, described: dict[str, Any], name: str | None = None) -> None:
+    """`damaged` unless the file is as `described["files"]` says (where it says anything about it).
+
+    name: under which it is listed, where that is not the file's own (`stain/a.jpg`).
+    """
+    while problem := _problem_of_file(Path(path), described, name or Path(path).name):
         if not may_appear(path):
             raise damaged(path, problem)
 
 
-def _problem_of_file(path: Path, described: dict[str, Any]) -> str | None:
-    wanted = described.get("files", {}).get(path.name)
+def _problem_of_file(path: Path, described: dict[str, Any], name: str) -> str | None:
+    wanted = described.get("files", {}).get(name)
     if wanted is None:
         return None
     if not path.is_file():

@@ -22,11 +22,11 @@ from typing import Any
 
 from slidemake import isolation, timings
 from slidemake.failures import Failure, RunError, SlideFailure, disk_trouble
-from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
+from slidemake.provenance import STAGE_VERSIONS, check_place, placed, read_json, write_json
 
 log = logging.getLogger("slidemake")
 
-SLIDE_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,200}")  # as in slides.schema.json
+SLIDE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # as in slides.schema.json
 Record = dict[str, Any]  # slide_id, status ("ok" | "failed"), failure (dict | None), and what the stage found
 
 
@@ -68,6 +68,7 @@ def read_manifest(path: str | Path, stage: str | None = None) -> list[Record]:
     """Slide records of one rack manifest."""
     try:
         manifest = read_json(path)
+        check_place(path, manifest)
         found, rack, slides = manifest["stage"], manifest["rack"], manifest["slides"]
         check_ids(record["slide_id"] for record in slides)
     except (SlideFailure, KeyError, TypeError, ValueError) as error:
@@ -175,6 +176,7 @@ def run_rack(
         manifest,
         {
             "stage": stage,
+            **({} if stage == "fetch" else placed(manifest)),  # a fetched rack is renamed when it is complete
             "rack": rack,
             "version": STAGE_VERSIONS[stage],
             "seconds": round(time.perf_counter() - started, 3),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from slidemake import report_figures as figures
-from slidemake.cohort_table import read_table
 from slidemake.progress import duration
 from slidemake.provenance import read_json, read_json_if_whole, versions, write_text
 from slidemake.racks import read_manifests
@@ -26,6 +25,7 @@ from slidemake.report_outcomes import TITLES, outcome_section
 from slidemake.report_pictures import stain_sentences
 from slidemake.report_stress import stress_section
 from slidemake.report_timeline import timeline_section
+from slidemake.tables import read_table
 
 ALIKE = 3  # lines of a verdict of one kind that are all shown
 STAGE_TITLES = {

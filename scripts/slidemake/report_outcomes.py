@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from slidemake import report_figures, report_figures_outcomes
-from slidemake.cohort_table import read_table
 from slidemake.report_calibration import probabilities_section, survival_section
 from slidemake.report_evaluation import comparable_section
+from slidemake.tables import read_table
 
 TITLES: dict[str, dict[str, str]] = {
     "regression": {

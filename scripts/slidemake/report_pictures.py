@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.cohort_table import read_table
 from slidemake.provenance import read_json, read_json_if_whole, write_image
+from slidemake.tables import read_table
 
 PER_SITE = 2
 OTHERS = 8  # slides shown of those that are not brought to the reference by both stains

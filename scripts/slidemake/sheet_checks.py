@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from slidemake.json_schemas import validator as json_validator
-from slidemake.sheet_table import Problem
+from slidemake.sheet_table import KNOWN, Problem
 
 SCHEMA = Path(__file__).resolve().parents[2] / "config" / "schemas" / "slides.schema.json"
 LONGEST = 4000  # characters in a cell
@@ -57,15 +57,19 @@ def converted(cells: dict[str, str]) -> dict[str, Any]:
     return row
 
 
-def check_cells(rows: Iterable[Row]) -> Iterator[Problem]:
-    """Cells that the schema refuses. One validator serves all rows; cells seen before are not looked at again."""
+def check_cells(rows: Iterable[Row], single_line: Iterable[str] = ()) -> Iterator[Problem]:
+    """Cells that the schema refuses. One validator serves all rows; cells seen before are not looked at again.
+
+    single_line: further columns whose cells hold no line break, as ours hold none.
+    """
+    single_line = {*KNOWN, *single_line}
     parts = schema()["properties"]
     validators = {name: _validator().evolve(schema=part) for name, part in parts.items()}
     verdicts: dict[tuple[str, Any], bool] = {}
     for number, row in rows:
         for column, value in row.items():
             if isinstance(value, str) and (len(value) > LONGEST or not value.isprintable()):
-                fault = _unprintable(value)
+                fault = _unprintable(value) or (_broken(value) if column in single_line else None)
                 if fault:
                     yield Problem(number, printable(column), fault)
                     continue
@@ -86,6 +90,14 @@ def _unprintable(value: str) -> str | None:
     if len(value) > LONGEST:
         return f'"{value[:40]}..." has {len(value)} characters; at most {LONGEST} are allowed'
     return None
+
+
+def _broken(value: str) -> str | None:
+    """What is wrong with a text of several lines where it is a name."""
+    first, *others = value.splitlines()
+    if not others:
+        return None
+    return f'holds a line break after "{first[:40]}"; is a quotation mark missing before it, or one too many?'
 
 
 def printable(text: str) -> str:
@@ -132,18 +144,18 @@ def _about_id(value: Any) -> str:
     if "/" in text or "\\" in text:
         stem = PurePosixPath(text.replace("\\", "/")).name.rsplit(".", 1)[0]
         return f'"{text}" is a path; write the name of the file alone: {safe_id(stem)}'
-    if text in (".", ".."):
-        return f'"{text}" is the name of a folder; give the slide a name'
     if len(text) > 200:
         return f'"{text[:40]}..." has {len(text)} characters; at most 200 are allowed'
     odd = sorted({c for c in text if not re.match(r"[A-Za-z0-9._-]", c)})
+    if not odd:
+        return f'"{text}" begins with {text[0]}; begin with a letter, a digit or _: write {safe_id(text)}'
     shown = ", ".join("a space" if c == " " else c for c in odd)
     return f'"{text}" holds {shown}; only letters, digits, . _ - are allowed: write {safe_id(text)}'
 
 
 def safe_id(text: str) -> str:
     """`text` with all that may not stand in a slide_id replaced by `_`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.")[:200] or "slide"
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("_.-").rstrip("_.")[:200] or "slide"
 
 
 def _about_mpp(value: Any) -> str:

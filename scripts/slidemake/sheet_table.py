@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,18 @@ from pathlib import Path
 from slidemake.csv_cells import plain as plain_cell
 from slidemake.failures import RunError
 
-# How R, pandas and Excel write a cell that is empty. Not `none`, which may be a class.
-MISSING = frozenset({"", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null"})
+# How R, pandas, Excel, GDC (`'--`) and TCGA's clinical tables (`[...]`) write a cell that is empty.
+_MISSING = (
+    *("", "NA", "N/A", "#N/A", "<NA>", "NaN", "NULL", "'--", "[Not Available]", "[Not Applicable]"),
+    *("[Unknown]", "[Not Evaluated]", "[Discrepancy]", "[Pending]"),
+)
+MISSING = frozenset(form for text in _MISSING for form in (text, text.lower()) if text != "NA" or form == "NA")
+# More often no value than a value, and nobody but who wrote it can tell: asked about where it would become a class.
+_DOUBTFUL = (
+    *("unknown", "none", "unspecified", "unavailable", "undetermined", "missing", "na", "n.a.", "n.d.", "nil"),
+    *("-", "--", "?", ".", "not-available", "not-applicable", "not-evaluated", "not-known", "not-reported"),
+    *("not-specified", "not-determined", "no-data", "no-value"),
+)
 KEYS = ("slide_id", "path")  # cells that are never read as missing, except when they are empty
 KNOWN = (
     *KEYS,
@@ -31,6 +42,11 @@ OTHER_NAMES = {
     "mpp": ("micronsperpixel", "umperpixel", "umperpx", "pixelsize", "resolution"),
     "tissue_geojson": ("geojson",),
 }
+
+
+def doubtful(text: str) -> bool:
+    """Whether a cell may be a way to say that there is no value: `Unknown`, `None`, `Not Reported`."""
+    return re.sub(r"[\s_-]+(?=\w)", "-", text.strip().lower()) in _DOUBTFUL
 
 
 @dataclass(frozen=True)
@@ -63,11 +79,9 @@ def read_table(path: str | Path) -> Table:
     cells than the header and doubled column names are listed in `problems`. Raises RunError for what is no such file.
     """
     path = Path(path)
-    text = _text(path)
-    try:
-        lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator(text)))
-    except csv.Error as error:  # a cell of more than 128 KiB: a quotation mark that is never closed
-        raise RunError(f"{path} is no table of text: {error}. Is a quotation mark missing?") from error
+    content = _text(path)
+    mark = separator(content)
+    lines, ends = _parsed(path, content, mark)
     start = next((i for i, cells in enumerate(lines) if any(cell.strip() for cell in cells)), None)
     if start is None:
         raise RunError(f"{path} is empty. Its first row names the columns: slide_id, path, ...")
@@ -83,11 +97,40 @@ def read_table(path: str | Path) -> Table:
         if any(cell.strip() for cell in cells[len(header) :]):
             text = f"{len(cells)} cells under {len(header)} column names; put a cell that holds a separator in quotes"
             problems.append(Problem(number, "", text))
+        first, last = ends[number - 2] + 1, ends[number - 1]
+        if last > first and any(line.count(mark) >= max(1, len(header) - 2) for c in cells for line in _inside(c)):
+            problems.append(Problem(number, "", _swallowed(first, last, content, len(lines) - start - 1)))
         padded = [*cells, *[""] * (len(header) - len(cells))]
         rows.append((number, {name: _cell(name, cell) for name, cell in zip(header, padded, strict=False) if name}))
     if not rows:
         problems.append(Problem(0, "", "there are no slides in it, only column names"))
     return Table(path.name, tuple(dict.fromkeys(name for name in header if name)), rows, problems)
+
+
+def _parsed(path: Path, content: str, mark: str) -> tuple[list[list[str]], list[int]]:
+    """(rows of cells, number of the last line of each row)."""
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=mark)
+    rows, ends = [], []
+    try:
+        for cells in reader:
+            rows.append(cells)
+            ends.append(reader.line_num)
+    except csv.Error as error:  # a cell of more than 128 KiB: a quotation mark that is never closed
+        raise RunError(f"{path} is no table of text: {error}. Is a quotation mark missing?") from error
+    return rows, ends
+
+
+def _inside(cell: str) -> list[str]:
+    """Lines of a cell but for the first."""
+    return cell.splitlines()[1:]
+
+
+def _swallowed(first: int, last: int, content: str, rows: int) -> str:
+    written = sum(bool(line.strip()) for line in content.splitlines()) - 1
+    return (
+        f"it reaches from line {first} to line {last} of the file, and those look like rows of their own: is a "
+        f"quotation mark missing, or one too many? ({written} lines with text under the header, and {rows} rows)"
+    )
 
 
 def _cell(column: str, cell: str) -> str:

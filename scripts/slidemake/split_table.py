@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from slidemake import csv_cells
 from slidemake.failures import RunError
-from slidemake.provenance import file_sums, fingerprint, read_json_if_whole, write_json, write_text
+from slidemake.provenance import file_sums, fingerprint, placed, read_json_if_whole, write_json
 from slidemake.split_leakage import check_leakage
 from slidemake.split_patients import TRAIN, UNNAMED, VAL, Patient, Splits, fold_order
+from slidemake.tables import read_table, write_table
 from slidemake.targets import CLASSES, summary
 
 COLUMNS = ("repeat", "patient_id", "fold", "fold_name", "label", "site")
@@ -120,15 +119,12 @@ def split_rows(splits: Splits) -> list[dict[str, Any]]:
 def write_splits(splits: Splits, table: str | Path, report: str | Path) -> None:
     """Write splits.csv (repeat, patient_id, fold, fold_name, label, site) and the report splits.json beside it."""
     rows = split_rows(splits)
-    text = io.StringIO()
-    writer = csv_cells.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(table, text.getvalue())
+    write_table(table, rows, COLUMNS)
     write_json(
         report,
         {
             **splits.report,
+            **placed(report),
             "fingerprint": fingerprint("splits", rows=rows),
             "files": file_sums(Path(table).parent, [Path(table).name]),
         },
@@ -136,13 +132,9 @@ def write_splits(splits: Splits, table: str | Path, report: str | Path) -> None:
 
 
 def read_splits(table: str | Path) -> Splits:
-    """Read splits.csv (and splits.json beside it); checks for leaks again, since the file can be edited by hand."""
+    """Read splits.csv (and splits.json beside it, which seals it). RunError for one that was edited or leaks."""
     table = Path(table)
-    try:
-        with open(table, newline="", encoding="utf-8") as handle:
-            rows = list(csv_cells.DictReader(handle))
-    except FileNotFoundError as error:
-        raise RunError(f"{table} is missing; run the split_cohort rule first.") from error
+    rows = read_table(table)
     missing = [c for c in COLUMNS if rows and c not in rows[0]]
     if not rows or missing:
         raise RunError(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.bundle import Bundle, check_features, load_bundle
+from slidemake.bundle_place import check_unseen
 from slidemake.embedding_engine import SlideJob
-from slidemake.provenance import STAGE_VERSIONS, write_json
+from slidemake.provenance import STAGE_VERSIONS, file_sums, placed, write_json
 from slidemake.reference import thinned
 from slidemake.splits import TRAIN, VAL, Splits
 from slidemake.stress import Patient
@@ -38,7 +39,8 @@ def tested_patients(
     for patient in chosen:
         fold = folds[patient]
         if fold not in bundles:
-            bundles[fold] = load_bundle(trained / "bundles" / f"repeat{repeat}_fold{fold}")
+            bundles[fold] = load_bundle(trained / "bundles" / f"repeat{repeat}_fold{fold}", of_run=True)
+            check_unseen([p for p in chosen if folds[p] == fold], bundles[fold].info, f"the model of fold {fold}")
         bundle = bundles[fold]
         jobs = tuple(make_job(record) for record in slides[patient])
         for job in jobs:
@@ -49,11 +51,12 @@ def tested_patients(
 
 def write_stress(result: Mapping[str, Any], about: Mapping[str, Any], out: str | Path, table: str | Path) -> None:
     """Write stress.csv, then stress.json."""
-    from slidemake.cohort_table import write_table
     from slidemake.stress import COLUMNS, table_rows
+    from slidemake.tables import write_table
 
     write_table(table, table_rows(result), COLUMNS)
     first = {"format": "slidemake-stress", "format_version": 1, "version": STAGE_VERSIONS["stress"]}
+    first |= {**placed(out), "files": file_sums(Path(table).parent, [Path(table).name])}
     write_json(out, {**first, **about, **result})
     for line in result["conclusion"]:
         log.log(logging.INFO if line["level"] == "ok" else logging.WARNING, "stress: %s", line["text"])

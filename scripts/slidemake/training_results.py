@@ -12,10 +12,12 @@ import numpy as np
 
 from slidemake.aggregators import model_parameters
 from slidemake.bundle import Bundle, is_complete, save_bundle
+from slidemake.bundle_place import trained_on
 from slidemake.invariance import domain_names, options_of
 from slidemake.outcomes import ClassOutcome, MultilabelOutcome, Outcome, RegressionOutcome, number
-from slidemake.prediction import prediction_columns, write_predictions
-from slidemake.provenance import file_sums, fingerprint, versions, write_json
+from slidemake.prediction import prediction_columns
+from slidemake.provenance import file_sums, fingerprint, placed, versions, write_json
+from slidemake.tables import write_table
 from slidemake.training_plan import Fold, Work, cohort_fingerprint
 
 log = logging.getLogger("slidemake")
@@ -61,10 +63,10 @@ def write_results(
     for level in ("slide", "patient"):
         rows = [row for result in results for row in result[f"{level}s"]]
         rows.sort(key=lambda row: (row["repeat"], row["patient_id"], row.get("slide_id", "")))
-        write_predictions(work.out / f"predictions_{level}s.csv", rows, prediction_columns(work.outcome, level))
+        write_table(work.out / f"predictions_{level}s.csv", rows, prediction_columns(work.outcome, level))
     bundles = [result["bundle"] for result in results]
     curve_columns = (*CURVE_COLUMNS, f"val_{work.outcome.score}")
-    write_predictions(work.out / "curves.csv", _curve_rows(folds, bundles, curve_columns), curve_columns)
+    write_table(work.out / "curves.csv", _curve_rows(folds, bundles, curve_columns), curve_columns)
     kept = {fold.name for fold in folds} if work.kind != "site_only" else set()
     for old in sorted((work.out / "bundles").glob("repeat*_fold*")):
         if old.name not in kept:
@@ -75,6 +77,7 @@ def write_results(
     without = sorted({p for result in results for p in result["without"]})
     record = {
         "format": "slidemake-training",
+        **placed(work.out / "train.json"),
         "fingerprint": mark,
         "task": task,
         "model": work.name,
@@ -130,7 +133,7 @@ def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
     threshold = work.outcome.threshold(values, [work.labels[p] for p, _ in pooled])
     training: dict[str, Any] = {
         "folds": [group.name for b in bundles for group in b.groups],
-        "patients": sorted({p for b in bundles for p in b.info["training"]["train"]}),
+        "patients": sorted({p for b in bundles for p in trained_on(b.info)}),
         "threshold_from": "pooled inner-validation predictions of all folds",
         "temperature_from": "inner validation of each fold, kept by group",
     }

@@ -138,7 +138,7 @@ class Results:
             yield self.finding(path, f"is of slide {named}", *self.remake(path))
         for name in content.get("files", {}) if isinstance(content, dict) else ():
             try:
-                check_file(path.parent / name, content)
+                check_file(path.parent / name, content, name)
             except SlideFailure as failure:
                 what = str(failure).removeprefix(f"{path.parent / name} ")
                 yield Finding(path.parent / name, what, (*self.remake(path), *self.vouchers.get(path, ())))

@@ -28,7 +28,6 @@ from slidemake.adapter import job
 from slidemake.aggregators import build_aggregator
 from slidemake.bags import load_bags
 from slidemake.bundle import Group, load_bundle, predict, save_bundle
-from slidemake.cohort_table import write_table
 from slidemake.configuration import load_configuration, stage_options
 from slidemake.demo import demo_rows, draw_demo_slide
 from slidemake.embedding import Lane, make_slide_job, process_rack
@@ -37,6 +36,7 @@ from slidemake.provenance import file_sums, read_json, write_json
 from slidemake.racks import read_manifest, run_rack
 from slidemake.setup import read_bundle
 from slidemake.stain_stage import pool_targets
+from slidemake.tables import write_table
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = REPO / "scripts"

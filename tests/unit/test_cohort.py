@@ -148,7 +148,9 @@ def test_a_wrong_cell_is_told_with_row_column_and_remedy(sheet, column, cell, ex
         ("C:\\scans\\a.svs", "is a path; write the name of the file alone: a"),
         ("a b", "holds a space"),
         ("Ä1", "holds Ä"),
-        ("..", "is the name of a folder"),
+        ("..", "begins with ."),
+        (".S1.zarr.tmp-x", "begin with a letter, a digit or _: write S1.zarr.tmp-x"),
+        ("-rf", "begins with -"),
         ("1.23E+05", "a spreadsheet has rounded"),
         ("1E12", "a spreadsheet has rounded"),
         ("x" * 201, "at most 200"),
@@ -160,7 +162,7 @@ def test_ids_that_cannot_be_names_of_files(sheet, slide_id, expected):
     assert expected in text
 
 
-@pytest.mark.parametrize("slide_id", ["TCGA-3L-AA1B-01Z-00-DX1.ABC", "a_b-c.1", "0", "12E4x", "2024-01-01", "..."])
+@pytest.mark.parametrize("slide_id", ["TCGA-3L-AA1B-01Z-00-DX1.ABC", "a_b-c.1", "0", "12E4x", "2024-01-01", "_x"])
 def test_ids_that_are_fine(sheet, slide_id):
     assert read_sheet(sheet(f"slide_id,path\n{slide_id},a.svs\n"))[0].slide_id == slide_id
 
@@ -297,12 +299,14 @@ def test_labels_that_cannot_be_learned():
     assert "one class only (x)" in refused(cohort({"a": "x", "b": "x"}), task())
     assert "column grade is empty" in refused(cohort({"a": "", "b": ""}), task())
     three = cohort({f"{c}{i}": c for c in "xyz" for i in range(3)})
-    assert "has 3 classes (x, y, z), and a binary task has two; set type: multiclass" in refused(three, task())
+    assert "has 3 classes (x 3, y 3, z 3 patients), and a binary task has two; set type: multiclass" in refused(
+        three, task()
+    )
     assert check_task(three, task(type="multiclass"))["patients"] == 9
     numbers = cohort({f"p{i}": f"{i / 7:.3f}" for i in range(30)})
     assert "a measurement, not a class" in refused(numbers, task())
     text = refused(cohort({"a": "Tumour", "b": "tumour", "c": "benign", "d": "benign"}), task())
-    assert "Tumour and tumour of column grade differ in case only" in text
+    assert '"tumour" (row 3) and "Tumour" (row 2) differ in case only' in text
     assert "no slide has the positive class yes in column grade" in refused(
         cohort({"a": "x", "b": "x", "c": "y", "d": "y"}), task(positive="yes")
     )

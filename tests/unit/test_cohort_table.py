@@ -1,16 +1,10 @@
 """The table of the cohort: first failure wins, duplicates, exclusion, the limit on failures."""
 
 import pytest
-from slidemake.cohort_table import (
-    FAILURE_COLUMNS,
-    check_failed_fraction,
-    cohort_rows,
-    failure_rows,
-    read_table,
-    write_table,
-)
+from slidemake.cohort_table import FAILURE_COLUMNS, check_failed_fraction, cohort_rows, failure_rows
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import write_json
+from slidemake.tables import read_table, write_table
 
 
 def ok(slide_id, **figures):

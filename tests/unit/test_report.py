@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from slidemake.cohort_table import FAILURE_COLUMNS, write_table
+from slidemake.cohort_table import FAILURE_COLUMNS
 from slidemake.provenance import write_json
 from slidemake.report import _environment, slide_cards, stage_times, write_report
 from slidemake.report_timeline import POINTS, busy_times, running, timeline_section, working_time
+from slidemake.tables import write_table
 from slidemake.timings import job_runs
 
 HOSTILE = "<script>alert(1)</script>"

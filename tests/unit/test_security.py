@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from slidemake import csv_cells, verify
 from slidemake.cohort import read_sheet
-from slidemake.cohort_table import failure_rows, read_table, write_table
+from slidemake.cohort_table import failure_rows
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import write_json
 from slidemake.racks import read_manifest
+from slidemake.tables import read_table, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])

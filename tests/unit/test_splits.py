@@ -167,6 +167,9 @@ def test_leaks_stop_the_run(tmp_path):
     write_splits(splits, tmp_path / "splits.csv", tmp_path / "splits.json")
     with open(tmp_path / "splits.csv", "a") as handle:
         handle.write(f"0,P000,{(int(splits.folds[0]['P000']) + 1) % 5},1,normal,site0\n")
+    with pytest.raises(RunError, match=r"splits.csv does not match its checksum.* Delete .*splits.csv"):
+        read_splits(tmp_path / "splits.csv")
+    (tmp_path / "splits.json").unlink()  # a table that nobody sealed
     with pytest.raises(RunError, match="P000"):
         read_splits(tmp_path / "splits.csv")
 
