@@ -291,7 +291,7 @@ def test_explanation(tmp_path):
     from slidemake.explain import explain_slide
 
     coords = np.array([[0, 0], [10, 0], [0, 10]])
-    facts = dict.fromkeys(("fingerprint", "label", "patient_id", "probability", "models"))  # of explain_stage
+    facts = dict.fromkeys(("place", "fingerprint", "label", "patient_id", "probability", "models"))  # of explain_stage
     explain_slide(
         tmp_path,
         slide_id="a",
