@@ -29,7 +29,7 @@ from slidemake.failures import SlideFailure, damaged
 STAGE_VERSIONS: dict[str, int] = {
     "demo": 1,
     "fetch": 1,
-    "screen": 2,
+    "screen": 3,
     "tissue": 3,
     "stain": 2,
     "tiles": 4,
@@ -349,25 +349,6 @@ def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def content_identity(path: str | Path, sample: int = 1 << 20) -> str:
-    """Identity of a slide file by content, not by path: SHA-256 over its size and its first, middle and last MiB.
-
-    A folder (multi-file DICOM, MRXS data, OME-Zarr) is the identity of its files in name order. Hashing a whole
-    2 GB slide would cost more than tiling it; header, middle and tail change with any re-scan or truncation.
-    """
-    path = Path(path)
-    digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for item in files:
-        size = item.stat().st_size
-        digest.update(f"{item.relative_to(path) if path.is_dir() else ''}:{size};".encode())
-        with open(item, "rb") as handle:
-            for start in sorted({0, max(0, size // 2 - sample // 2), max(0, size - sample)}):
-                handle.seek(start)
-                digest.update(handle.read(sample))
-    return digest.hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:

@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from slidemake.content import content_identity, files_of, trace_of
 from slidemake.failures import SlideFailure
-from slidemake.provenance import content_identity, file_sha256, fingerprint, read_json_if_whole, write_image, write_json
+from slidemake.provenance import (
+    file_sha256,
+    file_sums,
+    files_are_whole,
+    fingerprint,
+    read_json_if_whole,
+    write_image,
+    write_json,
+)
 from slidemake.racks import Record
 from slidemake.reader import SQUARE, SlideReader, choose_reader, open_slide, slide_file, square_mpp
 from slidemake.reader_levels import aligned_levels
@@ -57,46 +66,48 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path, remote: 
         if not path.exists():
             target.unlink(missing_ok=True)
             raise SlideFailure("missing_file", f"{path} does not exist")
-    identity = known["identity"] if postponed and known else slide_identity(path)
+    trace = None if remote else trace_of(path)  # a fetched slide has a new time every time
+    if known is not None and "identity" in known and (postponed or (trace and known.get("trace") == trace)):
+        identity = known["identity"]
+    else:
+        identity = content_identity(path)
     pictures = [target.with_name("thumbnail.jpg"), *([target.with_name("overview.jpg")] if remote else [])]
-    done = known is not None and known.get("fingerprint") == mark_of(identity) and all(p.exists() for p in pictures)
+    done = known is not None and known.get("fingerprint") == mark_of(identity)
+    done = done and all(p.name in known.get("files", {}) for p in pictures) and files_are_whole(target.parent, known)
     if known is not None and done:
-        about = {"path": str(path), "remote": remote}
-        if {key: known.get(key) for key in about} != about:  # the file moved
+        about = {"path": str(path), "remote": remote, "trace": trace}
+        if {key: known.get(key) for key in about} != about:  # it moved, or was written again
             known |= about
             write_json(target, known)
         return {**known, "reused": True}
     try:
         arrive(path)
-        identity = slide_identity(path)
         if row.sha256:
-            check_sha256(path, row.sha256)
+            check_sha256(path, row.sha256, identity)
         found = _examine(row, path, options, pictures)
     except SlideFailure as failure:
         reason = failure.record(row.slide_id, "screen").as_dict()
         write_json(target, {"slide_id": row.slide_id, "status": "failed", "path": str(path), "failure": reason})
         raise
     record = {"slide_id": row.slide_id, "status": "ok", "path": str(path), "identity": identity, **found}
-    record |= {"remote": remote, "fingerprint": mark_of(identity)}
+    files = file_sums(target.parent, [picture.name for picture in pictures])
+    record |= {"remote": remote, "trace": trace, "fingerprint": mark_of(identity), "files": files}
     write_json(target, record)
     return record
 
 
-def check_sha256(path: Path, wanted: str) -> None:
-    """Compare a slide with the checksum that the sheet gives. Raises SlideFailure wrong_checksum or unsupported."""
+def check_sha256(path: Path, wanted: str, identity: str) -> None:
+    """Compare a slide with the checksum that the sheet gives. Raises SlideFailure wrong_checksum or unsupported.
+
+    identity: of its content, which of a single file is half of its checksum, so that it need not be read again.
+    """
     if path.is_dir():
         raise SlideFailure("unsupported", f"{path} is a folder, which has no sha256", "Leave the cell empty.")
+    if list(files_of(path)) == [""] and wanted.startswith(identity):
+        return
     found = file_sha256(path)
     if found != wanted:
         raise SlideFailure("wrong_checksum", f"{path} has sha256 {found}, and the sheet says {wanted}")
-
-
-def slide_identity(path: Path) -> str:
-    """Content identity of a slide. An .mrxs counts with the folder of its name, which holds its pixels."""
-    data = path.with_suffix("")
-    if path.suffix.lower() == ".mrxs" and data.is_dir():
-        return fingerprint("screen", parts=[content_identity(path), content_identity(data)])
-    return content_identity(path)
 
 
 def find_duplicates(records: list[Record]) -> dict[str, str]:

@@ -12,7 +12,6 @@ import numpy as np
 
 from slidemake.aggregators import model_parameters
 from slidemake.bundle import Bundle, is_complete, save_bundle
-from slidemake.bundle_place import trained_on
 from slidemake.invariance import domain_names, options_of
 from slidemake.outcomes import ClassOutcome, MultilabelOutcome, Outcome, RegressionOutcome, number
 from slidemake.prediction import prediction_columns
@@ -133,7 +132,8 @@ def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
     threshold = work.outcome.threshold(values, [work.labels[p] for p, _ in pooled])
     training: dict[str, Any] = {
         "folds": [group.name for b in bundles for group in b.groups],
-        "patients": sorted({p for b in bundles for p in trained_on(b.info)}),
+        "patients": sorted({p for b in bundles for p in b.info["training"]["train"]}),
+        "val": sorted({p for b in bundles for p in b.info["training"]["val"]}),
         "threshold_from": "pooled inner-validation predictions of all folds",
         "temperature_from": "inner validation of each fold, kept by group",
     }

@@ -27,6 +27,7 @@ EXCEPT_KEYS = {
     "seconds": "how long it took",
     "tiles_per_second": "how fast it was",
     "reused": "whether it was found finished",
+    "trace": "when the slide was last written",
     "checksum": "is over the keys above as well",
 }
 

@@ -1,5 +1,6 @@
 """Fingerprints and commits that are whole or absent."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,11 +13,11 @@ import psutil
 import pytest
 from PIL import Image
 from slidemake import provenance
+from slidemake.content import content_identity, trace_of
 from slidemake.failures import SlideFailure
 from slidemake.provenance import (
     check_file,
     committed,
-    content_identity,
     file_sums,
     files_are_whole,
     fingerprint,
@@ -203,6 +204,30 @@ def test_content_identity_is_of_bytes_not_of_names(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.dcm").write_bytes(b"abc")
     assert content_identity(tmp_path / "d1") == content_identity(tmp_path / "d2")
+    assert content_identity(one) == hashlib.sha256(data).hexdigest()[:32]
+
+
+def test_content_identity_covers_the_file(tmp_path):
+    """500 kB in a file of 8 MiB were not among the 3 MiB that were looked at."""
+    data = bytearray(np.random.default_rng(0).bytes(8 << 20))
+    path = tmp_path / "a.svs"
+    path.write_bytes(data)
+    before, times = content_identity(path), path.stat()
+    traced = trace_of(path)
+    assert trace_of(path) == traced
+    data[2 << 20 : (2 << 20) + 500_000] = bytes(500_000)
+    path.write_bytes(data)
+    assert content_identity(path) != before
+    assert trace_of(path) != traced
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert trace_of(path) != traced  # windows are all over the file
+    data[2 << 20 : (2 << 20) + 500_000] = np.random.default_rng(0).bytes(8 << 20)[2 << 20 : (2 << 20) + 500_000]
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert trace_of(path) == traced
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert trace_of(path) != traced
+    assert content_identity(path) == before
 
 
 def test_versions_name_what_shapes_results():

@@ -13,6 +13,7 @@ import pyvips
 import tifffile
 from PIL import Image
 from slidemake import screening
+from slidemake.content import content_identity
 from slidemake.failures import SlideFailure
 from slidemake.provenance import read_json
 from slidemake.reader_tiff import read_tiff_index
@@ -81,6 +82,10 @@ def test_a_finished_slide_is_not_opened_again(slide: Path, tmp_path: Path, monke
         patch.setattr(screening, "choose_reader", refuse)
         again = screen_slide(Row("a", str(moved)), OPTIONS, tmp_path)
     assert again == {**first, "path": str(moved), "reused": True}
+    os.utime(moved)  # read again, and found to be the same
+    assert screen_slide(Row("a", str(moved)), OPTIONS, tmp_path)["reused"]
+    (tmp_path / "slides" / "a" / "thumbnail.jpg").write_bytes(b"rotten")
+    assert "reused" not in screen_slide(Row("a", str(moved)), OPTIONS, tmp_path)
     assert read_json(tmp_path / "slides" / "a" / "slide.json")["path"] == str(moved)
     assert "reused" not in screen_slide(Row("a", str(moved), 0.25), OPTIONS, tmp_path)  # another mpp: looked at anew
     save(moved, seed=1)
@@ -165,9 +170,9 @@ def test_mrxs_counts_with_its_folder(tmp_path: Path) -> None:
     (tmp_path / "x.mrxs").write_bytes(b"same")
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "Data0.dat").write_bytes(b"one")
-    before = screening.slide_identity(tmp_path / "x.mrxs")
+    before = content_identity(tmp_path / "x.mrxs")
     (tmp_path / "x" / "Data0.dat").write_bytes(b"two")
-    assert screening.slide_identity(tmp_path / "x.mrxs") != before
+    assert content_identity(tmp_path / "x.mrxs") != before
 
 
 @needs_data
