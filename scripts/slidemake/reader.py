@@ -252,9 +252,7 @@ def open_screened(slide: Mapping[str, Any], path: str | Path | None = None) -> S
     return reader
 
 
-def open_slide(
-    path: str | Path, reader: str = "auto", mpp: Mpp = None
-) -> SlideReader:
+def open_slide(path: str | Path, reader: str = "auto", mpp: Mpp = None) -> SlideReader:
     """Open a slide file, or the folder of a multi-file DICOM or OME-Zarr.
 
     `reader`: the name recorded at screening, or "auto" (`choose_reader`, which reads some regions). `mpp`: um per

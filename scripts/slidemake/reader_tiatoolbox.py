@@ -102,7 +102,15 @@ def _open_jp2(path: Path, mpp: Mpp) -> SlideReader:
         return image[y0 * step : min(y1 * step, h) : step, x0 * step : min(x1 * step, w) : step]
 
     return ArrayReader(
-        "tiatoolbox", path, levels, window, None, mpp=mpp, file_mpp=_pair(info.mpp), vendor="jp2", properties=_power(info)
+        "tiatoolbox",
+        path,
+        levels,
+        window,
+        None,
+        mpp=mpp,
+        file_mpp=_pair(info.mpp),
+        vendor="jp2",
+        properties=_power(info),
     )
 
 

@@ -71,7 +71,9 @@ def open_tifffile(path: Path, mpp: Mpp = None) -> ArrayReader:
     planes = image.planes if image and index.pages[number].samples == 1 else 1
     names, rivals = other_images(index, image) if image else ([], False)
     if index.pages[number].compression not in tifffile.TIFF.DECOMPRESSORS:
-        message = f"{path.name} is compressed by TIFF method {index.pages[number].compression}, which nothing here decodes"
+        message = (
+            f"{path.name} is compressed by TIFF method {index.pages[number].compression}, which nothing here decodes"
+        )
         raise SlideFailure("unsupported", message)
     tiff = tifffile.TiffFile(path)
     try:
