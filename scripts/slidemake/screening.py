@@ -72,9 +72,7 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path, remote: 
     else:
         identity = content_identity(path)
     pictures = [target.with_name("thumbnail.jpg"), *([target.with_name("overview.jpg")] if remote else [])]
-    done = known is not None and known.get("fingerprint") == mark_of(identity)
-    done = done and all(p.name in known.get("files", {}) for p in pictures) and files_are_whole(target.parent, known)
-    if known is not None and done:
+    if known is not None and known.get("fingerprint") == mark_of(identity) and _has_pictures(known, pictures):
         about = {"path": str(path), "remote": remote, "trace": trace}
         if {key: known.get(key) for key in about} != about:  # it moved, or was written again
             known |= about
@@ -94,6 +92,12 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path, remote: 
     record |= {"remote": remote, "trace": trace, "fingerprint": mark_of(identity), "files": files}
     write_json(target, record)
     return record
+
+
+def _has_pictures(known: dict[str, Any], pictures: list[Path]) -> bool:
+    """Whether the pictures that a slide.json lists are those that are wanted, and are there as they were written."""
+    listed = all(picture.name in known.get("files", {}) for picture in pictures)
+    return listed and files_are_whole(pictures[0].parent, known)
 
 
 def check_sha256(path: Path, wanted: str, identity: str) -> None:
