@@ -23,8 +23,8 @@ import pyvips
 from slidemake.failures import SlideFailure
 from slidemake.jpeg_tiles import JpegTiles
 from slidemake.reader import Level, Mpp, SlideReader, make_levels
-from slidemake.reader_openslide import OpenSlideReader
 from slidemake.reader_ome import other_images, slide_image
+from slidemake.reader_openslide import OpenSlideReader
 from slidemake.reader_tiff import TiffIndex, TiffPage, check_rgb, read_tiff_index
 from slidemake.reader_tifffile import level_pages, ome_properties
 

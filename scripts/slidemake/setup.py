@@ -20,7 +20,8 @@ from slidemake.contamination import contamination, public_cohorts
 from slidemake.encoder_access import check_access
 from slidemake.encoders import EncoderRecord, load_record, registry
 from slidemake.failures import RunError, SlideFailure
-from slidemake.provenance import FORMAT_VERSION, read_json, read_json_if_whole, write_json
+from slidemake.marker import MARKER, inferred_rack_size, read_marker
+from slidemake.provenance import FORMAT_VERSION, read_json, write_json
 from slidemake.racks import Machine, assign_racks, auto_rack_size
 from slidemake.remote import check_addresses, is_remote
 from slidemake.split_files import split_files
@@ -28,7 +29,6 @@ from slidemake.stain import resolve_method
 from slidemake.sweeps import axis_table
 
 CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
-MARKER = "slidemake.json"  # in the results folder: the version of its format, and the size of its racks
 PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
 
 
@@ -248,7 +248,7 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     by_id = {row.slide_id: row for row in rows}
     racks = {rack: [by_id[i] for i in ids] for rack, ids in assign_racks(list(by_id), size).items()}
     check_addresses(row.path for row in rows if not row.exclude)
-    kept = (read_json_if_whole(Path(config["output"]) / MARKER) or {}).get("racks_on_disk")
+    kept = read_marker(config["output"]).get("racks_on_disk")
     on_disk = int(kept or config["remote"]["racks_on_disk"])
     return Plan(config, rows, racks, encoders, known, bundle, size, on_disk)
 
@@ -274,11 +274,13 @@ def rack_size(config: dict[str, Any], slides: int, machine: Machine, in_job: boo
     marker = Path(config["output"]) / MARKER
     deadline = time.monotonic() + PATIENCE
     while True:
-        kept = (read_json_if_whole(marker) or {}).get("rack_size")
+        kept = read_marker(config["output"]).get("rack_size")
         if kept:
             return int(kept)
         if not in_job or not slides:
-            return auto_rack_size(slides, machine)
+            found = inferred_rack_size(config["output"]) or 0
+            racks = len(list((Path(config["output"]) / "manifests" / "screen").glob("r*.json")))
+            return found if racks > 1 else max(found, auto_rack_size(slides, machine))
         if time.monotonic() > deadline:
             raise RunError(
                 f"{marker.absolute()} is not there, or has no rack_size, and the run that started this job wrote it. "
@@ -347,8 +349,8 @@ def check_results_folder(output: Path) -> None:
 
     Raises RunError naming both versions and the ways out.
     """
-    found = read_json_if_whole(output / MARKER)
-    if found is None:
+    found = read_marker(output)
+    if not found:
         parent = _existing_parent(output)
         if not parent.is_dir():
             raise RunError(f"{output} cannot be written: {parent} is a file. Set `output` to a folder.")
@@ -369,7 +371,7 @@ def mark_results_folder(output: Path, rack_size: int | None = None, racks_on_dis
     `rack_size` (None: there are no racks yet) is kept for `rack_size: auto` of later runs and for jobs on other nodes,
     `racks_on_disk` (None: no slide is fetched) because another number would make Snakemake fetch all slides again.
     """
-    found = read_json_if_whole(output / MARKER) or {}
+    found = read_marker(output)
     marked = {**found, "format": "slidemake-results", "format_version": found.get("format_version", FORMAT_VERSION)}
     if rack_size:
         marked["rack_size"] = rack_size

@@ -1,9 +1,10 @@
-"""Is everything in a folder of results as it was written? `python -m slidemake.verify results` reads every byte.
+"""Is everything in a folder of results there, and as it was written? `python -m slidemake.verify results` reads it all.
 
-Checked are all manifests, the JSON of slides, tasks and explanations with the files that they list, all tile and
-embedding stores, all model bundles; and that every manifest's slides have the artefacts that it vouches for. Nothing
-is changed. Each finding names the file, what is wrong, and what to delete: the next run makes exactly that again.
-Exit code 1 when something was found.
+Checked are all manifests and other JSON with the files that they list (tables, masks, pictures, the report), all tile
+and embedding stores, all model bundles; that each lies where it was written for; that every manifest's slides have the
+artefacts that it vouches for; and that all is there that the last run wanted (plan.json). What is not looked at is said
+at the end. Nothing is changed. Each finding names the file, what is wrong, and what to delete: the next run makes
+exactly that again. Exit code 1 when something was found.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from typing import Any
 
 from slidemake.adapter import available_cpus
 from slidemake.background import record_name
+from slidemake.currency import FOLDER as DIGESTS
+from slidemake.currency import PLAN_FILE
 from slidemake.failures import SlideFailure
 from slidemake.integrity import problems
-from slidemake.provenance import check_file, has_checksum, read_json
+from slidemake.marker import MARKER
+from slidemake.provenance import check_file, check_place, has_checksum, read_json
 from slidemake.racks import check_ids
+from slidemake.verify_plan import check_plan, planned_files, what_is_not_covered
 
 STORES = {"tiles": "tiles", "embeddings": "embed"}  # folder -> stage
 SLIDE_FILES = {"slide.json": "screen", "tissue.json": "tissue", "stain.json": "stain"}
@@ -38,6 +43,11 @@ class Finding:
     path: Path
     what: str
     delete: tuple[Path, ...]
+
+    @property
+    def kind(self) -> str:
+        """The word that its line begins with."""
+        return "DAMAGED" if self.delete else "ABSENT "
 
     def __str__(self) -> str:
         return f"{printable(str(self.path))} {printable(self.what)}"
@@ -76,6 +86,7 @@ class Results:
                     _ = [record["status"] for record in manifest["slides"]]
                     check_ids(record["slide_id"] for record in manifest["slides"])
                     _checked_place(path, manifest, self.folder)
+                check_place(path, manifest)
                 found[path] = manifest
             except SlideFailure as failure:
                 found[path] = str(failure).removeprefix(f"{path} ")
@@ -133,10 +144,16 @@ class Results:
             return
         if isinstance(content, dict) and not has_checksum(path):
             yield self.finding(path, "carries no checksum", *self.remake(path))
+        try:
+            check_place(path, content)
+        except SlideFailure as failure:
+            yield self.finding(path, str(failure).removeprefix(f"{path} "), *self.remake(path))
         named = content.get("slide_id") if isinstance(content, dict) else None
         if named is not None and named != path.parent.name:
             yield self.finding(path, f"is of slide {named}", *self.remake(path))
-        for name in content.get("files", {}) if isinstance(content, dict) else ():
+        if not isinstance(content, dict) or (self.folder / DIGESTS) in path.parents:
+            return  # what a digest's files are like, `check_plan` sees
+        for name in content.get("files", {}):
             try:
                 check_file(path.parent / name, content, name)
             except SlideFailure as failure:
@@ -144,7 +161,8 @@ class Results:
                 yield Finding(path.parent / name, what, (*self.remake(path), *self.vouchers.get(path, ())))
 
     def remake(self, path: Path) -> tuple[Path, ...]:
-        """What to delete so that a damaged JSON is made again: a bundle goes whole, with its training's record."""
+        """What to delete so that a damaged JSON is made again: a bundle goes whole, with its training's record, and a
+        slide's tissue or stain with the manifest that vouches for it."""
         if path.name == "bundle.json":
             model = path.parent.parent if path.parent.name == "bundle" else path.parent.parent.parent
             return (path.parent, model / "train.json")
@@ -170,8 +188,9 @@ class Results:
 
     def jsons(self) -> list[Path]:
         """All JSON but manifests, stores and what work in progress has left."""
-        folders = ("slides", "cohort", "tasks", "explain", "predictions")
+        folders = ("slides", "cohort", "tasks", "explain", "predictions", "report", DIGESTS)
         found = [path for folder in folders for path in sorted((self.folder / folder).rglob("*.json"))]
+        found += [path for name in (MARKER, PLAN_FILE) if (path := self.folder / name).exists()]
         return [p for p in found if not any(part.startswith(".") for part in p.relative_to(self.folder).parts)]
 
 
@@ -209,7 +228,7 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def verify(folder: str | Path, threads: int = 1) -> tuple[list[Finding], dict[str, int]]:
-    """All findings, sorted, and how many manifests, stores, bundles and other JSON files were checked."""
+    """All findings, sorted, and how many manifests, stores, bundles, other JSON and planned files were checked."""
     results = Results(folder)
     stores, jsons = results.stores(), results.jsons()
     _ = results.vouchers  # made once, before threads ask for it
@@ -221,13 +240,19 @@ def verify(folder: str | Path, threads: int = 1) -> tuple[list[Finding], dict[st
             *pool.map(lambda path: list(results.check_store(path)), stores),
             *pool.map(lambda path: list(results.check_json(path)), jsons),
         ]
-    findings = sorted({f for found in checks for f in found}, key=lambda f: (str(f.path), f.what))
+    found = {f for each in checks for f in each}
+    told = {f.path for f in found}
+    planned = {path: what for path, what in check_plan(results.folder).items() if path not in told}
+    absent = {Finding(path, what, ()) for path, what in planned.items() if not path.exists()}
+    changed = {Finding(path, what, (path,)) for path, what in planned.items() if path.exists()}
+    findings = sorted(found | absent | changed, key=lambda f: (str(f.path), f.what))
     bundles = sum(path.name == "bundle.json" for path in jsons)
     counts = {
         "manifests": len(results.manifests),
         "stores": len(stores),
         "bundles": bundles,
         "other files": len(jsons) - bundles,
+        "planned files": len(planned_files(results.folder)),
     }
     return findings, counts
 
@@ -237,19 +262,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", help="folder of results (the setting `output`)")
     options = parser.parse_args(arguments)
     folder = Path(options.results)
-    if not (folder / "slidemake.json").is_file():
-        print(f"{folder} is no folder of slidemake results: it has no slidemake.json.", file=sys.stderr)
+    if not (folder / MARKER).is_file() and not (folder / "manifests").is_dir():
+        print(f"{folder} is no folder of slidemake results: it has no {MARKER}.", file=sys.stderr)
         return 2
     findings, counts = verify(folder, available_cpus())
+    if not (folder / MARKER).is_file():
+        findings.append(Finding(folder / MARKER, "is absent", ()))
     for finding in findings:
-        print(f"DAMAGED  {finding}")
+        print(f"{finding.kind}  {finding}")
     checked = ", ".join(f"{count} {name}" for name, count in counts.items())
     if not findings:
-        print(f"All is as it was written: {checked}.")
+        print(f"All is there, and as it was written: {checked}.")
+    for line in what_is_not_covered(folder):
+        print(f"Not looked at: {printable(line)}")
+    if not findings:
         return 0
     delete = sorted({path for finding in findings for path in finding.delete})
-    print(f"\n{len(findings)} problems in {checked}. To have them made again, delete what is damaged and what vouches")
-    print("for it, and give the same snakemake command as before; whatever is finished is kept:")
+    print(f"\n{len(findings)} problems in {checked}. To have them made again,", end=" ")
+    print("delete what is damaged and what vouches for it, and" * bool(delete), end=" " * bool(delete))
+    print("give the same snakemake command as before; whatever is finished is kept" + ":" * bool(delete))
     for path in delete:
         print(f"  rm -r {shlex.quote(printable(str(path)))}")
     return 1

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from slidemake.arrays import write_array
 from slidemake.bundle import save_bundle
+from slidemake.currency import write_record
 from slidemake.failures import SlideFailure
 from slidemake.integrity import check_store, problems, seal
-from slidemake.provenance import file_sums, write_json
+from slidemake.provenance import file_sums, placed, read_json, write_json
+from slidemake.tables import seal_tables, write_table
 from slidemake.tiles import (
     TileCodec,
     TileStore,
@@ -59,7 +61,28 @@ def results(tmp_path) -> Path:
         write_json(place / "tissue.json", {"slide_id": slide, "fingerprint": f"tissue {slide}", "files": files})
         make_store(folder / "tiles" / GRID / f"{slide}.zarr", slide, f"tiles {slide}")
     save_bundle(folder / "tasks/t/m/bundles/repeat0_fold0", {"fingerprint": "x", "classes": ["n", "p"]}, [])
+    write_table(folder / "cohort" / "slides.csv", [{"slide_id": "a"}])
+    seal_tables(folder / "cohort" / "tables.json", [folder / "cohort" / "slides.csv"])
+    (folder / "cohort" / "notes.txt").write_text("of somebody")
+    (folder / "logs").mkdir()
+    report = folder / "report"
+    (report / "stain").mkdir(parents=True)
+    (report / "index.html").write_text("a page")
+    (report / "stain" / "a.jpg").write_bytes(b"a picture")
+    write_json(report / "report.json", {"files": file_sums(report, ["index.html", "stain/a.jpg"])})
+    plan_of(folder, "cohort_table", ["cohort/slides.csv", "cohort/tables.json"])
+    plan_of(folder, "write_report", ["report/index.html", "report/report.json"])
+    plan_of(folder, "tile_slides", [f"manifests/tiles/{GRID}/r00000.json"])
     return folder
+
+
+def plan_of(results: Path, rule: str, files: list[str]) -> None:
+    """Add a finished job to what the last run wanted."""
+    plan = read_json(results / "plan.json") if (results / "plan.json").exists() else {"format": 1, "outcomes": []}
+    about = {"rule": rule, "wildcards": {}, "files": files, "digest": "d", "settings": {}, "read": {}, "after": ""}
+    plan["outcomes"].append(about)
+    write_json(results / "plan.json", plan)
+    write_record(results, about)
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -71,9 +94,13 @@ def flip(path: Path, at: int = -1) -> None:
 def test_whole_results_are_whole(results, capsys):
     findings, counts = verify(results)
     assert findings == []
-    assert counts == {"manifests": 3, "stores": 2, "bundles": 1, "other files": 4}
+    assert counts == {"manifests": 3, "stores": 2, "bundles": 1, "other files": 11, "planned files": 5}
     assert main([str(results)]) == 0
-    assert "All is as it was written: 3 manifests, 2 stores, 1 bundles, 4 other files." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "All is there, and as it was written: 3 manifests, 2 stores, 1 bundles, 11 other files, 5 planned" in shown
+    assert "Not looked at: logs (what jobs said)" in shown
+    assert "Not looked at: 1 files that no JSON lists, such as " in shown
+    assert "cohort/notes.txt" in shown
 
 
 def test_a_record_whose_checksum_is_gone_is_named(results):
@@ -134,6 +161,70 @@ def test_what_is_damaged_is_named_with_what_to_delete(results, capsys, spoil, na
     assert any(path.endswith(named.replace("tissue.png", "tissue.json")) or "bundles" in path for path in deletions)
     if not named.startswith(("manifests", "weights")):  # what vouches for it goes too, so that it is made again
         assert any("manifests" in path for path in deletions), shown
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named", "says"),
+    [
+        (lambda r: flip(r / "cohort/slides.csv"), "cohort/slides.csv", "does not match its checksum"),
+        (lambda r: flip(r / "report/index.html"), "report/index.html", "does not match its checksum"),
+        (lambda r: flip(r / "report/stain/a.jpg"), "report/stain/a.jpg", "does not match its checksum"),
+        (lambda r: flip(r / "slidemake.json", 30), "slidemake.json", ""),
+        (lambda r: flip(r / "plan.json", 30), "plan.json", ""),
+        (lambda r: flip(r / "digests/report/index.html.json", 30), "digests/report/index.html.json", ""),
+    ],
+)
+def test_tables_reports_and_records_of_the_run_are_looked_at(results, capsys, spoil, named, says):
+    spoil(results)
+    assert main([str(results)]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("DAMAGED", "ABSENT"))]
+    assert named in line
+    assert says in line
+
+
+@pytest.mark.parametrize("file", ["cohort/slides.csv", "report/index.html", f"manifests/tiles/{GRID}/r00000.json"])
+def test_what_the_last_run_wanted_and_is_absent_is_named(results, capsys, file):
+    """Also where nothing else would know: the manifest itself is gone, or the table with its seal."""
+    (results / file).unlink()
+    for other in ("cohort/tables.json", "report/report.json"):
+        if other.split("/")[0] == file.split("/")[0]:
+            (results / other).unlink()
+    assert main([str(results)]) == 1
+    shown = capsys.readouterr().out
+    assert f"ABSENT   {results / file} is absent, and the last run wanted it" in shown
+    assert "give the same snakemake command as before; whatever is finished is kept\n" in shown
+    assert "rm -r" not in shown
+
+
+def test_what_a_job_did_not_leave_is_named_though_nothing_seals_it(results):
+    (results / "cohort" / "tables.json").unlink()
+    with open(results / "cohort" / "slides.csv", "a") as handle:
+        handle.write("b\n")
+    found = {finding.path.name: finding.what for finding in verify(results)[0]}
+    assert found["slides.csv"] == "has 13 bytes instead of 11 (cohort_table)"
+
+
+def test_whole_folders_that_changed_places_are_found(results):
+    """Two models, each whole in itself."""
+    for model in ("m", "n"):
+        folder = results / "tasks" / "t" / model
+        write_json(folder / "train.json", placed(folder / "train.json"))
+    save_bundle(results / "tasks/t/n/bundle", {"fingerprint": "y", "classes": ["n", "p"]}, [])
+    assert verify(results)[0] == []
+    one, two = results / "tasks" / "t" / "m", results / "tasks" / "t" / "n"
+    one.rename(results / "x")
+    two.rename(one)
+    (results / "x").rename(two)
+    found = {finding.path.relative_to(results).as_posix(): finding for finding in verify(results)[0]}
+    assert "was written as tasks/t/n/train.json" in found["tasks/t/m/train.json"].what
+    assert "was written as tasks/t/n/bundle/bundle.json" in found["tasks/t/m/bundle/bundle.json"].what
+    assert found["tasks/t/m/bundle/bundle.json"].delete == (one / "bundle", one / "train.json")
+
+
+def test_without_a_plan_verify_says_what_it_cannot_know(results, capsys):
+    (results / "plan.json").unlink()
+    assert main([str(results)]) == 0
+    assert "what is absent: plan.json is not there or damaged" in capsys.readouterr().out
 
 
 def test_bags_without_their_index_are_named(results):
