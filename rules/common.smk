@@ -45,6 +45,8 @@ try:
 except RunError as error:
     sys.exit(f"\nslidemake cannot start.\n{error}\n")
 
+# Jobs are told by the environment, because it changes no result.
+os.environ["SLIDEMAKE_SLIDE_SECONDS"] = str(PLAN.config["slide_seconds"])
 CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
 CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)

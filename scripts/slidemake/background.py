@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slidemake import isolation
 from slidemake.failures import SlideFailure
 from slidemake.grid import Grid, Window, boxes, slide_window, tile_positions
 from slidemake.provenance import fingerprint, read_json_if_whole, read_slide_record, write_json
@@ -90,8 +91,9 @@ def embed_background(
             tiles, good = read_tiles(reader, coords, window)
         if not good.any():
             raise SlideFailure("unreadable", f"none of {len(coords)} tiles of background decodes")
-        coords, tiles, model = coords[good], tiles[good], forward()
-        features = [model(tiles[i : i + model.batch], None) for i in range(0, len(tiles), model.batch)]
+        with isolation.unhurried():
+            coords, tiles, model = coords[good], tiles[good], forward()
+            features = [model(tiles[i : i + model.batch], None) for i in range(0, len(tiles), model.batch)]
         vector = np.concatenate(features).mean(axis=0, dtype=np.float64)
     content = {"slide_id": slide_id, "fingerprint": mark, "encoder": encoder, "grid": grid.name}
     content |= {"coords": coords, "vector": None if vector is None else [float(f"{v:.6g}") for v in vector]}

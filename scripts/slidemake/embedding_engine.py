@@ -315,11 +315,12 @@ class Engine:
         try:
             with isolation.working_on(slide_id):
                 tiles = source.read(start, min(start + self._batch_size, len(source)))
-                for number, stain in stains.items():
-                    try:
-                        found[number] = self._models[number](tiles, stain).astype(self._dtype)
-                    except Exception as error:  # of this encoder alone
-                        found[number] = error
+                with isolation.unhurried():  # a large model on a CPU
+                    for number, stain in stains.items():
+                        try:
+                            found[number] = self._models[number](tiles, stain).astype(self._dtype)
+                        except Exception as error:  # of this encoder alone
+                            found[number] = error
             self._progress(len(tiles) * len(stains))
             return found
         finally:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from slidemake import isolation
 from slidemake.bags import open_embeddings
 from slidemake.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
 from slidemake.bundle_place import check_unseen
@@ -131,9 +132,10 @@ class Explainer:
         for bundle in bundles:
             check_features(bundle.info, attrs["encoder"], attrs["stain"], row["slide_id"])
             domain = row.get(bundle.domain or "", "")
-            prediction = predict(bundle, features, None, [domain])
+            with isolation.unhurried():
+                prediction = predict(bundle, features, None, [domain])
+                change.append(bundle_leave_one_out(bundle, features, domain))
             attention.append(prediction.attention)
-            change.append(bundle_leave_one_out(bundle, features, domain))
             probability.append(bundle.outcome.headline(prediction.values))
         return np.mean(attention, axis=0), np.mean(change, axis=0), float(np.mean(probability))
 

@@ -27,6 +27,7 @@ HINTS: dict[str, str] = {
     "too_few_tiles": "Lower tiling.min_tissue or tiling.min_tiles, or exclude the slide.",
     "duplicate": "The same scan is in the sheet twice: keep one row, or set exclude on the other.",
     "out_of_memory": "Lower the job's threads or the encoder's batch size, or give the job more memory.",
+    "too_slow": "The file asks for more work than a slide should: look at it, raise slide_seconds, or set exclude.",
     "damaged": "A file of the results is damaged, not the slide: `python -m slidemake.verify` with the folder of the "
     "results names every such file, and what to delete so that the next run makes it again.",
     "crashed": "This is a defect or an exotic file. The log named here has the traceback; please report it.",

@@ -1,11 +1,12 @@
-"""A job's work in a process of its own: a reader that dies, or eats the memory, costs its slide and not the run.
+"""A job's work in a process of its own: a reader that dies, eats the memory or never ends costs its slide, not the run.
 
 `supervised` forks before any slide is opened. The child does the job's work; the parent waits, passes signals on and
-watches the memory. The child marks the slides that it is busy with on a board of shared memory, which survives it. When
-it dies, each of these suspects is tried alone, in a fresh process; one that dies there too is condemned: the next child
-writes a failure record for it (`crashed` or `out_of_memory`) and goes on with the others, finding finished slides
-finished. Forking costs some milliseconds. On Linux only: elsewhere the work runs in the process itself, and a crash
-ends the job.
+watches memory and clock. The child marks the slides that it is busy with on a board of shared memory, which survives
+it. When it dies, each of these suspects is tried alone, in a fresh process; one that dies there too is condemned: the
+next child writes a failure record for it (`crashed` or `out_of_memory`) and goes on with the others, finding finished
+slides finished. A slide that is in work for longer than it may be (`slide_seconds`, and what `allow` adds) needs no
+second trial: the child is stopped, and the slide is condemned as `too_slow`. Forking costs some milliseconds. On Linux
+only: elsewhere the work runs in the process itself, and a crash ends the job.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import mmap
 import os
 import select
 import signal
+import struct
 import sys
 import threading
 import time
@@ -31,8 +33,14 @@ from slidemake.memory import MemoryWatch
 
 log = logging.getLogger("slidemake")
 
-SLOTS, SLOT = 1024, 256  # slides that can be in work at once; bytes for an id (at most 200 characters)
-TICK = 0.1  # s between two looks at the memory
+SLOTS, SLOT = 1024, 256  # slides that can be in work at once; bytes of each
+NAME = SLOT - 16  # bytes for an id (at most 200 characters); behind it, when its work began and when it must have ended
+TICK = 0.1  # s between two looks at the memory and the clock
+UNHURRIED = 1e9  # s
+PAUSE = 5.0  # s between two looks, from which on it is clear that the job was suspended
+SECONDS = (
+    "SLIDEMAKE_SLIDE_SECONDS"  # the environment tells jobs how long a slide may take, because it changes no result
+)
 GRACE = 8.0  # s that the work has to end after SIGTERM
 DEATHS = 3  # a slide that was in work at this many deaths is condemned, even if it survives alone
 HINTS = {
@@ -41,6 +49,9 @@ HINTS = {
     "{log}.",
     "out_of_memory": "Give the job more memory (--set-resources {rule}:mem_mb=...) or fewer threads and run again with "
     "--forcerun {rule}, or set exclude for the slide.",
+    "too_slow": "Look at the file with another viewer; a slide without smaller levels is quicker as a pyramidal TIFF "
+    "(vips tiffsave --tile --pyramid). If disk or machine were slow, raise slide_seconds and run again with --forcerun "
+    "{rule}. Or set exclude for the slide.",
 }
 
 
@@ -53,24 +64,48 @@ class Board:
         self._lock = threading.Lock()
 
     @contextmanager
-    def working_on(self, slide_id: str) -> Iterator[None]:
-        """Mark `slide_id` as in work."""
-        text = slide_id.encode()[: SLOT - 1]
+    def working_on(self, slide_id: str, seconds: float = 0.0) -> Iterator[int]:
+        """Mark `slide_id` as in work, for `seconds` at most (0: for as long as it takes). Yields its slot."""
+        text = slide_id.encode()[:NAME]
         with self._lock:
             slot = self._free.pop()
         at = slot * SLOT
+        began = time.monotonic()
+        self._memory[at + NAME : at + SLOT] = struct.pack("dd", began, began + seconds if seconds else float("inf"))
         self._memory[at : at + len(text)] = text
         try:
-            yield
+            yield slot
         finally:
             self._memory[at : at + SLOT] = bytes(SLOT)
             with self._lock:
                 self._free.append(slot)
 
+    def postpone(self, slot: int, seconds: float) -> None:
+        """Let the slide in a slot take so much longer."""
+        at = slot * SLOT
+        began, until = struct.unpack("dd", self._memory[at + NAME : at + SLOT])
+        self._memory[at + NAME : at + SLOT] = struct.pack("dd", began, until + seconds)
+
+    def _slots(self) -> Iterator[tuple[int, str, float, float]]:
+        for slot in range(1, SLOTS):
+            text = self._memory[slot * SLOT : slot * SLOT + NAME].rstrip(b"\0")
+            if text:
+                times = struct.unpack("dd", self._memory[slot * SLOT + NAME : (slot + 1) * SLOT])
+                yield slot, text.decode(errors="replace"), *times
+
     def in_work(self) -> list[str]:
         """Slides that were in work, sorted."""
-        slots = (self._memory[k * SLOT : (k + 1) * SLOT].rstrip(b"\0") for k in range(1, SLOTS))
-        return sorted({slot.decode(errors="replace") for slot in slots if slot})
+        return sorted({slide_id for _, slide_id, _, _ in self._slots()})
+
+    def overdue(self) -> dict[str, float]:
+        """{slide: seconds in work} of the slides that are in work for longer than they may."""
+        now = time.monotonic()
+        return {slide_id: now - began for _, slide_id, began, until in self._slots() if began and now > until}
+
+    def resume(self, pause: float) -> None:
+        """The job was suspended: that time does not count."""
+        for slot, *_ in list(self._slots()):
+            self.postpone(slot, pause)
 
     def end(self) -> None:
         self._memory[0] = 1
@@ -90,16 +125,46 @@ class Orders:
 
 
 _orders: Orders | None = None  # of this process; None where nobody supervises
+_own = threading.local()  # `slot` of the slide that the thread is working on
+
+
+def slide_seconds() -> float:
+    """How long a stage may take for a slide, in s; 0: as long as it takes."""
+    return float(os.environ.get(SECONDS) or 0)
 
 
 @contextmanager
 def working_on(slide_id: str) -> Iterator[None]:
-    """Mark a slide as in work by the calling thread: should the process die now, it is a suspect."""
+    """Mark a slide as in work by the calling thread: should the process die now, it is a suspect. It may take
+    `slide_seconds`, and what `allow` adds.
+    """
     if _orders is None:
         yield
-    else:
-        with _orders.board.working_on(slide_id):
+        return
+    before = getattr(_own, "slot", None)
+    with _orders.board.working_on(slide_id, slide_seconds()) as slot:
+        _own.slot = slot
+        try:
             yield
+        finally:
+            _own.slot = before
+
+
+def allow(seconds: float) -> None:
+    """Let the slide that this thread is working on take longer: for what is known to be much."""
+    if _orders is not None and getattr(_own, "slot", None) is not None:
+        _orders.board.postpone(_own.slot, seconds)
+
+
+@contextmanager
+def unhurried() -> Iterator[None]:
+    """While work goes on that has limits of its own (a transfer), or none (a model), its time does not count."""
+    started = time.monotonic()
+    allow(UNHURRIED)
+    try:
+        yield
+    finally:
+        allow(time.monotonic() - started - UNHURRIED)
 
 
 def condemned(slide_id: str) -> SlideFailure | None:
@@ -135,6 +200,7 @@ class Death:
     orderly: bool = False  # it said that it ended
     suspects: list[str] = field(default_factory=list)
     stopped_at_mb: int | None = None  # the supervisor stopped it because memory ran out
+    overdue: dict[str, float] = field(default_factory=dict)  # {slide: seconds}: it was stopped because of these
     asked: bool = False  # somebody asked for the end (SIGTERM)
 
     @property
@@ -173,6 +239,9 @@ def supervised(job: Job, watch: MemoryWatch | None = None) -> bool:
             return True
         if not death.sudden:
             sys.exit(death.code)
+        if death.overdue:
+            _condemn_overdue(job, death, verdicts)
+            continue
         if not death.suspects:
             log.error("%s", _job_message(job, death))
             sys.exit(1)
@@ -187,9 +256,18 @@ def supervised(job: Job, watch: MemoryWatch | None = None) -> bool:
                 return True
             if not alone.sudden and alone.code:
                 sys.exit(alone.code)
-            if alone.sudden or deaths[slide_id] >= DEATHS:
+            if alone.overdue:
+                _condemn_overdue(job, alone, verdicts)
+            elif alone.sudden or deaths[slide_id] >= DEATHS:
                 verdicts[slide_id] = _failure(job, alone if alone.sudden else death, alone=alone.sudden)
                 log.warning("slide %s: %s", slide_id, verdicts[slide_id])
+
+
+def _condemn_overdue(job: Job, death: Death, verdicts: dict[str, SlideFailure]) -> None:
+    for slide_id, seconds in death.overdue.items():
+        message = f"rule {job.rule} was still at work on this slide after {seconds:.0f} s"
+        verdicts[slide_id] = SlideFailure("too_slow", message, HINTS["too_slow"].format(rule=job.rule))
+        log.warning("slide %s: %s", slide_id, verdicts[slide_id])
 
 
 def _failure(job: Job, death: Death, *, alone: bool) -> SlideFailure:
@@ -266,9 +344,13 @@ def _wait(pid: int, ending: int, watch: MemoryWatch, board: Board, blocked: set[
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+    looked = time.monotonic()
     try:
         while True:
             ended = select.select([ending], [], [], TICK)[0]
+            if (pause := time.monotonic() - looked) > PAUSE:
+                board.resume(pause)
+            looked = time.monotonic()
             done, status = os.waitpid(pid, 0 if ended else os.WNOHANG)
             if done:
                 break
@@ -276,6 +358,9 @@ def _wait(pid: int, ending: int, watch: MemoryWatch, board: Board, blocked: set[
                 os.kill(pid, signal.SIGKILL)
             elif death.stopped_at_mb is None and (size := watch.too_much(pid)) is not None:
                 death.stopped_at_mb = size
+                os.kill(pid, signal.SIGKILL)
+            elif death.stopped_at_mb is None and not death.overdue and (late := board.overdue()):
+                death.overdue = late
                 os.kill(pid, signal.SIGKILL)
     finally:
         for signum, handler in before.items():

@@ -24,6 +24,7 @@ from PIL import Image
 
 from slidemake.failures import RunError, SlideFailure
 from slidemake.remote import arrive
+from slidemake.slide_files import check_file
 
 if TYPE_CHECKING:
     from slidemake.jpeg_tiles import JpegTiles
@@ -280,8 +281,7 @@ def open_slide(path: str | Path, reader: str = "auto", mpp: Mpp = None) -> Slide
 def slide_file(path: str | Path) -> Path:
     """The file to hand to a reader: for a DICOM folder its first .dcm file; anything else as it is."""
     path = Path(path)
-    if not path.exists():
-        raise SlideFailure("missing_file", f"{path} does not exist")
+    check_file(path)
     if path.is_dir() and not (path / ".zattrs").exists() and not (path / "zarr.json").exists():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".dcm")
         if not files:

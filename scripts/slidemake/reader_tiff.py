@@ -92,7 +92,12 @@ class _Walk:
     order: Literal["<", ">"]
     big: bool
     seen: set[int] = field(default_factory=set)
+    read: int = 0  # bytes of the index so far
     ndpi: bool = False
+
+
+MOST_IMAGES = 5000  # of a file: a pyramid has a dozen; planes of a stack of focus some hundreds
+MOST_BYTES = 1 << 29  # of its index: 400 gigapixels in tiles of 256 px have 100 MB
 
 
 class _BeyondEnd(Exception):
@@ -125,12 +130,20 @@ def read_tiff_index(path: Path) -> TiffIndex | None:
 def _bytes(walk: _Walk, offset: int, count: int) -> bytes:
     if offset + count > walk.size:
         raise _BeyondEnd(f"its index points to byte {offset + count} of {walk.size}")
+    walk.read += count
+    if walk.read > MOST_BYTES:
+        raise SlideFailure(
+            "unsupported", f"{Path(walk.handle.name).name}: its index is larger than {MOST_BYTES >> 20} MB"
+        )
     walk.handle.seek(offset)
     return walk.handle.read(count)
 
 
 def _page(walk: _Walk, offset: int) -> tuple[TiffPage | None, int]:
     walk.seen.add(offset)
+    if len(walk.seen) > MOST_IMAGES:
+        name = Path(walk.handle.name).name
+        raise SlideFailure("unsupported", f"{name} holds more than {MOST_IMAGES} images: no slide has so many")
     width, entry, value = (8, 20, 8) if walk.big else (2, 12, 4)
     number = int.from_bytes(_bytes(walk, offset, width), "little" if walk.order == "<" else "big")
     table = _bytes(walk, offset + width, number * entry + value)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from slidemake import isolation
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import file_sha256, fingerprint, read_json_if_whole, write_json
 from slidemake.sheet_checks import URI, safe_id
@@ -142,7 +143,7 @@ def fetch_slide(
     """
     target, part = folder / slide_id, folder / f"{slide_id}+part"
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder / f"{slide_id}+lock"):
+    with isolation.unhurried(), alone(folder / f"{slide_id}+lock"):  # a transfer has limits of its own
         before = read_json_if_whole(target / RECORD)
         if before and before["source"] == source_of(uri) and _same(target / local_name(uri), before, wanted):
             return before
@@ -178,14 +179,15 @@ def source_of(uri: str) -> str:
 
 def _same(file: Path, record: dict[str, Any], wanted: str | None) -> bool:
     """Whether a copy that an interrupted job left is as it was fetched, and what the sheet wants."""
-    if not file.exists() or _bytes(file) != record["bytes"]:
+    if not file.exists() or size_of(file) != record["bytes"]:
         return False
     if record["sha256"] is None:
         return wanted is None
     return wanted in (None, record["sha256"]) and file_sha256(file) == record["sha256"]
 
 
-def _bytes(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
@@ -199,7 +201,7 @@ def _checked(file: Path, uri: str, wanted: str | None) -> dict[str, Any]:
         found = file_sha256(file)
         if wanted and found != wanted:
             raise SlideFailure("wrong_checksum", f"{shown(uri)} has sha256 {found}, and the sheet says {wanted}")
-    size = _bytes(file)
+    size = size_of(file)
     return {"uri": shown(uri), "source": source_of(uri), "bytes": size, "sha256": found, "checked": bool(wanted)}
 
 
@@ -326,8 +328,8 @@ def postpone(slide_id: str, uri: str, wanted: str | None, folder: Path, options:
 
 def arrive(path: str | Path) -> None:
     """Fetch the slide at `path` if it is one that was postponed; otherwise do nothing."""
-    path = Path(path)
-    if path.exists():
+    path = Path(path).absolute()  # a bare name has no parent
+    if os.path.lexists(path):
         return
     later = read_json_if_whole(path.parent.with_name(f"{path.parent.name}+later.json"))
     if later:

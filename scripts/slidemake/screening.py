@@ -7,12 +7,14 @@ compared with the size of the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from slidemake import isolation
 from slidemake.content import content_identity, files_of, trace_of
 from slidemake.failures import SlideFailure
 from slidemake.provenance import (
@@ -28,11 +30,14 @@ from slidemake.racks import Record
 from slidemake.reader import SQUARE, SlideReader, choose_reader, open_slide, slide_file, square_mpp
 from slidemake.reader_levels import aligned_levels
 from slidemake.reader_tiff import check_rgb, check_whole, read_tiff_index
-from slidemake.remote import arrive
+from slidemake.remote import arrive, size_of
+from slidemake.slide_files import check_file, no_permission
 
 if TYPE_CHECKING:
     from slidemake.cohort import SlideRow
 
+MOST_PIXELS = 400e9  # at level 0: the whole of a glass slide (75 x 25 mm) at 0.07 um per px
+SLOWEST_READING = 5e6  # bytes per s that a whole file may take to be read
 PLAUSIBLE_MPP = (0.05, 10.0)  # um per px at level 0; a resolution tag of 72 dpi says 353
 OVERVIEW_MPP = 100.0  # scans of a whole glass slide in one picture (macro, overview, flatbed) have 10 to 100 um per px
 GLASS_UM = 160e3  # longest side of anything on a glass slide, large formats included
@@ -63,14 +68,16 @@ def screen_slide(row: SlideRow, options: dict[str, Any], results: Path, remote: 
 
     if not postponed:
         arrive(path)
-        if not path.exists():
+        try:
+            check_file(path)
+        except SlideFailure:
             target.unlink(missing_ok=True)
-            raise SlideFailure("missing_file", f"{path} does not exist")
-    trace = None if remote else trace_of(path)  # a fetched slide has a new time every time
+            raise
+    trace = None if remote else _reading(trace_of, path)  # a fetched slide has a new time every time
     if known is not None and "identity" in known and (postponed or (trace and known.get("trace") == trace)):
         identity = known["identity"]
     else:
-        identity = content_identity(path)
+        identity = slide_identity(path)
     pictures = [target.with_name("thumbnail.jpg"), *([target.with_name("overview.jpg")] if remote else [])]
     if known is not None and known.get("fingerprint") == mark_of(identity) and _has_pictures(known, pictures):
         about = {"path": str(path), "remote": remote, "trace": trace}
@@ -109,9 +116,24 @@ def check_sha256(path: Path, wanted: str, identity: str) -> None:
         raise SlideFailure("unsupported", f"{path} is a folder, which has no sha256", "Leave the cell empty.")
     if list(files_of(path)) == [""] and wanted.startswith(identity):
         return
+    isolation.allow(size_of(path) / SLOWEST_READING)
     found = file_sha256(path)
     if found != wanted:
         raise SlideFailure("wrong_checksum", f"{path} has sha256 {found}, and the sheet says {wanted}")
+
+
+def slide_identity(path: Path) -> str:
+    """Content identity of a slide, of all of its files. Raises SlideFailure unreadable where one may not be read."""
+    isolation.allow(sum(file.stat().st_size for file in files_of(path).values()) / SLOWEST_READING)
+    return _reading(content_identity, path)
+
+
+def _reading(how: Callable[[Path], str], path: Path) -> str:
+    """What `how` finds in the files of a slide. One that may not be read is the slide's own failure."""
+    try:
+        return how(path)
+    except PermissionError as error:
+        raise no_permission(path, error) from error
 
 
 def find_duplicates(records: list[Record]) -> dict[str, str]:
@@ -135,11 +157,17 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
     """Open the slide and look at it: the figures of slide.json, its thumbnail and, where asked for, its overview."""
     index = read_tiff_index(slide_file(path))
     if index is not None:
+        for page in index.pages[:1]:
+            if page.width * page.height > MOST_PIXELS:  # before anything is decoded to choose a reader
+                raise _too_large(path, page.width, page.height)
         check_whole(index)
         if index.pages and not index.is_ome:
             check_rgb(index.pages[0], path.name)
     name = options.get("reader") or "auto"
     with open_slide(path, choose_reader(path) if name == "auto" else name, row.mpp) as slide:
+        width, height = slide.dimensions
+        if width * height > MOST_PIXELS:
+            raise _too_large(path, width, height)
         flags = _check_modality(slide) + _probe(slide)
         mpp, source = _resolve_mpp(slide, row.mpp, options.get("default_mpp"))
         flags += _mpp_flags(slide, mpp, source) + (["several_images"] if slide.several_images else [])
@@ -166,6 +194,11 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
             "associated": slide.associated(),
             "flags": sorted(set(flags)),
         }
+
+
+def _too_large(path: Path, width: int, height: int) -> SlideFailure:
+    message = f"{path.name} says that it is {width} x {height} px: no slide is so large"
+    return SlideFailure("unsupported", message, "The file is damaged, or no scan. Export the slide again.")
 
 
 def _resolve_mpp(slide: SlideReader, sheet: float | None, default: float | None) -> tuple[float, str]:

@@ -79,7 +79,9 @@ def stress_patient(
             hook = stain_hook(job.stain)
             for kind, severity in levels(kinds):
                 changed = corrupt(tiles, kind, severity, mpp)
-                parts = [forward(changed[i : i + forward.batch], hook) for i in range(0, len(changed), forward.batch)]
+                starts = range(0, len(changed), forward.batch)
+                with isolation.unhurried():
+                    parts = [forward(changed[i : i + forward.batch], hook) for i in starts]
                 features.setdefault(f"{kind} {severity}", []).extend(parts)
     found = {key: predict(patient.bundle, np.concatenate(parts), sizes) for key, parts in features.items()}
     return {key: prediction.values.tolist() for key, prediction in found.items()}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slidemake import isolation
 from slidemake.arrays import write_array
 from slidemake.failures import RunError, SlideFailure
 from slidemake.grid import Grid, Window, boxes, describe_window, slide_window, tile_positions
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from slidemake.jpeg_tiles import JpegTiles
 
 READ_TILES = 64  # tiles in memory at a time per task; more does not read faster
+SLOWEST_TILE = 0.25  # s that a tile may take, on a slide that may take long: some fifty times what one takes
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def process_slide(
         "status": "ok",
         "fingerprint": print_,
     }
+    isolation.allow(len(coords) * SLOWEST_TILE)
     with committed(path) as work:
         corrupt = _write(work, slide, window, coords, tissue, attributes, refused, options, threads, scheduler, stain)
     return {"fingerprint": print_, "corrupt": corrupt, **_figures(TileStore(path))}

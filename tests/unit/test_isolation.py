@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slidemake import isolation
 from slidemake.memory import Cgroup, MemoryWatch, machine_mb, own_cgroup, private_mb
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="jobs have a supervisor on Linux only")
@@ -68,7 +69,7 @@ class Done:
 
 @pytest.fixture
 def run(tmp_path):
-    def started(body: str) -> subprocess.Popen:
+    def started(body: str, **env: str) -> subprocess.Popen:
         script = tmp_path / "script.py"
         script.write_text(SCRIPT + body)
         return subprocess.Popen(
@@ -76,11 +77,11 @@ def run(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "scripts"), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "scripts"), "OMP_NUM_THREADS": "1", **env},
         )
 
-    def to_its_end(body: str) -> Done:
-        process = started(body)
+    def to_its_end(body: str, **env: str) -> Done:
+        process = started(body, **env)
         text, _ = process.communicate(timeout=120)
         return Done(tmp_path, process.returncode, text)
 
@@ -106,6 +107,44 @@ rack(work, threads={threads})
     assert "log.txt" in failure["hint"]
     assert "_read_inside" in done.log  # the last lines of Python
     assert "Traceback" not in done.text
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_slide_without_end_costs_its_slide(run, threads):
+    """Python that goes round, and a call into C that does not return, which no signal handler would interrupt."""
+    done = run(
+        f"""
+def work(record):
+    if record["slide_id"] == "b":
+        ctypes.CDLL(None).pause()
+    if record["slide_id"] == "c":
+        isolation.allow(600)
+        time.sleep(4)
+    if record["slide_id"] == "d":
+        with isolation.unhurried():
+            time.sleep(4)
+    return note(record)
+rack(work, threads={threads})
+""",
+        SLIDEMAKE_SLIDE_SECONDS="3",
+    )
+    assert done.code == 0, done.text
+    assert done.codes() == {"a": None, "b": "too_slow", "c": None, "d": None}
+    failure = done.records["b"]["failure"]
+    assert "a_rule was still at work" in failure["message"]
+    assert "slide_seconds" in failure["hint"]
+
+
+def test_time_in_which_a_job_was_suspended_does_not_count(monkeypatch):
+    board, now = isolation.Board(), 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with board.working_on("a", 10), board.working_on("b", 0):
+        now += 11
+        assert board.overdue() == {"a": 11}
+        board.resume(5)
+        assert board.overdue() == {}
+        assert board.in_work() == ["a", "b"]
+    assert board.in_work() == []
 
 
 def test_two_killers_in_one_rack_are_both_found(run):
