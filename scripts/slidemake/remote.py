@@ -136,8 +136,8 @@ def fetch_slide(
 ) -> dict[str, Any]:
     """Fetch a slide into `folder/slide_id/`; found there whole, it is not fetched again.
 
-    wanted: SHA-256 of the sheet, or None. options: `attempts` and `timeout` (s without a byte) of `remote`. remedy: how
-    to try again. Returns {"uri" as it may be shown, "source" (hash of all of it), "bytes", "sha256" (None of a folder),
+    wanted: SHA-256 of the sheet, or None. options: the section `remote` of the configuration. remedy: how to try
+    again. Returns {"uri" as it may be shown, "source" (hash of all of it), "bytes", "sha256" (None of a folder),
     "checked" (against the sheet), "stamp" (of the server, or None)}. Raises SlideFailure missing_file, unreachable,
     wrong_checksum or unsupported; OSError of the local disk.
     """
@@ -150,7 +150,7 @@ def fetch_slide(
         same = ""
         for attempt in range(1, options["attempts"] + 1):
             try:
-                stamp = _fetch(uri, part / local_name(uri), options["timeout"])
+                stamp = _fetch(uri, part / local_name(uri), options, checked=wanted is not None)
                 found = _checked(part / local_name(uri), uri, wanted) | {"stamp": stamp}
                 break
             except SlideFailure as failure:
@@ -214,12 +214,12 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(uri: str, file: Path, timeout: float) -> str | None:
-    """Fetch without any check; returns the server's stamp."""
+def _fetch(uri: str, file: Path, options: dict[str, Any], checked: bool) -> str | None:
+    """Fetch without any check (`checked`: its checksum will be looked at); returns the server's stamp."""
     if urlsplit(uri).scheme.lower() in ("http", "https"):
         from slidemake.remote_http import download
 
-        return download(uri, file, provider_of(uri, file.parent).settings, timeout)
+        return download(uri, file, provider_of(uri, file.parent).settings, options, checked=checked)
     shutil.rmtree(file.parent, ignore_errors=True)
     with _of_the_plugin(uri):
         stored = _stored(uri, file)
@@ -227,10 +227,12 @@ def _fetch(uri: str, file: Path, timeout: float) -> str | None:
             raise Refused("missing_file", f"there is no {shown(uri)}", "Check the path column of the sheet.")
         told = _stamp(stored)
         _check_names(stored, uri)
+        _check_size(stored, uri, options)
         stored.retrieve_object()
         if file.suffix.lower() == ".mrxs":  # its pixels are in the folder of its name
             pixels = _stored(uri[: -len(".mrxs")], file.with_suffix(""))
             _check_names(pixels, uri)
+            _check_size(pixels, uri, options)
             pixels.retrieve_object()
     return told
 
@@ -263,6 +265,13 @@ def _of_the_plugin(uri: str) -> Iterator[None]:
         raise kind("unreachable", f"{shown(uri)}: {type(error).__name__}: {error}") from error
 
 
+def _check_size(stored: Any, uri: str, options: dict[str, Any]) -> None:
+    most = options.get("max_gigabytes", 100)
+    if stored.size() > 1e9 * most:
+        hint = "If slides are as large as that, raise remote.max_gigabytes."
+        raise Refused("unreachable", f"{shown(uri)} is larger than {most:g} GB", hint)
+
+
 def _check_names(stored: Any, uri: str) -> None:
     """The objects of a folder become files: none may lie outside of it. (The plugin joins names as they are.)"""
     if not getattr(stored, "is_dir", lambda: False)():
@@ -282,7 +291,7 @@ def get_slide(
     slide_id, uri, wanted = row["slide_id"], row["path"], row["sha256"] or None
     slide = read_json_if_whole(results / "slides" / slide_id / "slide.json") or {}
     known = slide.get("remote") if slide.get("status") == "ok" else None
-    if known and is_unchanged(uri, wanted, known, options["timeout"]):
+    if known and is_unchanged(uri, wanted, known, options):
         postpone(slide_id, uri, wanted, folder, options)
         known |= {"uri": shown(uri), "source": source_of(uri)}
         return {"fingerprint": fingerprint("fetch", **known), "reused": True, "remote": {**known, "postponed": True}}
@@ -299,7 +308,7 @@ def fetch_row(row: dict[str, str], folder: Path, options: dict[str, Any]) -> Pat
 # -- slides that are fetched only when somebody opens them -------------------------------------------------------------
 
 
-def is_unchanged(uri: str, wanted: str | None, known: dict[str, Any] | None, timeout: float) -> bool:
+def is_unchanged(uri: str, wanted: str | None, known: dict[str, Any] | None, options: dict[str, Any]) -> bool:
     """Whether a slide that was processed before is still the same, as far as the sheet and the server tell."""
     if not known:
         return False
@@ -310,7 +319,7 @@ def is_unchanged(uri: str, wanted: str | None, known: dict[str, Any] | None, tim
     if urlsplit(uri).scheme.lower() in ("http", "https"):
         from slidemake.remote_http import stamp
 
-        now = stamp(uri, settings_of(plugin_of(urlsplit(uri).scheme.lower())), timeout)
+        now = stamp(uri, settings_of(plugin_of(urlsplit(uri).scheme.lower())), options)
     else:
         try:
             with tempfile.TemporaryDirectory() as nowhere, _of_the_plugin(uri):
