@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 
 from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import same_encoder, stain_identity
+from slidemake.bundle_checks import check_bundle
 from slidemake.bundle_place import JSON, about_place, check_bundle_place, misplaced
 from slidemake.failures import RunError, SlideFailure
 from slidemake.outcomes import Outcome, Threshold, load_outcome
@@ -137,6 +138,7 @@ def read_info(folder: str | Path, of_run: bool = False) -> dict[str, Any]:
             f"{FORMAT} version "
             f"{FORMAT_VERSION}. Use the slidemake that wrote it (versions are in the file), or train again."
         )
+    check_bundle(path, info)
     check_bundle_place(folder, info, of_run)
     return info
 
@@ -164,12 +166,22 @@ def load_bundle(folder: str | Path, device: str = "cpu", of_run: bool = False) -
                 model.load_state_dict(state, strict=True)
             except RuntimeError as error:
                 raise RunError(f"{path} does not fit its {JSON}: {error}") from error
-            if not all(bool(v.isfinite().all()) for v in state.values()):
-                raise RunError(f"{path}: weights of {prefix} are not finite; train the model again.")
+            _check_weights(path, prefix, state, model.state_dict())
             members.append(model.to(device).eval())
         link = {key: value for key, value in group.items() if key not in ("name", "members")}
         groups.append(Group(group["name"], link, tuple(members)))
     return Bundle(info, tuple(groups))
+
+
+def _check_weights(path: Path, prefix: str, given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """RunError for weights of another type (they would be cast in silence), not finite, or that divide by 0."""
+    for key, value in given.items():
+        if value.dtype != wanted[key].dtype:
+            raise RunError(f"{path}: {prefix}{key} is {value.dtype}, and {wanted[key].dtype} is needed; copy it again.")
+        if not bool(value.isfinite().all()):
+            raise RunError(f"{path}: weights of {prefix} are not finite; train the model again.")
+    if bool((given["feature_std"] <= 0).any()):
+        raise RunError(f"{path}: {prefix}feature_std has values that are not above 0; train the model again.")
 
 
 def is_complete(folder: str | Path, fingerprint: str) -> bool:
@@ -225,7 +237,13 @@ def predict(
         outputs.append(mean)
         values.append(bundle.outcome.predict(mean, group.link))
         attention.append(np.mean([p[1] for p in parts], axis=0))
-    return Prediction(np.mean(outputs, axis=0), np.mean(values, axis=0), np.mean(attention, axis=0))
+    found = Prediction(np.mean(outputs, axis=0), np.mean(values, axis=0), np.mean(attention, axis=0))
+    if not (np.isfinite(found.logits).all() and np.isfinite(found.values).all()):
+        raise RunError(
+            "The model's prediction is not a finite number: its weights or its calibration do not fit these features. "
+            "Train the model again, or ask for the bundle again where it comes from."
+        )
+    return found
 
 
 def bundle_leave_one_out(bundle: Bundle, features: np.ndarray, domain: str = "") -> np.ndarray:

@@ -261,16 +261,21 @@ def read_json(path: str | Path) -> Any:
 
 def _read_json(path: str | Path) -> Any:
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(), parse_constant=_no_number)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise damaged(path, "is missing") from error
     except IsADirectoryError as error:
         raise damaged(path, "is a folder, not a file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of text that is no UTF-8
         raise damaged(path, f"is not valid JSON ({error})") from error
     if isinstance(value, dict) and "checksum" in value and value.pop("checksum") != checksum(value):
         raise damaged(path, "does not match its checksum")
     return value
+
+
+def _no_number(text: str) -> float:
+    """Python would read NaN and Infinity, which are no JSON, and which nothing here writes."""
+    raise ValueError(f"it holds {text}")
 
 
 def has_checksum(path: str | Path) -> bool:

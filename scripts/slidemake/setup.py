@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slidemake.bundle_checks import check_bundle
 from slidemake.cohort import SlideRow, read_sheet
 from slidemake.configuration import in_order, load_configuration, sheet_columns, stage_options
 from slidemake.contamination import contamination, public_cohorts
@@ -331,6 +332,7 @@ def read_bundle(folder: str) -> dict[str, Any]:
         raise RunError(
             f"bundle: {folder} does not say how its slides were processed ({', '.join(missing)}); train again."
         )
+    check_bundle(Path(folder) / "bundle.json", info)
     return info
 
 

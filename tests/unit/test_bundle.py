@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from mil_cohort import ENCODER, QUICK, STAIN, planted
 from scipy.special import softmax
@@ -23,7 +24,7 @@ from slidemake.bundle import (
 from slidemake.failures import RunError, SlideFailure
 from slidemake.outcomes import decide
 from slidemake.prediction import apply_bundle_to_stores
-from slidemake.provenance import write_json
+from slidemake.provenance import file_sums, write_json
 from slidemake.training import train_model
 
 INFO = {
@@ -136,7 +137,12 @@ def test_damaged_bundles(tmp_path):
 def test_bundle_applied_to_stores_gives_the_predictions_of_training(tmp_path):
     bags, splits = planted()
     train_model(
-        {"label": "label"}, {**QUICK, "epochs": 8}, bags, splits, tmp_path / "m", {"grid": "8px", "tissue": {"x": 1}}
+        {"label": "label"},
+        {**QUICK, "epochs": 8},
+        bags,
+        splits,
+        tmp_path / "m",
+        {"grid": "8px", "tissue": {"close_um": 1}},
     )
     folder = tmp_path / "stores"
     for i, slide in enumerate(bags.slides):
@@ -153,7 +159,7 @@ def test_bundle_applied_to_stores_gives_the_predictions_of_training(tmp_path):
     ensemble = load_bundle(tmp_path / "m/bundle")
     assert len(ensemble.groups) == 6
     assert 0 < ensemble.threshold < 1
-    assert ensemble.info["tissue"] == {"x": 1}
+    assert ensemble.info["tissue"] == {"close_um": 1}
     write_store(folder, "other", bags.slide(0), {**ENCODER, "key": "uni"})
     with pytest.raises(RunError, match="refuses slide other"):
         apply_bundle_to_stores(tmp_path / "m/bundle", folder, [{"slide_id": "other"}])
@@ -220,3 +226,114 @@ def test_mixed_stores_are_refused(tmp_path):
         load_bags(tmp_path, [])
     with pytest.raises(ValueError, match="ordered"):
         make_bags(x, ["b", "a"], ["A", "A"], [1, 1], ENCODER)
+
+
+# -- bundles of others ----------------------------------------------------------------------------------------------
+
+
+def theirs(folder, **changes):
+    """A bundle of two groups whose bundle.json was changed, and sealed again: whoever can write can seal."""
+    groups = [Group(name, {"temperature": 1.0}, members(seed)) for seed, name in enumerate("ab")]
+    save_bundle(folder, INFO, groups)
+    path = folder / "bundle.json"
+    info = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    for key, value in changes.items():
+        if key in ("temperature", "members", "name"):
+            info["groups"][1][key] = value
+        else:
+            info[key] = value
+    path.write_text(json.dumps({**info, "checksum": checksum_of(info)}))
+    return folder
+
+
+def checksum_of(info):
+    from slidemake import provenance
+
+    try:
+        return provenance.checksum(info)
+    except ValueError:  # numbers that JSON does not know have none
+        return "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": "2"}, "temperature"),
+        ({"temperature": [1.0]}, "temperature of b"),
+        ({"temperature": float("nan")}, "it holds NaN"),
+        ({"temperature": float("inf")}, "it holds Infinity"),
+        ({"threshold": 7}, "threshold: 7 is not a number from 0 to 1"),
+        ({"threshold": -0.1}, "threshold"),
+        ({"threshold": "0.5"}, "threshold: '0.5'"),
+        ({"threshold": True}, "threshold"),
+        ({"classes": ["N", "N"]}, "classes"),
+        ({"classes": ["N"]}, "fewer than two"),
+        ({"classes": []}, "fewer than two"),
+        ({"positive": "X"}, "'X' is none of the classes"),
+        ({"groups": []}, "groups"),
+        ({"members": 0}, "members"),
+        ({"members": 10**9}, "members"),
+        ({"name": "../../x"}, "name"),
+        ({"name": "a"}, "two have the same name"),
+        ({"aggregator": {"name": "abmil_gated", "features": 8, "parameters": {"hidden": 10**7}}}, "hidden"),
+        ({"aggregator": {"name": "abmil_gated", "features": 8, "parameters": {"eval": "x"}}}, "eval"),
+        ({"aggregator": {"name": "abmil_gated", "features": 10**9, "parameters": {}}}, "features"),
+        ({"aggregator": {"name": "of_theirs", "features": 8, "parameters": {}}}, "needs aggregator 'of_theirs'"),
+        ({"tissue": []}, "tissue"),
+        ({"tissue": {"overview_mpp": 1e-9}}, "tissue.overview_mpp"),
+        ({"stain": {"method": "/etc/passwd"}}, "stain.method"),
+        ({"stain": {"max_pixels": 1e12}}, "stain.max_pixels"),
+        ({"stain_target": "tiatoolbox"}, "stain_target"),
+        ({"tiling": {"min_tissue": 2}}, "tiling.min_tissue"),
+        ({"features": "pickle"}, "features"),
+        ({"harmonised": {"column": "site", "names": ["A"]}}, "harmonised"),
+        ({"target": {"type": "regression", "unit": ""}}, "has no mean"),
+        ({"target": {"type": "survival", "method": "cox", "horizons": [1.0]}}, "has no slope"),
+        ({"target": {"type": "of_theirs"}}, "of_theirs"),
+    ],
+)
+def test_bundles_with_impossible_numbers_are_refused(tmp_path, change, says):
+    load_bundle(theirs(tmp_path / "good"))
+    with pytest.raises(RunError, match=says) as caught:
+        load_bundle(theirs(tmp_path / "bad", **change))
+    assert "bundle.json" in str(caught.value) or "of_theirs" in str(caught.value)
+
+
+def test_a_bundle_without_a_checksum_is_refused(tmp_path):
+    path = theirs(tmp_path / "b") / "bundle.json"
+    info = json.loads(path.read_text())
+    del info["checksum"]
+    path.write_text(json.dumps(info))
+    with pytest.raises(RunError, match="no checksum"):
+        load_bundle(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda key, value: value.to(torch.int8), "int8"),
+        (lambda key, value: value.double(), "float64"),
+        (lambda key, value: value * 0 if key.endswith("feature_std") else value, "feature_std"),
+        (lambda key, value: value / 0 if key.endswith("classifier.bias") else value, "not finite"),
+    ],
+)
+def test_weights_of_another_type_or_without_meaning_are_refused(tmp_path, change, says):
+    from safetensors.torch import load_file, save_file
+
+    folder = theirs(tmp_path / "b")
+    weights = folder / "weights.safetensors"
+    save_file({key: change(key, value) for key, value in load_file(weights).items()}, weights)
+    info = {key: value for key, value in json.loads((folder / "bundle.json").read_text()).items() if key != "checksum"}
+    write_json(folder / "bundle.json", info | {"files": file_sums(folder, ["weights.safetensors"])})
+    with pytest.raises(RunError, match=says):
+        load_bundle(folder)
+
+
+def test_a_prediction_that_is_no_number_is_an_error(tmp_path):
+    """Weights that pass every check can still overflow on features that they were not made for."""
+    groups = [Group("a", {"temperature": 1e-300}, members(1))]
+    save_bundle(tmp_path / "b", INFO, groups)
+    with pytest.raises(RunError, match="not a finite number"), np.errstate(all="ignore"):
+        predict(load_bundle(tmp_path / "b"), np.full((3, 8), 3e38, np.float32))

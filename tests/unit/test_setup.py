@@ -132,6 +132,11 @@ def test_a_bundle_brings_its_own_processing(raw, tmp_path):
     tiling = {**plan_run(raw, BASE).config["tiling"], "min_tissue": 0.9, "stride_px": 112}
     bundle = tmp_path / "bundle"
     info = {
+        "format": "slidemake-bundle",
+        "format_version": 1,
+        "aggregator": {"name": "abmil", "parameters": {"hidden": 16}, "features": 1280},
+        "groups": [{"name": "g", "members": 1, "temperature": 1.0}],
+        "classes": ["a", "b"],
         "encoder": {"key": "efficientnet_lite0", "variant": "avgpool"},
         "tissue": plan_run(raw, BASE).config["tissue"],
         "tiling": tiling,
@@ -146,6 +151,9 @@ def test_a_bundle_brings_its_own_processing(raw, tmp_path):
     assert plan.config["tiling"]["min_tissue"] == 0.9
     assert plan.stain_options["method"] == "reinhard"
     assert plan.stain_target_record == info["stain_target"]
+    write_json(bundle / "bundle.json", info | {"tissue": {"overview_mpp": 1e-9}})
+    with pytest.raises(RunError, match=r"tissue\.overview_mpp: 1e-09 is not a number"):
+        plan_run({**raw, "bundle": str(bundle)}, BASE)
     write_json(bundle / "bundle.json", {"encoder": info["encoder"]})
     with pytest.raises(RunError, match="train"):
         plan_run({**raw, "bundle": str(bundle)}, BASE)

@@ -41,7 +41,7 @@ def area(path):
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("model")
     bags, splits = planted()
-    return out, bags, splits, train_model(TASK, QUICK, bags, splits, out, {"tissue": {"a": 1}})
+    return out, bags, splits, train_model(TASK, QUICK, bags, splits, out, {"tissue": {"close_um": 1}})
 
 
 def test_planted_signal_is_found(trained):
@@ -87,7 +87,7 @@ def test_no_patient_is_on_two_sides(trained):
 def test_same_bytes_again_and_on_threads(trained, tmp_path):
     out, bags, splits, record = trained
     torch.rand(3)  # whatever the global generator did before
-    again = train_model(TASK, QUICK, bags, splits, tmp_path, {"tissue": {"a": 1}}, threads=3)
+    again = train_model(TASK, QUICK, bags, splits, tmp_path, {"tissue": {"close_um": 1}}, threads=3)
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
     assert again["fingerprint"] == record["fingerprint"]
@@ -105,14 +105,14 @@ def test_resume_trains_only_what_is_missing(trained, tmp_path):
     (out / "train.json").unlink()
     shutil.rmtree(out / "bundles" / "repeat1_fold2")
     (out / "bundles" / "repeat0_fold9").mkdir()  # of an older split
-    record = train_model(TASK, QUICK, bags, splits, out, {"tissue": {"a": 1}})
+    record = train_model(TASK, QUICK, bags, splits, out, {"tissue": {"close_um": 1}})
     assert [(f["repeat"], f["fold"]) for f in record["folds"] if not f["reused"]] == [(1, "2")]
     for name in FILES:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     assert sorted(p.name for p in (out / "bundles").iterdir()) == sorted(before)
     after = {name: (out / "bundles" / name / "bundle.json").stat().st_mtime_ns for name in before}
     assert [name for name in before if before[name] != after[name]] == ["repeat1_fold2"]
-    changed = train_model(TASK, {**QUICK, "epochs": 9}, bags, splits, out, {"tissue": {"a": 1}})
+    changed = train_model(TASK, {**QUICK, "epochs": 9}, bags, splits, out, {"tissue": {"close_um": 1}})
     assert not any(f["reused"] for f in changed["folds"])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
+from slidemake.provenance import read_json, write_json
 from snakemake_run import ENCODER, Project, stamps
 
 pytestmark = pytest.mark.workflow
@@ -96,9 +97,8 @@ def refused(project: Project, tmp_path: Path, **changed: object) -> str:
     """What the terminal shows when the bundle's encoder is another one; no prediction may be made."""
     other = project.copy(tmp_path / "other")
     path = other.folder / "bundle" / "bundle.json"
-    info = json.loads(path.read_text())
-    info.pop("checksum")  # as by hand
-    path.write_text(json.dumps({**info, "encoder": {**info["encoder"], **changed}}))
+    info = read_json(path)
+    write_json(path, {**info, "encoder": {**info["encoder"], **changed}})
     embeddings, predictions = stamps(other.results / "embeddings"), stamps(other.results / "predictions")
     outcome = other.run("predict")
     assert outcome.code != 0
