@@ -53,9 +53,11 @@ def pen_mask(
     red, green, blue = od
     found = np.zeros(usable.shape, bool)
     if "green" in pens:
+        # Thin ink is lighter than any rule for its full colour: what lets green through this freely is no stain.
+        light = (red > 0.04) & (green < 0.7 * red) & (blue > 0.2 * red)
         strong = (red > 0.06) & (green < 0.88 * red) & (blue > 0.5 * red)
-        weak = strong | ((red > 0.3) & (green < 0.96 * red) & (blue > 0.45 * red))
-        found |= _strokes(strong & (red > 0.2), weak, usable, mpp)
+        weak = strong | light | ((red > 0.3) & (green < 0.96 * red) & (blue > 0.45 * red))
+        found |= _strokes((strong & (red > 0.2)) | (light & (red > 0.1) & (green < 0.62 * red)), weak, usable, mpp)
     if "blue" in pens:
         pure = (green < 0.85 * red) & (blue < 0.5 * red)
         # Over tissue eosin adds to green, so there the lack of blue absorption decides (haematoxylin alone has 0.45).
@@ -155,3 +157,29 @@ def bubble_mask(
         if round_enough and inside.sum() > 0.4 * disc.sum() and float(np.median(total[window][inside])) < 0.06:
             found[window] |= disc
     return found
+
+
+def glass_edges(labels: np.ndarray, sizes: np.ndarray, coloured: np.ndarray, mpp: float) -> np.ndarray:
+    """(count + 1,) bool: components longer than ten times their width that are coverslip or scanner edges.
+
+    Needle biopsies are as long: a piece goes only when it has no colour, or touches the border and is thin (< 150 um).
+    """
+    edge = np.zeros(len(sizes), bool)
+    touching = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    at_border = np.zeros(len(sizes), bool)
+    at_border[touching] = True
+    boxes = ndi.find_objects(labels)
+    shares = np.bincount(labels[coloured], minlength=len(sizes)) / np.maximum(sizes, 1)
+    for label in np.flatnonzero(sizes * mpp**2 > 5_000):
+        if label == 0:
+            continue
+        window = boxes[label - 1]
+        height, width = (part.stop - part.start for part in window)
+        if sizes[label] > 0.35 * height * width and max(height, width) < 8 * min(height, width):
+            continue
+        y, x = np.nonzero(labels[window] == label)
+        spread = np.cov(np.stack([y, x]).astype(np.float64)) if len(y) > 2 else np.eye(2)
+        small, large = np.sqrt(12 * np.maximum(np.linalg.eigvalsh(spread), 1 / 12))
+        if large > 10 * small:
+            edge[label] = shares[label] < 0.3 or (at_border[label] and small * mpp < 150)
+    return edge

@@ -29,37 +29,11 @@ def median3(rgb: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(v[4])
 
 
-def glass_white_point(rgb: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """(3,) float64: colour of the empty glass, the mode of the bright, colourless pixels.
-
-    rgb (h, w, 3) uint8; usable (h, w) bool. The brightest clear peak is taken, because pale tissue may cover more of
-    the slide than glass does. Exact 255 is what readers paint outside the scan, so it counts only where there is no
-    other glass. Without any bright pixel (a region full of tissue) 245 in each channel is assumed.
-    """
-    step = max(1, int(np.sqrt(usable.size / 500_000)))
-    pixels = rgb[::step, ::step][usable[::step, ::step]]
-    darkest, brightest = pixels.min(1), pixels.max(1)
-    # Stained tissue keeps a colour; glass is at most tinted.
-    glass = (darkest >= 180) & (brightest.astype(np.int16) - darkest <= 24)
-    bright = pixels[glass]
-    painted = bright.min(1) == 255 if len(bright) else np.zeros(0, bool)
-    if (~painted).sum() >= 0.01 * max(len(pixels), 1):
-        bright = bright[~painted]
-    elif painted.sum() >= 0.01 * max(len(pixels), 1):
-        return np.full(3, 255.0)
-    if len(bright) < 0.002 * max(len(pixels), 1) or len(bright) < 16:
-        return np.full(3, 245.0)
-    level = bright.astype(np.uint16).sum(1) // 3
-    counts = np.convolve(np.bincount(level, minlength=256).astype(np.float64), np.ones(5) / 5, mode="same")
-    peaks = [i for i in range(2, 256) if counts[i] == counts[max(0, i - 4) : i + 5].max() and counts[i] > 0]
-    peak = max((i for i in peaks if counts[i] >= 0.08 * counts.max()), default=int(np.argmax(counts)))
-    return np.median(bright[np.abs(level.astype(int) - peak) <= 2], axis=0).astype(np.float64)
-
-
-def optical_density(rgb: np.ndarray, white: np.ndarray) -> list[np.ndarray]:
-    """-log10((I + 1) / (white + 1)) per channel, never negative: three (h, w) float32 (Beer-Lambert)."""
+def optical_density(rgb: np.ndarray, white: np.ndarray, floor: float = 0.0) -> list[np.ndarray]:
+    """-log10((I + 1) / (white + 1)) per channel, not below `floor`: three (h, w) float32 (Beer-Lambert)."""
     values = np.arange(256, dtype=np.float64)
-    return [np.maximum(-np.log10((values + 1) / (white[c] + 1)), 0).astype(np.float32)[rgb[..., c]] for c in range(3)]
+    densities = [np.maximum(-np.log10((values + 1) / (white[c] + 1)), floor).astype(np.float32) for c in range(3)]
+    return [densities[c][rgb[..., c]] for c in range(3)]
 
 
 def hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

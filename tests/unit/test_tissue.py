@@ -14,7 +14,8 @@ from scipy import ndimage as ndi
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import read_json
 from slidemake.tissue import detect_tissue
-from slidemake.tissue_pixels import glass_white_point, median3
+from slidemake.tissue_glass import find_glass
+from slidemake.tissue_pixels import median3
 from slidemake.tissue_stage import process_slide
 
 MPP = 8.0
@@ -126,16 +127,32 @@ def test_pen_on_glass_and_across_tissue_is_removed_and_tissue_kept(pen):
         assert (kept.mask & across & truth).sum() > 0.9 * (across & truth).sum()
 
 
-def test_faint_tissue_beside_strong_tissue_is_followed():
+def beside_strong_tissue(structure: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A picture, its strong tissue, and what lies around it, of saturation 10 of 255 with so much relative structure."""
     rgb, strong = draw(noise=1.0, glass=(244, 244, 244))
     y, x = np.mgrid[:500, :600]
     faint = (np.hypot((y - 250) / 120, (x - 400) / 150) <= 1) & ~strong
     rng = np.random.default_rng(1)
-    colour = np.asarray((243, 233, 240)) + rng.normal(0, 1, (*faint.shape, 3))  # saturation 10 of 255
-    rgb = np.where(faint[..., None], colour, rgb).astype(np.uint8)
+    grain = ndi.gaussian_filter(rng.standard_normal(faint.shape), 1.0)
+    amount = np.clip(1 + structure * grain / grain.std(), 0, None)[..., None]
+    colour = 244 * (np.asarray((243, 233, 240)) / 244) ** amount + rng.normal(0, 1, (*faint.shape, 3))
+    return np.clip(np.where(faint[..., None], colour, rgb), 0, 255).astype(np.uint8), strong, faint
+
+
+def test_faint_tissue_with_structure_is_followed():
+    rgb, _, faint = beside_strong_tissue(1.0)
     found = detect_tissue(rgb, MPP)
     assert (found.mask & faint).sum() >= 0.9 * faint.sum()
-    assert found.qc["faint_fraction"] > 0.3
+    assert found.qc["smear_fraction"] < 0.01
+
+
+def test_faint_colour_without_structure_is_a_smear_and_makes_the_piece_unsure():
+    rgb, strong, faint = beside_strong_tissue(0.0)
+    found = detect_tissue(rgb, MPP)
+    assert (found.mask & faint).sum() < 0.05 * faint.sum()
+    assert iou(found.mask, strong) > 0.95
+    assert {"smear", "unsure"} <= set(found.flags)
+    assert found.qc["smear_fraction"] == pytest.approx(faint.mean(), rel=0.15)
 
 
 def test_black_padding_frame_and_coverslip_edges_are_not_tissue():
@@ -237,7 +254,7 @@ def test_median_is_that_of_scipy():
 def test_white_point_of_pale_tissue_that_covers_more_than_glass():
     rgb = np.full((100, 100, 3), 244, np.uint8)
     rgb[:70] = (214, 210, 217)
-    assert glass_white_point(rgb, np.ones((100, 100), bool)).tolist() == [244, 244, 244]
+    assert find_glass(rgb, np.ones((100, 100), bool), MPP).white.tolist() == [244, 244, 244]
 
 
 @pytest.mark.slow  # importing TIAToolbox alone takes many seconds
