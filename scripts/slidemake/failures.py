@@ -24,6 +24,8 @@ HINTS: dict[str, str] = {
     "implausible_mpp": "Write the true um per pixel (0.05 to 10) into the mpp column of the sheet.",
     "too_coarse": "The scan is coarser than the grid asks for and is not enlarged: use a grid with a larger mpp.",
     "no_tissue": "Look at tissue.jpg. If tissue was missed, give your own outline in the tissue_geojson column.",
+    "implausible_colours": "Look at tissue.jpg: glass under transmitted light is white or nearly so. Export the slide "
+    "again, with its colour profile; or, if it is as it should be, give an outline in the tissue_geojson column.",
     "too_few_tiles": "Lower tiling.min_tissue or tiling.min_tiles, or exclude the slide.",
     "duplicate": "The same scan is in the sheet twice: keep one row, or set exclude on the other.",
     "out_of_memory": "Lower the job's threads or the encoder's batch size, or give the job more memory.",

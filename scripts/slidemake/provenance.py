@@ -30,7 +30,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "demo": 1,
     "fetch": 1,
     "screen": 3,
-    "tissue": 3,
+    "tissue": 4,
     "stain": 2,
     "tiles": 4,
     "embed": 3,

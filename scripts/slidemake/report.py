@@ -100,10 +100,16 @@ def stage_times(results: Path, manifests: list[str]) -> list[dict[str, Any]]:
 
 
 def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[dict[str, Any]]:
-    """What the cohort table shows of each slide, pictures included; failed slides first where not all are shown."""
+    """What the cohort table shows of each slide, pictures included; where not all are shown, failed slides first, then
+    those whose tissue is unsure.
+    """
+
+    def rank(row: dict[str, str]) -> tuple[bool, bool]:
+        tissue = read_json_if_whole(results / "slides" / row["slide_id"] / "tissue.json") or {}
+        return row["status"] != "failed", "unsure" not in tissue.get("flags", [])
+
     cards = []
-    shown = rows if len(rows) <= limit else sorted(rows, key=lambda row: row["status"] != "failed")[:limit]
-    for row in shown:
+    for row in rows if len(rows) <= limit else sorted(rows, key=rank)[:limit]:
         folder = results / "slides" / row["slide_id"]
         tissue = read_json_if_whole(folder / "tissue.json") or {}
         tiles = {key.removeprefix("tiles_"): value for key, value in row.items() if key.startswith("tiles_") and value}
@@ -113,6 +119,7 @@ def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[d
                 "thumbnail": small_picture(folder / "thumbnail.jpg", 150),
                 "tissue": small_picture(folder / "tissue.jpg", 300),
                 "flags": tissue.get("flags", []),
+                "unsure": "unsure" in tissue.get("flags", []),
                 "qc": {key: value for key, value in tissue.get("qc", {}).items() if value is not None},
                 "tiles": sum(int(float(value)) for value in tiles.values()),
             }

@@ -120,9 +120,7 @@ def describe_mask(rgb: np.ndarray, mpp: float, mask: np.ndarray, options: dict[s
     return _result(measure(rgb, mpp, settings["pen"], settings["pen_margin_um"]), mask, _Notes(), mpp, settings)
 
 
-def _finish(
-    layers: Layers, mask: np.ndarray, strong: np.ndarray, mpp: float, settings: dict[str, Any]
-) -> np.ndarray:
+def _finish(layers: Layers, mask: np.ndarray, strong: np.ndarray, mpp: float, settings: dict[str, Any]) -> np.ndarray:
     """Close gaps, fill small holes, take pen out again, and drop small pieces."""
     mask = close_gaps(mask, settings["close_um"] / mpp)
     # Holes are filled before pen is taken out again: a pen stroke across tissue is not a hole of the tissue.

@@ -19,7 +19,6 @@ from slidemake.tissue_pixels import (
     dilate,
     grow,
     hsv,
-    local_texture,
     median3,
     optical_density,
     thin_parts,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
+from shapely import affinity
+from shapely.geometry import Polygon
 
 from slidemake.failures import SlideFailure
 from slidemake.provenance import (
@@ -26,7 +28,7 @@ from slidemake.provenance import (
 )
 from slidemake.tile_quality import focus
 from slidemake.tissue import DEFAULTS as DETECTION_DEFAULTS
-from slidemake.tissue import TissueResult, check_options, describe_mask, detect_tissue, flags_of
+from slidemake.tissue import UNSURE, Pieces, TissueResult, check_options, describe_mask, detect_tissue, flags_of
 from slidemake.tissue_geometry import mask_polygons, polygons_geojson, polygons_mask, read_geojson
 from slidemake.tissue_pixels import shrink
 from slidemake.tissue_preview import draw_preview
@@ -85,9 +87,11 @@ def _make(
         coarsest = math.sqrt(mpp_x * mpp_y * width * height / MAX_OVERVIEW_PX)
         rgb, sx, sy = slide.overview(max(settings["overview_mpp"], mpp_x, mpp_y, coarsest))
         mask_mpp = (mpp_x * sx + mpp_y * sy) / 2
+        confidence: list[float] = []
         if geojson is None:
             found = detect_tissue(rgb, mask_mpp, detection)
             polygons = mask_polygons(found.mask, (sx, sy))
+            confidence = piece_confidence(found.pieces, polygons, (sx, sy))
         else:
             polygons = read_geojson(geojson)
             drawn = polygons_mask(polygons, rgb.shape[:2], (sx, sy))
@@ -109,9 +113,12 @@ def _make(
         "components": int(ndi.label(found.mask, structure=np.ones((3, 3)))[1]),
         "threshold": found.threshold,
         "qc": qc,
-        "flags": sorted({*flags_of(qc), *(["unreadable"] if samples["unreadable_samples"] else [])}),
+        "flags": sorted({*found.flags, *flags_of(qc), *(["unreadable"] if samples["unreadable_samples"] else [])}),
     }
-    _write(folder, rgb, found, polygons_geojson(polygons, math.sqrt(mpp_x * mpp_y)), mask_mpp, figures)
+    outline = polygons_geojson(polygons, math.sqrt(mpp_x * mpp_y))
+    for feature, value in zip(outline["features"], confidence, strict=False):  # none for an outline that was given
+        feature["properties"] |= {"confidence": round(value, 3), "unsure": value < UNSURE}
+    _write(folder, rgb, found, outline, mask_mpp, figures)
     return figures
 
 
@@ -138,9 +145,32 @@ def read_mask(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
         return np.asarray(mask.convert("L")) > 127, described
 
 
+def piece_confidence(pieces: Pieces | None, polygons: list[Polygon], scale: tuple[float, float]) -> list[float]:
+    """Confidence of each polygon (level-0 px), 0..1; scale: level-0 px per px of the mask. Empty without pieces."""
+    if pieces is None:
+        return []
+    values = []
+    for polygon in polygons:
+        left, top, right, bottom = polygon.bounds
+        x, y = int(left / scale[0]), int(top / scale[1])
+        width, height = int(np.ceil(right / scale[0])) - x + 1, int(np.ceil(bottom / scale[1])) - y + 1
+        window = pieces.labels[y : y + height, x : x + width]
+        moved = affinity.translate(polygon, -x * scale[0], -y * scale[1])
+        found = window[polygons_mask([moved], window.shape, scale)]
+        found = found[found > 0]
+        values.append(float(pieces.confidence[np.bincount(found).argmax()]) if found.size else 0.0)
+    return values
+
+
 def _verdict(figures: dict[str, Any], geojson: str | Path | None) -> dict[str, Any]:
     if figures["components"] > 0:
         return figures
+    if geojson is None and "implausible_colours" in figures["flags"]:
+        raise SlideFailure(
+            "implausible_colours",
+            f"no pixel is as bright as glass: what is flat and brightest has the colour {figures['qc']['white_point']} "
+            "(RGB), which no glass has under transmitted light",
+        )
     if geojson is not None:
         raise SlideFailure(
             "no_tissue",
@@ -151,9 +181,13 @@ def _verdict(figures: dict[str, Any], geojson: str | Path | None) -> dict[str, A
     raise SlideFailure(
         "no_tissue",
         f"no tissue of {figures['options']['min_area_um2']:g} um^2 or more on {figures['slide_area_mm2']:.4g} mm^2 "
-        f"(method {figures['method']}, threshold {figures['threshold']:.3g}, glass {qc['white_point']}, "
+        f"(method {figures['method']}, threshold {_three(figures['threshold'])}, glass {qc['white_point']}, "
         f"pen {qc['pen_fraction']:.1%}, black {qc['black_fraction']:.1%})",
     )
+
+
+def _three(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
 
 
 def sample_focus(slide: Any, mask: np.ndarray, scale: tuple[float, float], mpp: float, samples: int) -> dict[str, Any]:

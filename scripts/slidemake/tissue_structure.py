@@ -2,7 +2,8 @@
 
 Colour alone takes washed-out eosin for tissue and leaves out fat, whose cells are as empty as glass; structure alone
 takes dust and scratches for tissue. `tissue` lets both decide. Everything here is measured on the OD sum less its mean
-over 64 um (the detail; over 24 um for lines), against the slide's own noise, so that a dim or noisy scan is treated like a clean one.
+over 64 um (the detail; over 24 um for lines), against the slide's own noise, so that a dim or noisy scan is treated
+like a clean one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Structure:
 
 
 def measure_structure(total: np.ndarray, usable: np.ndarray, mpp: float) -> Structure:
-    """total (h, w) float32: OD sum of the unfiltered overview, negative where brighter than the glass; usable (h, w)."""
+    """Structure of an overview at mpp um per px.
+
+    total (h, w) float32: OD sum of the unfiltered overview, negative where brighter than the glass; usable (h, w) bool.
+    """
     detail = total - box_mean(total, DETAIL_UM / mpp)
     fine = np.sqrt(np.maximum(box_mean(detail * detail, FINE_UM / mpp), 0))
     noise = _noise(fine, total, usable)
