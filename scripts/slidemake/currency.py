@@ -272,7 +272,9 @@ def plan_entry(outcome: Outcome) -> dict[str, Any]:
 def write_plan(results: Path, outcomes: Iterable[Outcome]) -> None:
     """Say in the results folder what a run that starts wants to be there, for its jobs and for `verify`."""
     entries = sorted((plan_entry(outcome) for outcome in outcomes), key=lambda entry: entry["files"][0])
-    write_json(results / PLAN_FILE, {"format": 1, "outcomes": entries})
+    plan = {"format": 1, "outcomes": entries}
+    if read_json_if_whole(results / PLAN_FILE) != plan:
+        write_json(results / PLAN_FILE, plan)
 
 
 @dataclass(frozen=True)

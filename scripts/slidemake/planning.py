@@ -128,8 +128,9 @@ def attach(workflow: Any, results: Path, in_job: bool) -> Currency:
             workflow.dag_settings.rerun_triggers = frozenset({RerunTrigger.SOFTWARE_ENV})
         dag.update_needrun, dag.check_output_mtime = update_needrun, check_output_mtime
         build()
-        if not main and not in_job and workflow.executor_plugin is not None and not workflow.dryrun:
-            currency.write_plan()
+        runs = not in_job and workflow.executor_plugin is not None and not workflow.dryrun
+        if runs and currency.outcomes and not (main and any(dag.needrun_jobs())):
+            currency.write_plan()  # of a run that has something to do, `onstart` writes it
         for line in currency.tell():
             print(f"slidemake: {line}" if not line.startswith(" ") else line, file=sys.stderr)
 

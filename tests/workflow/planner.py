@@ -1,8 +1,10 @@
 """Many dry runs for the price of one: Snakemake is imported once, and every plan is made in a fork of that process.
 
-`python planner.py REQUESTS ANSWERS`: REQUESTS is a JSON list of {folder, files, arguments, versions}; `files` ({name:
-text or null}) are put into the folder for that plan (null: removed), and what they replace is put back; `versions`
-({stage: number}) stand for a slidemake whose stages have other versions. ANSWERS gets a list of [exit code, terminal].
+`python planner.py REQUESTS ANSWERS`: REQUESTS is a JSON list of {folder, cwd, files, gone, replaced, arguments,
+versions}; `files` ({name: text or null}) are put into the folder for that plan (null: removed), with a time of long
+ago, and what they replace is put back; `gone` are moved out of it meanwhile; `replaced` are files of the user's that
+look as if they were others; `versions` ({stage: number}) stand for a slidemake whose stages have other versions.
+ANSWERS gets a list of [exit code, terminal].
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
+LONG_AGO = 946684800  # the year 2000
 
 
 def plans(requests: list[dict[str, Any]], env: dict[str, str]) -> list[tuple[int, str]]:
@@ -32,8 +35,13 @@ def _plan(request: dict[str, Any], terminal: Path) -> int:
     folder = Path(request["folder"])
     names = request.get("files", {})
     kept = {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in names}
+    gone = [folder / name for name in request.get("gone", ())]
+    for path in gone:
+        path.rename(path.with_name(f"{path.name}.gone"))
     for name, text in names.items():
         _put(folder / name, None if text is None else text.encode())
+        if text is not None:
+            os.utime(folder / name, (LONG_AGO, LONG_AGO))
     try:
         pid = os.fork()
         if pid == 0:
@@ -42,6 +50,8 @@ def _plan(request: dict[str, Any], terminal: Path) -> int:
     finally:
         for name, content in kept.items():
             _put(folder / name, content)
+        for path in gone:
+            path.with_name(f"{path.name}.gone").rename(path)
 
 
 def _put(path: Path, content: bytes | None) -> None:
@@ -58,10 +68,13 @@ def _dry_run(request: dict[str, Any], folder: Path, terminal: Path) -> None:
         with open(terminal, "w") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-        os.chdir(folder)
+        os.chdir(request.get("cwd", folder))
+        from slidemake import currency, planning
         from slidemake.provenance import STAGE_VERSIONS
         from snakemake import cli
 
+        known, replaced = currency.identity, set(request.get("replaced", ()))
+        currency.identity = planning.identity = lambda path: "another file" if path in replaced else known(path)
         STAGE_VERSIONS.update(request.get("versions", {}))
         try:
             cli.main(["--dry-run", *request["arguments"]])

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import random
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -22,7 +24,7 @@ from planner import plans
 from slidemake.configuration import load_configuration
 from slidemake.configuration_schema import leaves, resolved
 from slidemake.provenance import STAGE_VERSIONS
-from snakemake_run import CONFIG, ENCODER, REPO, Outcome, Project, environment
+from snakemake_run import CONFIG, ENCODER, GRID, REPO, Outcome, Project, environment
 
 pytestmark = pytest.mark.workflow
 
@@ -40,6 +42,8 @@ class Case:
     runs: set[str]
     versions: dict[str, int]
     cores: int = 2
+    gone: tuple[str, ...] = ()  # files and folders of the project that are not there for it
+    replaced: str = ""  # a file of the user's that is another for it
 
 
 # -- changes of the sheet and of files ------------------------------------------------------------------------------
@@ -70,6 +74,22 @@ SHEETS: dict[str, Callable[[Rows], Rows]] = {
     "checksum": edited(sha256="0" * 64),
     "outline": edited(tissue_geojson="outline.geojson"),
     "cores": lambda rows: rows,
+    "touched": lambda rows: rows,
+}
+# Files of the project that are not there, or have another content.
+RESULTS = "results/"
+DELETED: dict[str, tuple[str, ...]] = {
+    "deleted manifest": (RESULTS + f"manifests/tiles/{GRID}/r00000.json",),
+    "deleted store": (RESULTS + f"embeddings/{ENCODER}/P01-A.zarr",),
+    "deleted table": (RESULTS + "cohort/failures.csv",),
+    "deleted record": (RESULTS + "slides/P01-A/slide.json",),
+    "deleted model": (RESULTS + "tasks/tumour/abmil/bundle/bundle.json",),
+}
+DAMAGED: dict[str, str] = {"damaged table": RESULTS + "tasks/tumour/metrics.csv"}
+# Files of the user's, by the path of the first slide, that others were put in the place of.
+REPLACED: dict[str, Callable[[Path], Path]] = {
+    "slide": lambda slide: slide,
+    "mask": lambda slide: slide.parent / "truth" / f"{slide.stem}_tumour16.png",
 }
 
 
@@ -171,8 +191,12 @@ def cases(rows: Rows) -> list[Case]:
         found.append(Case(f"{key}: {value}", files, expected(runs), {}))
     for row in TABLE["rows"]:
         for name in row.get("cases", ()):
-            files = {"slides.csv": as_csv(SHEETS[name](rows))}
-            found.append(Case(name, files, expected(row["runs"]), {}, 1 if name == "cores" else 2))
+            runs = expected(row.get("runs_of", {}).get(name, row["runs"]))
+            files = {"slides.csv": as_csv(SHEETS[name](rows))} if name in SHEETS else {}
+            files |= {DAMAGED[name]: "another"} if name in DAMAGED else {}
+            gone, cores = DELETED.get(name, ()), 1 if name == "cores" else 2
+            replaced = str(REPLACED[name](Path(rows[0]["path"]))) if name in REPLACED else ""
+            found.append(Case(name, files, runs, {}, cores, gone, replaced))
         for stage, runs in row.get("versions", {}).items():
             found.append(Case(f"version of {stage}", {}, expected(runs), {stage: STAGE_VERSIONS[stage] + 1}))
     return found
@@ -207,23 +231,60 @@ def test_every_row_is_tried():
         assert row.get("cases") or row.get("keys") or row.get("versions") or elsewhere, row["change"]
         assert elsewhere is None or f"\ndef {elsewhere}(" in tests, elsewhere
     for name in (name for row in TABLE["rows"] for name in row.get("cases", ())):
-        assert name in SHEETS, name
+        assert name in {*SHEETS, *DELETED, *DAMAGED, *REPLACED}, name
+
+
+def as_elsewhere(text: str, folder: Path) -> str:
+    """A configuration for another working folder: all paths are absolute, that of the results leads through a link."""
+    config = yaml.safe_load(text)
+    for key in ("sheet", "encoders_file", "bundle", "slides_folder"):
+        if config.get(key):
+            config[key] = str(folder / config[key])
+    for task in config["tasks"].values():
+        if task.get("splits", {}).get("file"):
+            task["splits"]["file"] = str(folder / task["splits"]["file"])
+    config["output"] = f"{folder}/link/../link//{config['output']}/"
+    return yaml.safe_dump(config)
+
+
+def make_uncomfortable(project: Project) -> None:
+    """Nothing that Snakemake goes by is left: its memory is gone, files have times of the past and of the future."""
+    shutil.rmtree(project.folder / ".snakemake")
+    (project.folder / "link").symlink_to(project.folder)
+    (project.folder / "elsewhere").mkdir()
+    times = random.Random(0)
+    for path in sorted(project.results.rglob("*")):
+        moment = times.uniform(1e9, 3e9)
+        os.utime(path, (moment, moment))
 
 
 def test_what_runs_again(project: Project):
-    """A dry run for every change shows exactly the rules that the table names."""
+    """A dry run for every change shows exactly the rules that the table names: from another folder, with other
+    spellings of all paths, without Snakemake's memory, with times that mean nothing, changed files being older than all
+    results.
+    """
     rows = prepare(project, project.rows())
-    snakefile = ["--snakefile", str(REPO / "Snakefile"), "--configfile", "config.yaml"]
+    make_uncomfortable(project)
+    folder = project.folder
     tried = [Case("nothing", {}, set(), {}), *cases(rows)]
     requests = [
         {
-            "folder": str(project.folder),
-            "files": case.files,
+            "folder": str(folder),
+            "cwd": str(folder / "elsewhere"),
+            "files": case.files
+            | {"config.yaml": as_elsewhere(case.files.get("config.yaml") or yaml.safe_dump(CONFIG), folder)},
+            "gone": case.gone,
+            "replaced": [case.replaced],
             "versions": case.versions,
-            "arguments": [*snakefile, "--cores", str(case.cores)],
+            "arguments": [
+                *("--snakefile", str(REPO / "Snakefile"), "--cores", str(case.cores)),
+                *("--configfile", str(folder / "config.yaml")),
+            ],
         }
         for case in tried
     ]
+    requests.append(requests[0] | {"cwd": str(folder), "files": {}})  # the comfortable case
+    tried.append(Case("nothing, as before", {}, set(), {}))
     wrong = []
     for case, (code, text) in zip(tried, plans(requests, environment()), strict=True):
         planned = set(Outcome(code, text).jobs()) - {"all"}

@@ -1,9 +1,9 @@
-"""Snakemake and its jobs without the price of starting Python: everything is a fork of one process that has imported it all.
+"""Snakemake and its jobs without the price of starting Python: all are forks of one process that has imported it all.
 
 A run of the small cohort takes 28 jobs, each of which imports for seconds and works for a tenth of that. Here the real
 Snakemake runs the real scripts, each in a process of its own, in the same folders and with the same arguments; only the
-interpreter is not started anew. `Warm().run(folder, arguments)` is such a run; `kill` ends it and all its jobs as when a
-machine goes down.
+interpreter is not started anew. `Warm().run(folder, arguments)` is such a run; `kill_after` ends it and all its jobs as
+when a machine goes down.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def asked(address: str, request: dict[str, Any]) -> Any:
         connection.close()
 
 
-# -- in the warm process and its forks -----------------------------------------------------------------------------------
+# -- in the warm process and its forks ---------------------------------------------------------------------------------
 
 
 def serve(address: str) -> None:
