@@ -14,8 +14,7 @@ with job(snakemake) as sm:  # noqa: F821
     # Snakemake empties an output before a job and after one that failed: what has come is kept beside it
     staging = folder.with_name(f"{folder.name}+coming")
     rows = {row["slide_id"]: row for row in sm.params.rows}
-    screened = Path(sm.params.results) / "manifests" / "screen" / f"{folder.name}.json"
-    remedy = f"To try again: delete {screened} and give the same command."
+    remedy = "The next run tries again: give the same command."
     with alone(folder.with_name(f"{folder.name}+lock")):
         if not (folder / "manifest.json").exists():  # otherwise a twin of this job made it, and it may be in use
             run_rack(

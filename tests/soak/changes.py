@@ -3,11 +3,11 @@
     python tests/soak/changes.py --sequences 200 --seed 0
 
 A sequence starts from a finished run and draws some of: another configuration, sheet, slide or mask (older than the
-results), a deleted or overwritten file of the results, Snakemake's memory deleted, times of all results made meaningless,
-a run from another folder, under another spelling or only up to the embeddings, a run that is killed. At its end stands a
-state of which there is a fresh run, and a run that is not disturbed. All files of the fresh run must be there with the
-same content. (Which of the user's files are there under which path belongs to the results, so all runs are in one folder,
-one after the other.) Runs are real; only the interpreter is not started anew (tests/workflow/warm.py).
+results), a deleted or overwritten file of the results, Snakemake's memory deleted, times of all results made
+meaningless, a run from another folder, under another spelling or only up to the embeddings, a run that is killed. At
+its end stands a state of which there is a fresh run, and a run that is not disturbed. All files of the fresh run must
+be there with the same content. (The paths of slides are part of the results, so all runs are in one folder, one after
+the other.) Runs are real; only the interpreter is not started anew (tests/workflow/warm.py).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 SIDE = 1024  # px: some tiles a slide
 # What differs between two undisturbed runs, and why. All else must be the same, byte for byte.
 EXCEPT_FILES = {
+    "digests/": "what files were when they were written, with the keys below",
     "benchmarks/": "seconds and memory of every job",
     "logs/": "times, and what was found finished",
     "report/": "shows seconds and dates",

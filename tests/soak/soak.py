@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-HARNESSES = ("kill", "fuzz", "faults")
+HARNESSES = ("kill", "fuzz", "faults", "changes")
 
 
 def run(name: str, folder: Path, options: argparse.Namespace) -> None:
@@ -30,6 +30,8 @@ def run(name: str, folder: Path, options: argparse.Namespace) -> None:
     command = [sys.executable, str(HERE / f"{name}.py"), "--folder", str(folder)]
     if name == "kill":
         command += ["--seed", str(options.seed), "--first", str(len(done)), "--moments", str(options.moments)]
+    elif name == "changes":
+        command += ["--seed", str(options.seed), "--first", str(len(done)), "--sequences", str(options.sequences)]
     elif name == "fuzz":
         command += ["--seed", str(options.seed + len(done)), "--cases", str(options.cases)]
     subprocess.run(command, check=False)  # what was wrong is in its file
@@ -41,7 +43,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def figures(folder: Path) -> dict[str, Any]:
     """Counts over everything that was done in a folder."""
-    trials, cases, faults = (lines(folder / f"{name}.jsonl") for name in HARNESSES)
+    trials, cases, faults, sequences = (lines(folder / f"{name}.jsonl") for name in HARNESSES)
     kinds = Counter(moment["kind"] for trial in trials for moment in trial["moments"])
     bad = [case for case in cases if case["outcome"] == "wrong"]
     return {
@@ -51,10 +53,13 @@ def figures(folder: Path) -> dict[str, Any]:
         "slowest_stop": max((trial["slowest_stop"] for trial in trials), default=0.0),
         "cases": len(cases),
         "outcomes": dict(sorted(Counter(case["outcome"] for case in cases).items())),
+        "sequences": len(sequences),
+        "sequence_steps": sum(len(sequence["steps"]) - 1 for sequence in sequences),
+        "sequence_kills": sum(sequence["killed"] for sequence in sequences),
         "faults": len(faults),
         "fault_kinds": dict(sorted(Counter(fault["kind"] for fault in faults).items())),
-        "lost": sum(len(item["lost"]) for item in [*trials, *faults]),
-        "wrong": sum(len(item["wrong"]) for item in [*trials, *faults]) + len(bad),
+        "lost": sum(len(item["lost"]) for item in [*trials, *faults, *sequences]),
+        "wrong": sum(len(item["wrong"]) for item in [*trials, *faults, *sequences]) + len(bad),
     }
 
 
@@ -66,6 +71,11 @@ def table(found: dict[str, Any]) -> str:
     """The table, as docs/reliability.md has it."""
     rows = [
         ("moments killed", found["moments"], f"{found['killed_runs']} runs: {_in_words(found['kinds'])}"),
+        (
+            "sequences of changes",
+            found["sequences"],
+            f"{found['sequence_steps']} steps, {found['sequence_kills']} runs killed",
+        ),
         ("cases fuzzed", found["cases"], _in_words(found["outcomes"])),
         ("faults injected", found["faults"], _in_words(found["fault_kinds"])),
         ("results lost", found["lost"], "must be 0"),
@@ -88,6 +98,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=[*HARNESSES, "table"], default=list(HARNESSES))
     parser.add_argument("--moments", type=int, default=60)
     parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     options = parser.parse_args()

@@ -8,7 +8,14 @@ from slidemake import setup
 from slidemake.failures import RunError
 from slidemake.provenance import read_json, write_json
 from slidemake.racks import Machine
-from slidemake.setup import CONTROLS, check_results_folder, mark_results_folder, plan_run, rack_size_hint
+from slidemake.setup import (
+    CONTROLS,
+    check_results_folder,
+    mark_results_folder,
+    normal_output,
+    plan_run,
+    rack_size_hint,
+)
 
 BASE = Path(__file__).parents[2]
 
@@ -157,3 +164,40 @@ def test_a_bundle_brings_its_own_processing(raw, tmp_path):
     write_json(bundle / "bundle.json", {"encoder": info["encoder"]})
     with pytest.raises(RunError, match="train"):
         plan_run({**raw, "bundle": str(bundle)}, BASE)
+
+
+def test_the_results_folder_has_one_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for spelling in (
+        "results",
+        "./results",
+        "results/",
+        "x/../results",
+        f"{tmp_path}/results",
+        f"{tmp_path}//results/.",
+    ):
+        assert normal_output(spelling) == "results"
+    assert normal_output("../results") == str(tmp_path.parent / "results")
+    assert normal_output(f"{tmp_path}-2/results") == f"{tmp_path}-2/results"
+
+
+def test_paths_of_slides_hold_from_another_folder(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_run({**raw, "sheet": "slides.csv"}, BASE)
+    assert plan.rows[0].path == str(tmp_path / "0.svs")
+
+
+def test_masks_of_the_users_are_named(raw, tmp_path):
+    plan = plan_run({**raw, "rack_size": 2, "explain": {"truth": "{folder}/m/{stem}-{slide_id}.png"}}, BASE)
+    assert plan.truth_files("r00001") == [str(tmp_path / "m/2-s02.png"), str(tmp_path / "m/3-s03.png")]
+    assert plan_run(raw, BASE).truth_files("r00001") == []
+
+
+def test_weights_of_the_users_are_named(raw, tmp_path):
+    """They are compared by size and time in every plan; those of a package or a hub say which they are."""
+    (tmp_path / "weights.bin").write_bytes(b"weights")
+    file = tmp_path / "encoders.yaml"
+    file.write_text(f"encoders: {{efficientnet_lite0: {{source: {{file: {tmp_path}/weights.bin}}}}}}\n")
+    plan = plan_run({**raw, "encoders_file": str(file)}, BASE)
+    assert plan.weights_files(list(plan.encoders)) == [str(tmp_path / "weights.bin")]
+    assert plan_run(raw, BASE).weights_files(["efficientnet_lite0"]) == []

@@ -24,7 +24,11 @@ def test_the_table_counts_what_is_wrong(tmp_path):
     )
     (tmp_path / "fuzz.jsonl").write_text('{"outcome": "same"}\n{"outcome": "wrong"}\n')
     (tmp_path / "faults.jsonl").write_text('{"kind": "full", "lost": [], "wrong": ["y", "z"]}\n')
+    (tmp_path / "changes.jsonl").write_text(
+        '{"steps": ["a", "b", "end"], "killed": 1, "lost": ["v"], "wrong": ["w"]}\n'
+    )
     found = figures(tmp_path)
     assert (found["moments"], found["cases"], found["faults"]) == (2, 2, 1)
-    assert (found["lost"], found["wrong"]) == (1, 3)
+    assert (found["lost"], found["wrong"]) == (2, 4)
+    assert "| sequences of changes | 1 | 2 steps, 1 runs killed |" in table(found)
     assert "| moments killed | 2 | 1 runs: 2 job |" in table(found)
