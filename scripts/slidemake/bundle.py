@@ -1,25 +1,28 @@
 """Model bundles: one folder with weights.safetensors and bundle.json, all that predicting on a slide never seen needs.
 
-A bundle is an ensemble in two levels. A member is one trained aggregator with the mean and deviation that its features
-are standardised with. A group is the members of one fold of one repeat: their outputs are averaged and become values by
-the group's link, which was fitted on its validation patients (for classes a temperature that divides the logits before
-the softmax; see `outcomes.py`). The bundle's values are the mean over its groups (a fold's own bundle has one group,
-the deployable bundle one per fold and repeat), and are compared with one threshold. No pickle is written or read.
+A bundle is an ensemble in two levels. A member is one trained aggregator with the mean, deviation and axes that its
+features are scaled with. A group is the members of one fold of one repeat: their outputs are averaged (with weights
+over the candidates of `aggregator: auto`, see `automatic.py`) and become values by the group's link, which was fitted
+on its validation patients (for classes a temperature that divides the logits before the softmax; see `outcomes.py`).
+The bundle's values are the mean over its groups (a fold's own bundle has one group, the deployable bundle one per fold
+and repeat), and are compared with one threshold. No pickle is written or read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from slidemake.aggregators import AGGREGATORS, Aggregator, build_aggregator, leave_one_out, predict_bag
+from slidemake.automatic import Part
 from slidemake.bags import same_encoder, stain_identity
 from slidemake.bundle_checks import check_bundle
 from slidemake.bundle_place import JSON, about_place, check_bundle_place, misplaced
@@ -41,11 +44,28 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Group:
-    """Members whose outputs are averaged, and the link from there to values, fitted on their validation patients."""
+    """Members whose outputs are averaged, and the link from there to values, fitted on their validation patients.
+
+    parts: the candidates that the members are of, where the model is a mixture; empty where all are alike.
+    """
 
     name: str
     link: dict[str, Any]
     members: tuple[Aggregator, ...]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(M,) of the members, sum 1."""
+        if not self.parts:
+            return np.full(len(self.members), 1 / len(self.members))
+        return np.concatenate([np.full(part.members, part.weight / part.members) for part in self.parts])
+
+    @property
+    def factors(self) -> np.ndarray:
+        """(M,) by which the members' outputs are multiplied: weights and scales."""
+        scales = np.concatenate([np.full(part.members, part.scale) for part in self.parts]) if self.parts else 1.0
+        return self.weights * scales
 
 
 @dataclass(frozen=True)
@@ -82,11 +102,13 @@ class Bundle:
 @dataclass(frozen=True)
 class Prediction:
     """Of one bag: raw outputs (C,) averaged over all members, values (P,) as the outcome defines them (probabilities
-    of classes, a number, risk and survival), mean attention (N,)."""
+    of classes, a number, risk and survival), mean attention (N,), and the score (M,) of each member by itself
+    (`Outcome.direction`)."""
 
     logits: np.ndarray
     values: np.ndarray
     attention: np.ndarray
+    members: np.ndarray
 
     @property
     def prob(self) -> np.ndarray:
@@ -106,7 +128,11 @@ def save_bundle(folder: str | Path, info: Mapping[str, Any], groups: Sequence[Gr
         for i, member in enumerate(group.members)
         for key, value in member.state_dict().items()
     }
-    about = [{"name": g.name, **g.link, "members": len(g.members)} for g in groups]
+    about = [
+        {"name": g.name, **g.link, "members": len(g.members)}
+        | ({"parts": list(map(asdict, g.parts))} if g.parts else {})
+        for g in groups
+    ]
     with committed(folder) as work:
         work.mkdir()
         (work / WEIGHTS).write_bytes(save(tensors))  # save_file would make it readable to its owner alone
@@ -153,23 +179,27 @@ def load_bundle(folder: str | Path, device: str = "cpu", of_run: bool = False) -
     except (FileNotFoundError, SafetensorError, SlideFailure) as error:
         raise RunError(f"{path} cannot be read ({error}); train the model again or copy the bundle again.") from error
     about = info["aggregator"]
-    if about["name"] not in AGGREGATORS:
-        raise RunError(f"{folder} needs aggregator {about['name']!r}; this slidemake has {', '.join(AGGREGATORS)}.")
+    kinds = about.get("candidates") or {"": about}  # of an auto model, {candidate: {"name", "parameters"}}
+    for kind in kinds.values():
+        if kind["name"] not in AGGREGATORS:
+            raise RunError(f"{folder} needs aggregator {kind['name']!r}; this slidemake has {', '.join(AGGREGATORS)}.")
     groups, outputs = [], load_outcome(info).outputs
     for group in info["groups"]:
-        members = []
-        for i in range(group["members"]):
+        members: list[Aggregator] = []
+        parts = tuple(Part(**part) for part in group.get("parts", ()))
+        names = [part.candidate for part in parts for _ in range(part.members)] or [""] * group["members"]
+        for i, kind in enumerate(kinds[name] for name in names):
             prefix = f"{group['name']}/{i}/"
             state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            model = build_aggregator(about["name"], about["features"], outputs, about["parameters"])
+            model = build_aggregator(kind["name"], about["features"], outputs, kind["parameters"])
             try:
                 model.load_state_dict(state, strict=True)
             except RuntimeError as error:
                 raise RunError(f"{path} does not fit its {JSON}: {error}") from error
             _check_weights(path, prefix, state, model.state_dict())
             members.append(model.to(device).eval())
-        link = {key: value for key, value in group.items() if key not in ("name", "members")}
-        groups.append(Group(group["name"], link, tuple(members)))
+        link = {key: value for key, value in group.items() if key not in ("name", "members", "parts")}
+        groups.append(Group(group["name"], link, tuple(members), parts))
     return Bundle(info, tuple(groups))
 
 
@@ -230,14 +260,16 @@ def predict(
     models that harmonise features (`Bundle.domain`).
     """
     numbers = None if domains is None else [bundle.domain_number(name) for name in domains]
-    outputs, values, attention = [], [], []
+    outputs, values, attention, each = [], [], [], []
     for group in bundle.groups:
         parts = [predict_bag(member, features, sizes, numbers) for member in group.members]
-        mean = np.mean([p[0] for p in parts], axis=0)
-        outputs.append(mean)
-        values.append(bundle.outcome.predict(mean, group.link))
-        attention.append(np.mean([p[1] for p in parts], axis=0))
-    found = Prediction(np.mean(outputs, axis=0), np.mean(values, axis=0), np.mean(attention, axis=0))
+        scaled = np.array([p[0] for p in parts]) * group.factors[:, None]
+        outputs.append(scaled.sum(0))
+        values.append(bundle.outcome.predict(outputs[-1], group.link))
+        attention.append(group.weights @ np.array([p[1] for p in parts]))
+        each.append(bundle.outcome.direction(torch.from_numpy(np.array([p[0] for p in parts]))).numpy())
+    logits, mean, weight = (np.mean(part, axis=0) for part in (outputs, values, attention))
+    found = Prediction(logits, mean, weight, np.concatenate(each))
     if not (np.isfinite(found.logits).all() and np.isfinite(found.values).all()):
         raise RunError(
             "The model's prediction is not a finite number: its weights or its calibration do not fit these features. "
@@ -247,9 +279,14 @@ def predict(
 
 
 def bundle_leave_one_out(bundle: Bundle, features: np.ndarray, domain: str = "") -> np.ndarray:
-    """(N,) what each tile adds to the score that `Outcome.direction` names, mean over all members.
+    """(N,) what each tile adds to the score that `Outcome.direction` names, averaged as outputs are.
 
     For classes that is the log-odds of the positive, or last, one.
     """
     score, number = bundle.outcome.direction, bundle.domain_number(domain)
-    return np.mean([leave_one_out(m, features, score, number) for g in bundle.groups for m in g.members], axis=0)
+    found = [
+        factor * leave_one_out(member, features, score, number)
+        for group in bundle.groups
+        for member, factor in zip(group.members, group.factors, strict=True)
+    ]
+    return np.sum(found, axis=0) / len(bundle.groups)

@@ -81,7 +81,9 @@ def _together(info: Mapping[str, Any]) -> Iterator[str]:
     names = [group["name"] for group in info["groups"]]
     if len(set(names)) < len(names):
         yield "groups: two have the same name"
+    known = info["aggregator"].get("candidates") or {}
     for group in info["groups"]:
+        yield from _parts(group, known)
         yield from (f"groups: {group['name']} has no {key}" for key in needed if key not in group)
         temperature = group.get("temperature")
         if isinstance(temperature, list) != (kind == "multilabel") and temperature is not None:
@@ -94,8 +96,23 @@ def _together(info: Mapping[str, Any]) -> Iterator[str]:
             if sorted(group.get(key, [])) != group.get(key, []):
                 yield f"groups: the {key} of {group['name']} do not ascend"
     domains = (info.get("harmonised") or {}).get("names", [])
-    if len(domains) != (info["aggregator"]["parameters"].get("domains") or 0):
+    kinds = [kind["parameters"].get("domains") or 0 for kind in known.values() or [info["aggregator"]]]
+    if any(len(domains) != count for count in kinds):
         yield "harmonised: its names are not as many as the domains of the aggregator"
+
+
+def _parts(group: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    """Parts of a group name candidates of the aggregator, hold all of its members, and weigh 1 together."""
+    parts = group.get("parts", [])
+    if bool(parts) != bool(known):
+        yield f"groups: {group['name']} has {'' if parts else 'no '}parts, and the aggregator {len(known)} candidates"
+    elif parts:
+        if strange := sorted({part["candidate"] for part in parts} - set(known)):
+            yield f"groups: {group['name']} has parts of {', '.join(strange)}, which are no candidates"
+        if sum(part["members"] for part in parts) != group["members"]:
+            yield f"groups: the parts of {group['name']} do not have its {group['members']} members"
+        if abs(sum(part["weight"] for part in parts) - 1) > 1e-6:
+            yield f"groups: the weights of {group['name']} do not sum to 1"
 
 
 def _threshold(kind: str, classes: list[str], labels: list[str], threshold: Any) -> Iterator[str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONTROLS = (  # names that models may not take
     "mean_pool_lr",
+    "instance_linear",
     "site_only",
     "shuffled_label",
     "prevalence",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,8 @@ from slidemake.batches import sample_batch
 from slidemake.invariance import OPTIONS, Robust, make_robust
 from slidemake.invariance.guard import choose
 from slidemake.objectives import Objective
+from slidemake.scaling import Scaling, every_tile, fit_scaling, spread
 
-STATISTICS_TILES = 512  # tiles per patient, evenly spaced, for the mean and deviation of features
 VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an epoch is computed on ...
 EARLY_TILES = 256  # ... and in epochs that may not be kept, where it is only drawn: an eighth of all time otherwise
 
@@ -26,6 +26,12 @@ EARLY_TILES = 256  # ... and in epochs that may not be kept, where it is only dr
 # little within factors of two of each.
 DEFAULTS: dict[str, Any] = {
     "aggregator": "abmil_gated",
+    "scaling": "each",  # none, each, centred, principal or whitened: see `scaling.py`
+    "components": None,  # of principal and whitened; None: `scaling.COMPONENTS`
+    "pooling": "lse",  # of instance_linear, like the next three
+    "sharpness": 3.0,
+    "share": 0.1,
+    "evidence": "higher",
     "slides": "pool",  # all tiles of a patient together, or "attention" over the patient's slides
     "invariance": dict(OPTIONS),
     "hidden": 128,
@@ -42,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "max_tiles": 1024,  # ... and at most (None: no limit): bounds memory on large bags
     "validation": 0.25,  # of the training patients are held out by each member
     "members": None,  # of a fold, each validated on another share; None: 1 / validation of them
+    "refit": False,  # on all training patients, for as many epochs as the members took
     "class_weights": True,
     "seed": 0,
     "device": "cpu",
@@ -60,39 +67,6 @@ class Fitted:
     invariance: dict[str, Any] | None = None  # what the guard of robust training found (`invariance.guard`)
 
 
-def every_tile(bag: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` evenly spaced tiles of a bag (N, D) as float32."""
-    return np.asarray(spread(bag, most), np.float32)
-
-
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` evenly spaced rows."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
-
-
-def feature_statistics(
-    bags: Bags, patients: Sequence[str], change: Callable[[np.ndarray, str], np.ndarray] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (D,) of the tiles of these patients, patients weighing by their tiles (up to 512).
-
-    change: (tiles, patient) -> tiles as the model sees them, where it harmonises them.
-    """
-    total, squares, n = np.zeros(bags.dim), np.zeros(bags.dim), 0
-    shift = every_tile(bags.bag(patients[0]), 1)[0].astype(np.float64)  # keeps the difference of squares accurate
-    for patient in patients:
-        tiles = every_tile(bags.bag(patient), STATISTICS_TILES)
-        if change is not None:
-            tiles = change(tiles, patient)
-        tiles = tiles - shift
-        total += tiles.sum(0, dtype=np.float64)
-        squares += np.einsum("nd,nd->d", tiles, tiles, dtype=np.float64)
-        n += len(tiles)
-        bags.forget()
-    std = np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0))
-    std[std < 1e-6] = 1.0  # a constant feature stays constant
-    return total / n + shift, std
-
-
 def fit_member(
     bags: Bags,
     objective: Objective,
@@ -100,15 +74,21 @@ def fit_member(
     val: Sequence[str],
     settings: Mapping[str, Any],
     seed: int,
+    scaling: Scaling | None = None,
 ) -> Fitted:
     """Train one aggregator on patients `train` and keep the epoch with the lowest loss on patients `val`.
+
+    scaling: `bags` hold features to which it was applied (`scaling.scaled_bags`), and the model that is returned takes
+    them as they were; not for robust training. None: it is estimated on the tiles of `train`.
 
     Without validation patients no epoch can be chosen, and midway between `min_epochs` and `epochs` it ends. The result
     depends on the arguments only, not on threads or on what ran before.
     """
     robust = make_robust(bags, objective, train, settings, seed)
     if robust is None:
-        return _fit(bags, objective, train, val, settings, seed, None)
+        return _fit(bags, objective, train, val, settings, seed, None, scaling)
+    if scaling is not None:
+        raise ValueError("robust training harmonises features, and takes them unscaled")
     plain = _fit(bags, copy.deepcopy(objective), train, val, settings, seed, None)
     fitted = _fit(bags, objective, train, val, settings, seed, robust)
     robust.complete(plain.model)
@@ -127,16 +107,16 @@ def _fit(
     settings: Mapping[str, Any],
     seed: int,
     robust: Robust | None,
+    scaling: Scaling | None = None,
 ) -> Fitted:
     device = torch.device(settings["device"])
-    model = build_aggregator(settings["aggregator"], bags.dim, objective.outputs, settings, seed)
-    change = None
+    parameters = settings if scaling is None else {**settings, "components": None}
+    model = build_aggregator(settings["aggregator"], bags.dim, objective.outputs, parameters, seed)
     if robust is not None:
         robust.prepare(model)
-        change = partial(_harmonised, model, bags, robust)
-    mean, std = feature_statistics(bags, train, change)
-    model.feature_mean.copy_(torch.from_numpy(mean))
-    model.feature_std.copy_(torch.from_numpy(std))
+    if scaling is None:
+        change = None if robust is None else partial(_harmonised, model, bags, robust)
+        fit_scaling(bags, train, settings, change).install(model)
     model.to(device).seed_dropout(seed, device)
     rng = np.random.default_rng(seed)
     optimiser = torch.optim.AdamW(
@@ -152,7 +132,9 @@ def _fit(
         order = [train[i] for i in rng.permutation(len(train))]
         loss = _one_epoch(model, optimiser, bags, objective, order, settings, rng, robust, (epoch - 1) / epochs)
         most = VALIDATION_TILES if epoch >= settings["min_epochs"] else EARLY_TILES
-        val_loss, score = _validate(model, bags, objective, val, most, device, robust) if val else (None, None)
+        # where no epoch is chosen, every fifth is drawn: most of the time of a linear model otherwise
+        looked_at = bool(val) and (settings["min_epochs"] < epochs or epoch in (1, epochs) or epoch % 5 == 0)
+        val_loss, score = _validate(model, bags, objective, val, most, device, robust) if looked_at else (None, None)
         curve.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss, f"val_{objective.score}": score})
         if val_loss is None or epoch < settings["min_epochs"]:
             continue
@@ -163,7 +145,10 @@ def _fit(
             break
     if state is not None:
         model.load_state_dict(state)
-    return Fitted(model.eval().to("cpu"), curve, kept or len(curve))
+    model.eval().to("cpu")
+    if scaling is not None:
+        scaling.install(model)
+    return Fitted(model, curve, kept or len(curve))
 
 
 def _one_epoch(

@@ -38,6 +38,7 @@ class Outcome:
     higher = "the positive class"  # what it means when a tile raises the score that is explained
     classes: tuple[str, ...] = ()
     outputs = 1  # of the aggregator
+    rises = True  # whether outputs rise with the label
 
     def about(self) -> dict[str, Any]:
         """What `load_outcome` needs to make this outcome again; a part of bundle.json."""
@@ -168,6 +169,7 @@ class OrdinalOutcome(ClassOutcome):
     """
 
     score = "c_index"  # of the expected grade: needs no calibrated decisions
+    rises = False
     higher = "higher grades"
 
     def __init__(self, classes: Sequence[str]):

@@ -33,7 +33,8 @@ def predict_bags(
     """(rows of slides, rows of patients, patients without a prediction) of `patients`, sorted.
 
     A patient is predicted from all tiles of all slides together. Slides without tiles get no row; a patient without any
-    tile gets none and is listed. `about` goes into every row; a mapping is looked up by patient.
+    tile gets none and is listed. `about` goes into every row; a mapping is looked up by patient. Rows of patients have
+    the members' scores (M,) besides (`member_scores`), which are not written.
     """
     slides, people, without = [], [], []
     for patient in sorted(patients):
@@ -46,7 +47,7 @@ def predict_bags(
         domains = [bags.domains.get(slide, "") for slide in bags.slides[first:last]]
         whole = predict(bundle, bag, bags.sizes(patient), domains)
         args = (bundle.outcome, whole.logits, whole.values, bundle.threshold, len(bag))
-        people.append(prediction_row(*args, patient_id=patient, **facts))
+        people.append(prediction_row(*args, patient_id=patient, member_scores=whole.members, **facts))
         for i in range(first, last):
             tiles = bags.slide(i)
             if len(tiles) == 0:

@@ -26,6 +26,7 @@ from slidemake.report_pictures import stain_sentences
 from slidemake.report_stress import stress_section
 from slidemake.report_timeline import timeline_section
 from slidemake.tables import read_table
+from slidemake.verdict import SHUFFLED
 
 ALIKE = 3  # lines of a verdict of one kind that are all shown
 STAGE_TITLES = {
@@ -153,6 +154,7 @@ def task_section(
         "explained": explanations(results, task, explained, slides) if explained else None,
         "stress": stress_section(folder / main),
         "comparison": comparison_section(folder),
+        "training": training_section(folder, models),
         "shortcuts": {path.stem: read_json(path) for path in sorted((folder / "shortcuts").glob("*.json"))},
     }
     if metrics.get("type") in TITLES:
@@ -177,6 +179,17 @@ def task_section(
         "tables": [],
         "undefined": [],
     }
+
+
+def training_section(folder: Path, models: list[str]) -> list[dict[str, str]]:
+    """What the training of a task's models said about itself (`training_words`), models that say the same together."""
+    of_text: dict[str, dict[str, Any]] = {}
+    for model in [model for model in models if model != SHUFFLED]:  # whose labels tell nothing
+        for finding in (read_json_if_whole(folder / model / "train.json") or {}).get("findings", ()):
+            of_text.setdefault(finding["text"], {**finding, "models": []})["models"].append(model)
+    return [
+        {**found, "text": f"Training of {', '.join(found['models'])}: {found['text']}"} for found in of_text.values()
+    ]
 
 
 def external_section(folder: Path) -> dict[str, Any] | None:

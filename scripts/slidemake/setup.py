@@ -29,7 +29,7 @@ from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
 from slidemake.sweeps import axis_table
 
-CONTROLS = ("mean_pool_lr", "site_only", "shuffled_label")  # always beside the configured models
+CONTROLS = ("mean_pool_lr", "instance_linear", "site_only", "shuffled_label")  # always beside the configured models
 PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slidemake.aggregators import predict_bag
+from slidemake.automatic import heaviest
 from slidemake.bags import Bags
 from slidemake.baselines import (
     as_aggregator,
@@ -35,14 +35,14 @@ from slidemake.baselines import (
 from slidemake.baselines_linear import fit_linear
 from slidemake.baselines_site import fit_site
 from slidemake.bundle import Group, is_complete, load_bundle, save_bundle
-from slidemake.fitting import fit_member
-from slidemake.objectives import make_objective
 from slidemake.outcomes import SCORES, ClassOutcome, Threshold, number
 from slidemake.prediction import predict_bags, prediction_row
 from slidemake.splits import Splits
 from slidemake.targets import strata
+from slidemake.training_members import FoldModels, train_fold_models
 from slidemake.training_plan import Fold, Plan, Work, fold_seed, make_fold, member_plan, prepare, slides_of
 from slidemake.training_results import about_model, validation_key, write_results
+from slidemake.training_words import agreement
 
 log = logging.getLogger("slidemake")
 
@@ -60,7 +60,7 @@ def train_model(
     """Train a model on every fold and write predictions, curves, bundles and, last, train.json (returned).
 
     task     {"label", "type"?, "positive"?, ...}; labels themselves are the splits'
-    options  `fitting.DEFAULTS` overridden; "control": mean_pool_lr, site_only or shuffled_label makes it that control
+    options  `fitting.DEFAULTS` overridden; "control": one of `setup.CONTROLS` makes it that control
     context  what a bundle must carry besides (grid, stain with its target, tissue, tiling options)
     threads  folds trained at once; the result does not depend on it
 
@@ -110,7 +110,10 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
     )
     info = bundle.info
     link = {key: info["groups"][0][key] for key in ("temperature", "slope") if key in info["groups"][0]}
-    figures = {**link, "threshold": info["threshold"], **info["training"]["figures"]}
+    group = bundle.groups[0]
+    scores = np.array([row["member_scores"] for row in patients])
+    agree = agreement(scores[:, heaviest(group.parts)] if len(scores) else scores)
+    figures = {**link, "threshold": info["threshold"], **info["training"]["figures"], "agreement": agree}
     score = figures[f"val_{work.outcome.score}"]
     text = "" if score is None else f", validation {SCORES[work.outcome.score]} {score:.2f}"
     how = "already trained" if reused else f"{time.monotonic() - started:.1f} s"
@@ -137,13 +140,12 @@ def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
         every_stratum=type(outcome) is ClassOutcome,
         members=work.settings["members"],
     )
-    curves: list[list[dict[str, Any]]] = []
-    figures: dict[str, Any] = {}
     if work.kind == "mean_pool_lr":
-        members, val_outputs, figures["c"] = _fit_mean_pool(work, fold, plan, scale)
+        fitted, val_outputs, c = _fit_mean_pool(work, fold, plan, scale)
+        found = FoldModels(fitted, (), val_outputs, [], {"c": c})
     else:
-        members, val_outputs, curves, found = _train_members(work, fold, plan, scale)
-        figures |= found
+        found = train_fold_models(work, fold, plan, scale)
+    val_outputs, figures = found.outputs, dict(found.figures)
     patients = sorted(val_outputs)
     truth = [labels[p] for p in patients]
     outputs = np.array([val_outputs[p] for p in patients]).reshape(len(patients), outcome.outputs)
@@ -156,14 +158,14 @@ def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
         "train": fold.train,
         "val": fold.val,
         "members": [{"train": a, "val": b} for a, b in plan],
-        "curves": curves,
+        "curves": found.curves,
         "figures": figures,
-        "selected_by": "lowest validation loss" if curves else "lowest pooled validation log-loss",
+        "selected_by": "lowest validation loss" if found.curves else "lowest pooled validation log-loss",
         validation_key(outcome): {p: [float(number(v)) for v in row] for p, row in zip(patients, values, strict=True)},
     }
     threshold = outcome.threshold(values, truth)
     info = {**about_model(work), "fingerprint": fold.fingerprint, "threshold": threshold, "training": training}
-    save_bundle(folder, info, [Group(fold.name, link, tuple(members))])
+    save_bundle(folder, info, [Group(fold.name, link, tuple(found.models), found.parts)])
 
 
 def _fit_mean_pool(
@@ -176,30 +178,6 @@ def _fit_mean_pool(
         return [as_aggregator(regression, classes)], regression.val_logits, regression.c
     fitted = fit_linear(work.bags, work.outcome, work.labels, fold.train, plan, scale)
     return [as_mean_pool(fitted.scaler, fitted.weight, fitted.bias)], fitted.val_outputs, fitted.c
-
-
-def _train_members(
-    work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, np.ndarray], list[Any], dict[str, Any]]:
-    members, curves, epochs, guards = [], [], [], []
-    outputs: dict[str, list[np.ndarray]] = {}
-    for i, (train, val) in enumerate(plan):
-        seed = fold_seed(work.settings["seed"], fold.repeat, fold.fold, i + 1)
-        objective = make_objective(work.outcome, work.labels, train, scale, work.settings)
-        fitted = fit_member(work.bags, objective, train, val, work.settings, seed)
-        for patient in val:
-            domains = work.domain_of[slice(*work.bags.where[patient])].tolist()
-            outputs.setdefault(patient, []).append(
-                predict_bag(fitted.model, work.bags.bag(patient), work.bags.sizes(patient), domains)[0]
-            )
-            work.bags.forget()
-        members.append(fitted.model)
-        curves.append(fitted.curve)
-        epochs.append(fitted.epoch)
-        if fitted.invariance is not None:
-            guards.append(fitted.invariance)
-    found: dict[str, Any] = {"epochs": epochs, **({"invariance": guards} if guards else {})}
-    return members, {p: np.mean(rows, axis=0) for p, rows in outputs.items()}, curves, found
 
 
 def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
@@ -222,7 +200,7 @@ def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
         patients.append(prediction_row(*row, work.bags.tiles(patient), **about))
         slides += [prediction_row(*row, n, slide_id=slide, **about) for slide, _, n in slides_of(work, patient) if n]
     link = {"temperature": 1.0} if type(work.outcome) is ClassOutcome else {}
-    figures = {**link, "threshold": threshold, f"val_{work.outcome.score}": None}
+    figures = {**link, "threshold": threshold, f"val_{work.outcome.score}": None, "agreement": None}
     return {
         "slides": slides,
         "patients": patients,

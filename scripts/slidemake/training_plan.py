@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 
 from slidemake.aggregators import AGGREGATORS
+from slidemake.automatic import AUTO, INSTANCE_LINEAR
 from slidemake.bags import Bags
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS
 from slidemake.invariance import (
+    OPTIONS,
     active,
     domain_names,
     domain_numbers,
     options_of,
     warn_where_label_and_domain_coincide,
 )
-from slidemake.outcomes import Outcome, make_outcome
+from slidemake.outcomes import ClassOutcome, Outcome, make_outcome
 from slidemake.outcomes_survival import CoxOutcome, SurvivalOutcome
 from slidemake.provenance import fingerprint
+from slidemake.scaling import COMPONENTS, PROJECTED
 from slidemake.splits import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
 from slidemake.targets import CLASSES, task_type
 
@@ -76,6 +79,15 @@ class Fold:
         return f"repeat{self.repeat}_fold{self.fold}"
 
 
+def resolved(settings: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """Settings as `fitting` and `build_aggregator` take them: what depends on the task's type is filled in."""
+    components = None
+    if settings["scaling"] in PROJECTED:
+        components = settings["components"] or COMPONENTS[settings["scaling"]]
+    contrast = type(outcome) is ClassOutcome and outcome.outputs == 2
+    return {**settings, "components": components, "falls": not outcome.rises, "contrast": contrast}
+
+
 def prepare(
     task: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -91,10 +103,12 @@ def prepare(
     if control == "shuffled_label":
         splits = permuted_control(splits, settings["seed"], outcome.kind)
     kind = control if control in ("mean_pool_lr", "site_only") else "aggregator"
+    if control == "instance_linear":
+        settings = {**settings, **INSTANCE_LINEAR, "invariance": dict(OPTIONS), "slides": "pool"}
     if kind == "aggregator" and settings["aggregator"] == "mean_pool_lr":
         kind = "mean_pool_lr"
-    elif kind == "aggregator" and settings["aggregator"] not in AGGREGATORS:
-        known = ", ".join([*AGGREGATORS, "mean_pool_lr"])
+    elif kind == "aggregator" and settings["aggregator"] not in (AUTO, *AGGREGATORS):
+        known = ", ".join([AUTO, *AGGREGATORS, "mean_pool_lr"])
         raise RunError(f"Unknown aggregator {settings['aggregator']!r}; one of {known}.")
     check_leakage(split_rows(splits), dict(zip(bags.slides, bags.patients, strict=True)))
     if kind == "aggregator" and active(settings):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from slidemake.aggregators import model_parameters
+from slidemake.automatic import AUTO, candidates
 from slidemake.bundle import Bundle, is_complete, save_bundle
 from slidemake.invariance import domain_names, options_of
 from slidemake.outcomes import ClassOutcome, MultilabelOutcome, Outcome, RegressionOutcome, number
 from slidemake.prediction import prediction_columns
 from slidemake.provenance import file_sums, fingerprint, placed, versions, write_json
 from slidemake.tables import write_table
-from slidemake.training_plan import Fold, Work, cohort_fingerprint
+from slidemake.training_plan import Fold, Work, cohort_fingerprint, resolved
+from slidemake.training_words import training_findings
 
 log = logging.getLogger("slidemake")
 
@@ -30,13 +32,9 @@ def validation_key(outcome: Outcome) -> str:
 
 def about_model(work: Work) -> dict[str, Any]:
     """The part of bundle.json that all bundles of a model share."""
-    aggregator = "mean_pool" if work.kind == "mean_pool_lr" else work.settings["aggregator"]
-    parameters = model_parameters(aggregator, {} if work.kind == "mean_pool_lr" else work.settings)
     harmonised = None
     if work.kind == "aggregator" and options_of(work.settings)["combat"]:
-        names = domain_names(work.bags)
-        parameters["domains"] = len(names)
-        harmonised = {"column": options_of(work.settings)["domain"], "names": names}
+        harmonised = {"column": options_of(work.settings)["domain"], "names": domain_names(work.bags)}
     return {
         **work.context,
         "model": work.name,
@@ -48,12 +46,27 @@ def about_model(work: Work) -> dict[str, Any]:
         "stain_of_features": work.bags.stain,
         "grid": work.bags.grid or work.context.get("grid", ""),
         "mpp": work.bags.mpp,
-        "aggregator": {"name": aggregator, "parameters": parameters, "features": work.bags.dim},
+        "aggregator": _about_aggregator(work, len(harmonised["names"]) if harmonised else 0),
         "settings": work.settings,
         "harmonised": harmonised,
         "cohort_fingerprint": cohort_fingerprint(work),
         "versions": versions(),
     }
+
+
+def _about_aggregator(work: Work, domains: int) -> dict[str, Any]:
+    """From which `build_aggregator` makes the members again; domains: scanners or sites that are harmonised."""
+    if work.kind == "mean_pool_lr":
+        return {"name": "mean_pool", "parameters": {}, "features": work.bags.dim}
+    kinds = {}
+    for candidate, settings in candidates(work.settings).items():
+        parameters = model_parameters(settings["aggregator"], resolved(settings, work.outcome))
+        kinds[candidate] = {
+            "name": settings["aggregator"],
+            "parameters": {**parameters, **({"domains": domains} if domains else {})},
+        }
+    about = kinds.get("", {"name": AUTO, "parameters": {}, "candidates": kinds})
+    return {**about, "features": work.bags.dim}
 
 
 def write_results(
@@ -95,6 +108,7 @@ def write_results(
             }
             for fold, result in zip(folds, results, strict=True)
         ],
+        "findings": _findings(work, bundles, results),
         "without_prediction": [{"patient_id": p, "reason": "no tiles"} for p in without],
         "cohort_fingerprint": cohort_fingerprint(work),
         "versions": versions(),
@@ -104,6 +118,21 @@ def write_results(
     write_json(work.out / "train.json", record)
     log.info("%s: done in %.1f s", work.name, record["seconds"])
     return record
+
+
+def _findings(
+    work: Work, bundles: Sequence[Bundle | None], results: Sequence[Mapping[str, Any]]
+) -> list[dict[str, str]]:
+    """What training says about itself, in words; logged, too."""
+    curves = [bundle.info["training"]["curves"] if bundle else [] for bundle in bundles]
+    settings = dict(work.settings)
+    if work.settings["aggregator"] == AUTO:  # the curves are the heaviest candidate's, and may be of several
+        settings["epochs"] = settings["min_epochs"] = 0
+    found = training_findings([result["figures"] for result in results], curves, settings)
+    for finding in found:
+        level = logging.WARNING if finding["level"] == "warning" else logging.INFO
+        log.log(level, "%s: %s", work.name, finding["text"])
+    return found
 
 
 def _curve_rows(folds: list[Fold], bundles: Sequence[Bundle | None], columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -33,11 +33,11 @@ def minimal(**more) -> dict:
 
 def test_sheet_output_and_a_label_are_enough():
     config = load_configuration(minimal())
-    assert config["tasks"]["outcome"]["models"] == ["abmil"]
+    assert config["tasks"]["outcome"]["models"] == ["auto"]
     assert config["tasks"]["outcome"]["splits"]["folds"] == 5
     assert config["tasks"]["outcome"]["splits"]["repeats"] == 3
-    assert config["models"]["abmil"]["encoder"] == "efficientnet_lite0"
-    assert config["models"]["abmil"]["aggregator"] == "abmil_gated"
+    assert config["models"]["auto"]["encoder"] == "efficientnet_lite0"
+    assert config["models"]["auto"]["aggregator"] == "auto"
     assert config["demo"] is None
     assert config["output"] == "out"
 
@@ -282,9 +282,10 @@ def test_stage_options_are_what_the_stages_know():
 
 def test_models_are_what_training_knows():
     fitting = pytest.importorskip("slidemake.fitting")
-    model = load_configuration(minimal())["models"]["abmil"]
+    model = load_configuration(minimal())["models"]["auto"]
     assert (model.pop("encoder"), model.pop("stain")) == ("efficientnet_lite0", None)  # which features it reads
-    assert model == {key: value for key, value in fitting.DEFAULTS.items() if key != "device"}
+    assert model.pop("aggregator") == "auto"  # a fit by itself is of one aggregator
+    assert model == {key: value for key, value in fitting.DEFAULTS.items() if key not in ("device", "aggregator")}
 
 
 def test_columns_that_tasks_need():

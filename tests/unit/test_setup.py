@@ -33,7 +33,7 @@ def test_a_minimal_configuration_is_a_whole_plan(raw):
     assert {rack: len(rows) for rack, rows in plan.racks.items()} == {"r00000": 12, "r00001": 12}
     assert list(plan.encoders) == ["efficientnet_lite0"]
     assert plan.grids == ["224px_0.5mpp"]
-    assert plan.models_of("t") == ["abmil", *CONTROLS]
+    assert plan.models_of("t") == ["auto", *CONTROLS]
     assert {plan.encoder_of("t", model) for model in plan.models_of("t")} == {"efficientnet_lite0"}
     assert plan.stain_options["method"] == "macenko"  # auto: what an ImageNet encoder needs
     assert "target" not in plan.stain_options
@@ -54,9 +54,9 @@ def test_options_of_a_model_do_not_know_the_other_models(raw):
     raw["models"] = {"abmil": {}, "wide": {"hidden": 256}}
     two = plan_run(raw, BASE)
     assert two.models_of("t") == ["abmil", "wide", *CONTROLS]
-    assert two.model_options("t", "abmil") == one.model_options("t", "abmil")
+    assert two.model_options("t", "abmil") == one.model_options("t", "auto")
     assert two.task_options("t") == one.task_options("t")
-    assert two.model_options("t", "shuffled_label") == {**one.model_options("t", "abmil"), "control": "shuffled_label"}
+    assert two.model_options("t", "shuffled_label") == {**one.model_options("t", "auto"), "control": "shuffled_label"}
 
 
 def test_stain_auto_is_by_encoder(raw):

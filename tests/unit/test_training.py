@@ -15,10 +15,11 @@ from slidemake.bags import make_bags
 from slidemake.bundle import load_bundle
 from slidemake.calibration import auroc, fit_temperature, probabilities, youden_threshold
 from slidemake.failures import RunError
-from slidemake.fitting import DEFAULTS, feature_statistics, fit_member, sample_batch
+from slidemake.fitting import DEFAULTS, fit_member, sample_batch
 from slidemake.objectives import class_objective, class_weights
 from slidemake.outcomes import class_order
 from slidemake.provenance import read_json
+from slidemake.scaling import feature_statistics
 from slidemake.splits import Splits
 from slidemake.training import train_model
 from slidemake.training_plan import member_plan

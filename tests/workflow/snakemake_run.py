@@ -34,7 +34,15 @@ CONFIG: dict[str, Any] = {
         "tumour": {"label": "diagnosis", "positive": "tumour", "splits": {"folds": 2, "repeats": 1}},
     },
     "models": {
-        "abmil": {"hidden": 16, "attention": 8, "epochs": 4, "min_epochs": 2, "min_tiles": 4, "tile_fraction": 1.0}
+        "abmil": {
+            "aggregator": "abmil_gated",
+            "hidden": 16,
+            "attention": 8,
+            "epochs": 4,
+            "min_epochs": 2,
+            "min_tiles": 4,
+            "tile_fraction": 1.0,
+        }
     },
     "evaluation": {"bootstrap": 100},
     "explain": {"truth": "{folder}/truth/{stem}_tumour16.png", "top_tiles": 3},

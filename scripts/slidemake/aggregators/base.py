@@ -8,14 +8,15 @@ An aggregator takes features (B, N, D) with a mask (B, N) (True = a real tile) a
     classify  `readout(pooled)`, the vector that the last layer reads -> logits (B, O)
 
 `step` is what training calls: a method with a loss of its own (instances, pseudo-bags) overrides it. What the O outputs
-mean (classes, risks, thresholds) is the task's business. Features are standardised inside the model with a mean and
-deviation (buffers, so they travel with the weights) that `fitting` takes from training tiles.
+mean (classes, risks, thresholds) is the task's business. Features are standardised inside the model with a mean, a
+deviation and, where the model works on principal components, axes (buffers, so they travel with the weights) that
+`scaling` takes from training tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +73,12 @@ class Step(NamedTuple):
 
 
 class Aggregator(nn.Module):
-    """The interface; see the head of this file. `features` is D, `outputs` is O."""
+    """The interface; see the head of this file. `features` is D, `outputs` is O. Built for K components it becomes a
+    model of D features by `set_scaling`."""
 
     feature_mean: Tensor  # (D,)
     feature_std: Tensor  # (D,)
+    feature_axes: Tensor | None  # (D, K)
     domain_scale: Tensor | None
     domain_shift: Tensor | None
     classifier: nn.Linear
@@ -86,8 +89,17 @@ class Aggregator(nn.Module):
         self.slide_scores: nn.Module | None = None  # attention over slides, see `slides.py`
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("feature_axes", None)
         self.register_buffer("domain_scale", None)  # (K + 1, D), see `set_domains`
         self.register_buffer("domain_shift", None)
+
+    def set_scaling(self, mean: Any, std: Any, axes: Any = None) -> None:
+        """Mean and deviation (D,) and axes (D, K), arrays or tensors: the model's layers see K numbers of a tile."""
+        device, dtype = self.feature_mean.device, self.feature_mean.dtype
+        for name, value in (("mean", mean), ("std", std), ("axes", axes)):
+            if value is not None:
+                value = torch.as_tensor(value, dtype=dtype, device=device).clone()
+            setattr(self, f"feature_{name}", value)
 
     def set_domains(self, scale: Tensor, shift: Tensor) -> None:
         """Scale and shift (K, D) that harmonise the features of K domains; kept with a last row for all others."""
@@ -101,12 +113,14 @@ class Aggregator(nn.Module):
         return x * self.domain_scale[domains] + self.domain_shift[domains]
 
     def standardise(self, x: Tensor) -> Tensor:
-        return (x - self.feature_mean) / self.feature_std
+        x = (x - self.feature_mean) / self.feature_std
+        return x if self.feature_axes is None else x @ self.feature_axes
 
     def standardised_linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
-        """`layer(self.standardise(x))` with mean and deviation folded into the layer: W (x - m) / s + b is
+        """`layer(self.standardise(x))` with mean, deviation and axes folded into the layer: W (x - m) / s + b is
         (W / s) x + (b - (W / s) m), which spares two passes over all tiles."""
-        weight = layer.weight * self.feature_std.reciprocal()
+        weight = layer.weight if self.feature_axes is None else layer.weight @ self.feature_axes.T
+        weight = weight * self.feature_std.reciprocal()
         return linear(x, weight, layer.bias - weight @ self.feature_mean)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:

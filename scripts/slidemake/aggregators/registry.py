@@ -16,6 +16,7 @@ from slidemake.aggregators.clam import CLAM
 from slidemake.aggregators.dsmil import DSMIL
 from slidemake.aggregators.dtfd import DTFD
 from slidemake.aggregators.ilra import ILRA
+from slidemake.aggregators.instance_linear import InstanceLinear
 from slidemake.aggregators.max_pool import MaxPool
 from slidemake.aggregators.mean_mlp import MeanMLP
 from slidemake.aggregators.mean_pool import MeanPool
@@ -36,6 +37,7 @@ AGGREGATORS: dict[str, tuple[type[Aggregator], dict[str, Any]]] = {
     "ilra": (ILRA, {}),
     "additive": (AdditiveMIL, {}),
     "chief": (CHIEFHead, {}),
+    "instance_linear": (InstanceLinear, {}),
 }
 # name -> the settings of a model that it takes
 PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -45,6 +47,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "dsmil": ("attention",),
     "transmil": ("hidden", "dropout"),
     "ilra": ("hidden", "dropout"),
+    "instance_linear": ("pooling", "sharpness", "share", "evidence", "falls", "contrast"),
 }
 PARAMETERS = {name: PARAMETERS.get(name, ("hidden", "attention", "dropout")) for name in AGGREGATORS}
 IN_ORDER = ("transmil",)  # the order of a bag's tiles matters to these
@@ -57,19 +60,25 @@ def build_aggregator(
     """A freshly initialised aggregator; the same seed gives the same weights and leaves torch's global state alone.
 
     parameters: settings of a model; those of PARAMETERS[name] are taken, and `slides: attention` adds attention over
-    the slides of a patient; `domains: K` makes room for the harmonisation of K scanners or sites.
+    the slides of a patient; `domains: K` makes room for the harmonisation of K scanners or sites, `components: K` for
+    the projection of the features on K axes.
     """
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}; one of {', '.join(AGGREGATORS)}")
     cls, fixed = AGGREGATORS[name]
     known = {k: parameters[k] for k in PARAMETERS[name] if k in parameters}
-    model = cls(features, outputs, **known, **fixed)
+    width = min(parameters.get("components") or features, features)
+    model = cls(width, outputs, **known, **fixed)
     _initialise(model, seed)
+    if isinstance(model, InstanceLinear):
+        model.start()
     if parameters.get("slides") == "attention":
         with torch.no_grad():
-            pooled, _ = model.pool(*model.encode(torch.zeros(1, 1, features)))
+            pooled, _ = model.pool(*model.encode(torch.zeros(1, 1, width)))
         model.slide_scores = GatedScores(pooled.shape[1], SLIDE_ATTENTION)
         _initialise(model.slide_scores, seed)
+    if parameters.get("components"):
+        model.set_scaling(torch.zeros(features), torch.ones(features), torch.eye(features, width))
     if parameters.get("domains"):
         shape = (parameters["domains"], features)
         model.set_domains(torch.ones(shape), torch.zeros(shape))
@@ -79,9 +88,11 @@ def build_aggregator(
 
 def model_parameters(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model's settings from which `build_aggregator` makes the same architecture again."""
-    kept = {k: settings[k] for k in PARAMETERS[name]}
+    kept = {k: settings[k] for k in PARAMETERS[name] if k in settings}
     if settings.get("slides") == "attention":
         kept["slides"] = "attention"
+    if settings.get("components"):
+        kept["components"] = settings["components"]
     return kept
 
 
