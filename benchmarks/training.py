@@ -37,7 +37,7 @@ from slidemake.encoders import load_record, registry
 from slidemake.fitting import DEFAULTS
 from slidemake.splits import make_splits
 from slidemake.targets import strata
-from slidemake.training_members import _Scaled, train_members
+from slidemake.training_members import FoldBags, train_members
 from slidemake.training_plan import fold_seed, make_fold, member_plan, prepare, resolved
 
 BENIGN, TUMOUR = "colon_n", "colon_aca"
@@ -171,16 +171,16 @@ def run_cohort(folder: Path, number: int) -> dict[str, Any]:
     pairs: dict[str, list[np.ndarray]] = {name: [] for name in (*models, "auto")}
     seconds, weights = dict.fromkeys(models, 0.0), []
     for fold_name in splits.tested(0):
-        held_out, tested, truth = {}, {}, np.empty(0, int)
+        held_out, tested, truth, shared = {}, {}, np.empty(0, int), None
         for name, changes in models.items():
             began = time.process_time()
             work = prepare(TASK, {**DEFAULTS, **changes}, bags, splits, folder, None, name)
             fold, settings = make_fold(work, 0, fold_name), resolved(work.settings, work.outcome)
             seed, scale = fold_seed(0, 0, fold_name), work.scale(fold)
             plan = member_plan(fold.train, fold.val, strata(splits.labels, work.outcome.kind), 0.25, seed)
-            most = max((changed.get("components") or 0) for changed in CANDIDATES.values())
-            scaled = _Scaled(work, fold, most).of(settings)
-            found = train_members(work, fold, plan, scale, settings, *scaled)
+            if shared is None:  # as in training: components are estimated once for all candidates, the first pays
+                shared = FoldBags(work, fold, max(c.get("components") or 0 for c in CANDIDATES.values()))
+            found = train_members(work, fold, plan, scale, settings, *shared.of(settings))
             seconds[name] += time.process_time() - began
             held_out[name] = np.array([found.outputs[p] for p in sorted(found.outputs)])
             tested[name] = np.array(

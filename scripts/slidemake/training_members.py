@@ -44,7 +44,7 @@ class FoldModels:
 def train_fold_models(work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]) -> FoldModels:
     """Train every member of `plan`; scale: `Outcome.scale` of the fold."""
     wanted = {name: resolved(settings, work.outcome) for name, settings in candidates(work.settings).items()}
-    scaled = _Scaled(work, fold, max(s["components"] or 0 for s in wanted.values()))
+    scaled = FoldBags(work, fold, max(s["components"] or 0 for s in wanted.values()))
     trained = {name: train_members(work, fold, plan, scale, s, *scaled.of(s)) for name, s in wanted.items()}
     if work.settings["aggregator"] != AUTO:
         (only,) = trained.values()
@@ -114,7 +114,7 @@ def _figures(trained: Members) -> dict[str, Any]:
     return figures
 
 
-class _Scaled:
+class FoldBags:
     """A fold's bags on principal components, which are estimated once, on tiles of all its training patients.
 
     Labels take no part. Robust training scales inside the model instead, after it has harmonised the features.
