@@ -4,11 +4,12 @@ BIN := .venv/bin
 CORES ?= all
 JOBS ?= 2
 
-.PHONY: help demo test soak lint lock clean setup
+.PHONY: help demo test validate soak lint lock clean setup
 
 help:
 	@echo "make demo    set up .venv if needed, then run the demo cohort to results/report/index.html"
 	@echo "make test    set up .venv if needed, then run the tests"
+	@echo "make validate TILES=folder COHORTS=6 SEED=1    fresh cohorts from a folder of labelled tiles: does it work on such tissue?"
 	@echo "make soak    set up .venv if needed, then run the long harnesses: kills, damage, spoilt disks"
 	@echo "make lint    ruff, snakefmt and mypy"
 	@echo "make lock    renew envs/requirements.txt from requirements-test.in, and envs/slidemake.yaml"
@@ -37,6 +38,14 @@ soak: setup
 test: setup
 	@echo "slidemake: running the tests (about half an hour on 2 cores; real slides are used where SLIDEMAKE_TEST_DATA points)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# docs/validation.md; empty values are left out, OPTIONS takes any other option of benchmarks/validate.py
+validate: setup
+	@test -n "$(TILES)" || { echo "make validate needs TILES=folder with a tiles.csv (path, label, group): docs/validation.md"; exit 2; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python benchmarks/validate.py --tiles "$(TILES)" \
+		$(if $(COHORTS),--cohorts $(COHORTS)) $(if $(SEED),--seed $(SEED)) $(if $(PATIENTS),--patients $(PATIENTS)) \
+		$(if $(MPP),--mpp $(MPP)) $(if $(BENIGN),--benign "$(BENIGN)") $(if $(TUMOUR),--tumour "$(TUMOUR)") \
+		$(if $(UNGROUPED),--ungrouped) $(if $(OUT),--out "$(OUT)") $(OPTIONS)
 
 lint: setup
 	@$(BIN)/ruff check .
