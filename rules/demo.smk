@@ -3,7 +3,7 @@
 if CONFIG["demo"]:
 
     rule draw_demo_slides:
-        """Draws the slides of the demo's sheet (H&E of 24 patients from 3 sites) and their truth masks."""
+        """Draws the slides of the demo's sheet (H&E of 30 patients from 3 sites) and their truth masks."""
         input:
             sheet=CONFIG["sheet"],
         output:

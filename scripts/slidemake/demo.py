@@ -1,8 +1,11 @@
-"""The demo cohort: 24 patients of 3 sites with slides that this program draws, and what goes wrong in a lab.
+"""The demo cohort: 30 patients of 3 sites with slides that this program draws, and what goes wrong in a lab.
 
-Half of the patients have a tumour that covers 3 to 25 % of the tissue on each of their slides. Benign slides get as
-much dark, crowded tissue (lymphoid follicles, inflammation), so that the mean colour of a slide does not give the
-label away. Beside the slides, `truth/` keeps masks of tissue and tumour at 1/16 scale and what was done to each slide.
+Half of the patients have a small tumour on each of their slides. All slides have follicles and reactive tissue
+(granulation tissue, regenerating glands) that is as dark and as crowded as tumour, less of it where there is tumour:
+what a slide looks like on average says little about the label, and single tiles have to be found. The sites stain as
+differently as real ones: one well balanced, one purple, one pale and pink. A second label, recurrence, follows the site
+and nothing in the tissue. Beside the slides, `truth/` keeps masks of tissue and tumour at 1/16 scale and what was done
+to each slide.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,8 +41,12 @@ from slidemake.provenance import (
 
 log = logging.getLogger("slidemake")
 
-SHEET_COLUMNS = ("slide_id", "path", "patient_id", "site", "scanner", "scan_date", "diagnosis")
+SHEET_COLUMNS = ("slide_id", "path", "patient_id", "site", "scanner", "scan_date", "diagnosis", "recurrence")
 TUMOUR, BENIGN = "tumour", "benign"
+RECURRED, FREE = "recurred", "free"
+PATIENTS = 30
+RECURRENT_SITE, FOLLOWS = "Harbour", 0.9  # site of most recurrences; share of patients whose label is their site's
+SIDE = 4608  # px of a slide
 TRUNCATED_AT = 0.6  # share of the file that is left
 # patient number -> what happened to the first slide; the others are clean
 MISHAPS = {2: "pen_blue", 5: "blur", 8: "fold", 11: "pen_green", 14: "bubble", 17: "blur", 20: "fold"}
@@ -46,22 +54,45 @@ SECOND_SLIDES = (4, 9)  # one patient of each class has a second good slide
 SPOILT = {6: "blank", 13: "no_mpp", 18: "truncated"}  # patient number -> what is wrong with an extra slide
 
 
-def demo_rows(patients: int = 24, seed: int = 0) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class Difficulty:
+    """What tells slides with a tumour from benign ones. Pairs are shares of the tissue, drawn evenly between the two.
+
+    `abnormal` is tumour and reactive tissue together: with the same for both classes, slides differ only in what the
+    abnormal tissue is made of. `atypia`: share of a tumour's epithelial cells that look malignant, the others look as
+    in reactive tissue. `stain`: share by which the stains of a slide differ from its site's.
+    """
+
+    tumour: tuple[float, float] = (0.03, 0.08)
+    abnormal: tuple[float, float] = (0.06, 0.16)
+    lymphoid: tuple[float, float] = (0.02, 0.12)
+    lymphoid_of_benign: tuple[float, float] = (0.02, 0.12)
+    atypia: float = 0.4
+    stain: float = 0.12
+
+
+DEMO = Difficulty()
+# Large tumours and no reactive tissue: for tests of what comes after the model, that need one that has learned
+EASY = Difficulty((0.06, 0.20), (0.0, 0.0), (0.01, 0.07), (0.04, 0.16), 1.0, 0.1)
+
+
+def demo_rows(patients: int = PATIENTS, seed: int = 0) -> list[dict[str, str]]:
     """Rows of the demo's sheet (`SHEET_COLUMNS` and `mishap`), in sheet order.
 
-    Sites take turns and each has as many tumour as benign patients (to within one). With 24 patients: 29 rows, of
-    which 26 good slides, a blank one, one without a resolution and a truncated one. What happened to a slide is in
+    Sites take turns and each has as many tumour as benign patients (to within one). With 30 patients: 35 rows, of
+    which 32 good slides, a blank one, one without a resolution and a truncated one. What happened to a slide is in
     `mishap`, which the sheet does not tell.
     """
     if patients < 1:
         raise RunError(f"demo.patients is {patients}; at least 1 is needed")
-    rng = np.random.default_rng(seed)
+    rng, fate = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     sites = list(SITES.values())
     rows = []
     for number in range(1, patients + 1):
         site = sites[(number - 1) % len(sites)]
         diagnosis = (TUMOUR, BENIGN)[(number - 1) // len(sites) % 2]
         taken = date(2023, 1, 9) + timedelta(days=int(rng.integers(0, 900)))
+        recurs = (site.name == RECURRENT_SITE) == (fate.random() < FOLLOWS)
         slides = [MISHAPS.get(number, "")] + [""] * (number in SECOND_SLIDES)
         slides += [SPOILT[number]] if number in SPOILT else []
         for letter, mishap in zip("ABC", slides, strict=False):
@@ -75,13 +106,14 @@ def demo_rows(patients: int = 24, seed: int = 0) -> list[dict[str, str]]:
                     "scanner": site.scanner,
                     "scan_date": taken.isoformat(),
                     "diagnosis": diagnosis,
+                    "recurrence": RECURRED if recurs else FREE,
                     "mishap": mishap,
                 }
             )
     return rows
 
 
-def write_demo_sheet(path: str | Path, patients: int = 24, seed: int = 0) -> None:
+def write_demo_sheet(path: str | Path, patients: int = PATIENTS, seed: int = 0) -> None:
     """Write the demo's sample sheet (CSV, without the `mishap` column)."""
     text = io.StringIO()
     writer = csv.DictWriter(text, SHEET_COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -120,17 +152,20 @@ def _slide_rng(seed: int, slide_id: str, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *f"{purpose}:{slide_id}".encode()])
 
 
-def slide_fingerprint(row: dict[str, str], side: int, seed: int) -> str:
+def slide_fingerprint(row: dict[str, str], side: int, seed: int, difficulty: Difficulty = DEMO) -> str:
     """What determines the bytes of a drawn slide."""
     own = {key: row[key] for key in ("slide_id", "site", "diagnosis", "mishap")}
-    return fingerprint("demo", row=own, side=side, seed=seed)
+    return fingerprint("demo", row=own, side=side, seed=seed, difficulty=asdict(difficulty))
 
 
-def draw_demo_slide(row: dict[str, str], out_path: str | Path, side: int = 6144, seed: int = 0) -> dict[str, Any]:
+def draw_demo_slide(
+    row: dict[str, str], out_path: str | Path, side: int = SIDE, seed: int = 0, difficulty: Difficulty = DEMO
+) -> dict[str, Any]:
     """Draw one slide of `demo_rows` to `out_path` and its truth beside it; returns the truth record.
 
     `side` px, a multiple of 256, at 0.5 um per px. Writes `truth/<id>_tissue16.png`, `truth/<id>_tumour16.png` (8-bit,
-    255 inside, 1/16 scale) and, last, `truth/<id>.json`. The same row, side and seed give the same bytes.
+    255 inside, 1/16 scale) and, last, `truth/<id>.json`. The same row, side, seed and difficulty give the
+    same bytes.
     """
     if side % 256 or side < 768:
         raise RunError(f"demo.side is {side}; it must be a multiple of 256 and at least 768")
@@ -138,22 +173,24 @@ def draw_demo_slide(row: dict[str, str], out_path: str | Path, side: int = 6144,
     slide_id, mishap, site = row["slide_id"], row.get("mishap", ""), SITES[row["site"]]
     rng = _slide_rng(seed, slide_id, "tissue")
     has_tumour = row["diagnosis"] == TUMOUR
-    share = float(rng.uniform(0.06, 0.20)) if has_tumour else 0.0
-    # Benign slides make up for the missing tumour with lymphoid tissue: equally dark on average, different cells.
-    lymphoid = float(rng.uniform(0.01, 0.07)) if has_tumour else float(rng.uniform(0.04, 0.16))
+    share = float(rng.uniform(*difficulty.tumour)) if has_tumour else 0.0
+    # Slides without tumour make up for it with tissue that is equally dark on average, of different cells.
+    lymphoid = float(rng.uniform(*(difficulty.lymphoid if has_tumour else difficulty.lymphoid_of_benign)))
+    reactive = max(0.0, float(rng.uniform(*difficulty.abnormal)) - share)
     pieces, cover = int(rng.choice([1, 1, 2, 3])), float(rng.uniform(0.25, 0.34))
     m = side // CELL
     tissue16 = tumour16 = np.zeros((m, m), bool)
     planes, counts = np.zeros((side, side, 2), np.uint8), {}
     if mishap != "blank":
-        drawing = draw_tissue(rng, side, share, pieces, cover, lymphoid)
+        drawing = draw_tissue(rng, side, share, pieces, cover, lymphoid, reactive, difficulty.atypia)
         planes, tissue16, tumour16, counts = drawing.planes, drawing.tissue16, drawing.tumour16, drawing.counts
         del drawing
 
     lab = _slide_rng(seed, slide_id, "lab")
     marred = fold(planes, tissue16, lab) if mishap == "fold" else 0.0
     dust(planes, lab, max(4, side * side // 900_000))
-    rgb = scan(planes, site, lab, gain=float(lab.uniform(0.9, 1.1)))
+    thickness, eosin = lab.uniform(1 - difficulty.stain, 1 + difficulty.stain, 2)
+    rgb = scan(planes, site, lab, float(thickness), float(eosin))
     del planes
     if mishap.startswith("pen_"):
         marred = mark_with_pen(rgb, tissue16, lab, mishap.removeprefix("pen_"))
@@ -172,7 +209,7 @@ def draw_demo_slide(row: dict[str, str], out_path: str | Path, side: int = 6144,
     record = {
         "slide_id": slide_id,
         "file": out_path.name,
-        "fingerprint": slide_fingerprint(row, side, seed),
+        "fingerprint": slide_fingerprint(row, side, seed, difficulty),
         "sha256": file_sha256(out_path),
         "side": side,
         "mpp": None if mishap == "no_mpp" else MPP,
@@ -210,7 +247,7 @@ def draw_demo_cohort(
     rows: Iterable[dict[str, str]],
     folder: str | Path,
     manifest: str | Path,
-    side: int = 6144,
+    side: int = SIDE,
     seed: int = 0,
     processes: int = 2,
 ) -> list[dict[str, Any]]:

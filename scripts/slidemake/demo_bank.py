@@ -23,6 +23,7 @@ from slidemake.demo_sprites import (
     nucleus,
     plasma_cell,
     reactive_cell,
+    reactive_gland,
     red_cell,
     spectral_noise,
     spindle,
@@ -104,9 +105,20 @@ class Bank:
     round_crypts: list[Stamp]
     long_crypts: list[Stamp]
     malignant_glands: list[Stamp]
+    reactive_glands: list[Stamp]
     vessels: list[Stamp]
     textures: dict[str, np.ndarray]
     ragged: np.ndarray  # (TEXTURE * TEXTURE,) float32, unit variance, a few px fine
+
+
+@lru_cache(maxsize=2)
+def tumour_glands(atypia: float, seed: int = 21) -> list[Stamp]:
+    """Glands of a tumour. With an atypia of 1 they are plainly malignant; below it that share of their nuclei is, and
+    the rest is as in reactive glands."""
+    if atypia >= 1:
+        return sprite_bank().malignant_glands
+    rng = np.random.default_rng(seed)
+    return [reactive_gland(rng, radius, atypia) for radius in rng.uniform(48, 100, 26)]
 
 
 @lru_cache(maxsize=1)
@@ -141,6 +153,7 @@ def sprite_bank(seed: int = 20) -> Bank:
         round_crypts=[crypt(rng, rng.uniform(0, 50), rng.uniform(0, np.pi)) for _ in range(28)],
         long_crypts=[crypt(rng, rng.uniform(170, 330), way) for way in np.arange(8) * np.pi / 8 for _ in range(3)],
         malignant_glands=[malignant_gland(rng, radius) for radius in rng.uniform(48, 115, 26)],
+        reactive_glands=[reactive_gland(rng, radius) for radius in rng.uniform(48, 100, 26)],
         vessels=[vessel(rng, radius) for radius in rng.uniform(22, 70, 10)],
         textures=_textures(rng),
         ragged=(

@@ -1,7 +1,7 @@
 """Lay a piece of bowel wall onto a slide: where which tissue is, its textures, glands and cells, as stain densities.
 
-A plan is made at 1/16 of the slide's resolution (one cell = 16 px = 8 um); the painting reads it with linear
-interpolation in blocks of 512 px, so that memory is two uint8 planes whatever is drawn on them.
+The plan (`demo_plan`) is at 1/16 of the slide's resolution; the painting reads it with linear interpolation in blocks of
+512 px, so that memory is two uint8 planes whatever is drawn on them.
 """
 
 from __future__ import annotations
@@ -9,33 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import ndimage
 
-from slidemake.demo_bank import Bank, sprite_bank
+from slidemake.demo_bank import Bank, sprite_bank, tumour_glands
+from slidemake.demo_plan import CELL, Plan, make_plan
 from slidemake.demo_sprites import TEXTURE, Stamp, lay, walk
 
-CELL = 16  # px of the slide per cell of the plan, which is also the scale of the truth masks
 BLOCK = 512
+Mix = tuple[tuple[str, ...], tuple[float, ...]]  # kinds of cells and their shares
 CRYPT_PITCH = 122.0  # px between the axes of neighbouring crypts
-
-
-@dataclass
-class Plan:
-    """The map of a slide, every field (m, m) float32 with m = side / 16."""
-
-    depth: np.ndarray  # px below the outline of the tissue, negative on glass
-    layer: np.ndarray  # px below the muscularis mucosae; negative inside the mucosa
-    tumour: np.ndarray  # px inside the tumour's outline, negative outside
-    follicle: np.ndarray  # px inside a lymphoid follicle
-    fat: np.ndarray  # > 0 in fat
-    tears: np.ndarray  # > 0 where the section is torn
-    inflamed: np.ndarray  # 0 to 1, share of lamina propria cells that are there
-    solid: np.ndarray  # > 0 where the tumour grows in sheets, < 0 where it forms glands
-    u: np.ndarray  # px, coordinate along the fibres
-    v: np.ndarray  # px, coordinate across the fibres
-    thickness: np.ndarray  # factor on all densities
-    crypt_angle: np.ndarray  # direction of crypts, radians
-    crypts_cut_long: np.ndarray  # > 0 where crypts are cut lengthwise
 
 
 @dataclass
@@ -47,109 +28,6 @@ class Drawing:
     tumour16: np.ndarray
     plan: Plan
     counts: dict[str, int] = field(default_factory=dict)
-
-
-def _noise(rng: np.random.Generator, m: int, width_px: float) -> np.ndarray:
-    """Unit-variance noise on the plan, correlated over `width_px`."""
-    pad = int(3 * width_px / CELL) + 4
-    field_ = ndimage.gaussian_filter(rng.standard_normal((m + pad, m + pad)).astype(np.float32), width_px / CELL)[
-        :m, :m
-    ]
-    return (field_ / max(float(field_.std()), 1e-6)).astype(np.float32)
-
-
-def _signed_distance(mask: np.ndarray) -> np.ndarray:
-    """Distance to the outline of `mask` in px of the slide, positive inside, smoothed over two cells."""
-    if not mask.any():
-        return np.full(mask.shape, -1e4, np.float32)
-    inside, outside = ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)
-    return ndimage.gaussian_filter((inside - outside) * CELL, 1.0).astype(np.float32)
-
-
-def _top_share(score: np.ndarray, share: float) -> np.ndarray:
-    """The `share` of cells with the highest score."""
-    return score > np.quantile(score, 1 - share)
-
-
-def _outline(rng: np.random.Generator, m: int, pieces: int, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mask covering `share` of the slide; per cell, px along its piece's axis (lumen to serosa) and that angle."""
-    y, x = np.mgrid[:m, :m].astype(np.float32)
-    turn = rng.uniform(0, 2 * np.pi)
-    best = np.full((m, m), -np.inf, np.float32)
-    axis, angle = np.zeros((m, m), np.float32), np.zeros((m, m), np.float32)
-    for i in range(pieces):
-        away = 0.0 if pieces == 1 else (0.235 if pieces == 2 else 0.27) * m
-        bearing = turn + 2 * np.pi * i / pieces
-        cy, cx = (m / 2 + away * f(bearing) + rng.normal(0, 0.012 * m) for f in (np.sin, np.cos))
-        radius = m * np.sqrt(share / np.pi / pieces)
-        stretch, tilt = rng.uniform(1.05, 1.4 if pieces == 1 else 1.25), rng.uniform(0, np.pi)
-        a = ((x - cx) * np.cos(tilt) + (y - cy) * np.sin(tilt)) / stretch
-        b = (-(x - cx) * np.sin(tilt) + (y - cy) * np.cos(tilt)) * stretch
-        theta = np.arctan2(b, a)
-        lobes = sum(rng.normal(0, 0.09) / np.sqrt(k) * np.cos(k * theta + rng.uniform(0, 6.3)) for k in range(2, 8))
-        score = 1 + lobes - np.hypot(a, b) / radius
-        towards = tilt + np.pi / 2 + rng.choice([0, np.pi]) + rng.normal(0, 0.15)  # lumen to serosa
-        mine = score > best
-        best = np.where(mine, score, best)
-        axis[mine] = (((x - cx) * np.cos(towards) + (y - cy) * np.sin(towards)) * CELL)[mine]
-        angle[mine] = towards
-    best += 0.06 * _noise(rng, m, 260) + 0.025 * _noise(rng, m, 70)
-    best[:2] = best[-2:] = best[:, :2] = best[:, -2:] = -9
-    return _top_share(best, share), axis, angle
-
-
-def make_plan(
-    rng: np.random.Generator, side: int, tumour_share: float, pieces: int, cover: float, lymphoid: float
-) -> Plan:
-    """Decide where everything is. `tumour_share` of the tissue is tumour, `lymphoid` about the share in follicles."""
-    m = side // CELL
-    mask, axis, angle = _outline(rng, m, pieces, cover)
-    depth = _signed_distance(mask)
-    reach = side * np.sqrt(cover / np.pi / pieces)
-    layer = axis - rng.uniform(0.0, 0.35) * reach + 70 * _noise(rng, m, 420) + 25 * _noise(rng, m, 120)
-    y, x = np.mgrid[:m, :m].astype(np.float32) * CELL
-
-    tumour = np.full((m, m), -1e4, np.float32)
-    if tumour_share > 0:
-        ys, xs = np.nonzero(depth > 0.35 * depth.max())
-        i = int(rng.integers(len(ys)))
-        score = (
-            -np.hypot(y - ys[i] * CELL, x - xs[i] * CELL) / (0.2 * reach)
-            + 0.55 * _noise(rng, m, 210)
-            + 0.2 * _noise(rng, m, 60)
-        )
-        inner = depth > 20
-        focus = np.zeros_like(mask)
-        focus[inner] = _top_share(score[inner], min(0.95, tumour_share * mask.sum() / inner.sum()))
-        tumour = _signed_distance(focus)
-
-    follicles = np.zeros_like(mask)
-    seeds = np.argwhere((depth > 90) & (layer > -420) & (layer < 260))
-    while len(seeds) and follicles.sum() < lymphoid * mask.sum():
-        fy, fx = seeds[int(rng.integers(len(seeds)))] * CELL
-        long, short, tilt = rng.uniform(110, 230), rng.uniform(85, 150), rng.uniform(0, np.pi)
-        a = (x - fx) * np.cos(tilt) + (y - fy) * np.sin(tilt)
-        b = -(x - fx) * np.sin(tilt) + (y - fy) * np.cos(tilt)
-        follicles |= (np.hypot(a / long, b / short) < 1) & (depth > 30)
-    follicle = _signed_distance(follicles) + 8 * _noise(rng, m, 40)
-
-    turn = float(np.median(angle[mask])) + np.pi / 2 + rng.normal(0, 0.3)
-    wave = [110 * _noise(rng, m, 340) + 9 * _noise(rng, m, 75) for _ in range(2)]
-    return Plan(
-        depth=depth,
-        layer=layer.astype(np.float32),
-        tumour=tumour,
-        follicle=np.where(follicles.any(), follicle, -1e4).astype(np.float32),
-        fat=np.minimum(_noise(rng, m, 200) - rng.uniform(0.7, 1.4), (layer - 260) / 60).astype(np.float32),
-        tears=(_noise(rng, m, 60) * 0.6 + 0.8 * _noise(rng, m, 230) - 2.25).astype(np.float32),
-        inflamed=np.clip(rng.uniform(0.25, 0.7) + 0.22 * _noise(rng, m, 300), 0.1, 1).astype(np.float32),
-        solid=(_noise(rng, m, 130) - rng.uniform(-0.4, 0.9)).astype(np.float32),
-        u=(x * np.cos(turn) + y * np.sin(turn) + wave[0]).astype(np.float32),
-        v=(-x * np.sin(turn) + y * np.cos(turn) + wave[1]).astype(np.float32),
-        thickness=np.clip(1 + 0.07 * _noise(rng, m, 700) + 0.02 * _noise(rng, m, 90), 0.75, 1.25).astype(np.float32),
-        crypt_angle=(angle + 0.25 * _noise(rng, m, 400)).astype(np.float32),
-        crypts_cut_long=(_noise(rng, m, 520) + rng.uniform(-0.8, 0.6)).astype(np.float32),
-    )
 
 
 class _Window:
@@ -205,10 +83,11 @@ def _paint_ground(planes: np.ndarray, truth: np.ndarray, plan: Plan, bank: Bank)
             put("fat", (look(plan.fat) + 0.03 * fine > 0) & (layer < 620))
             put("surface", (layer < -60) & (depth < 27))
             put("follicle", look(plan.follicle) + 9 * fine > 0)
-            if look.cells(plan.tumour).max() > -40:
-                inside = look(plan.tumour) + 5 * fine > 0
-                put("desmoplasia", inside)
-                put("sheet", inside & (look(plan.solid) + 0.06 * fine > 0))
+            for zone in (plan.reactive, plan.tumour):
+                if look.cells(zone).max() > -40:
+                    inside = look(zone) + 5 * fine > 0
+                    put("desmoplasia", inside)
+                    put("sheet", inside & (look(plan.solid) + 0.06 * fine > 0))
             tissue = (depth > 0) & (look(plan.tears) + 0.05 * fine < 0)
             ground[~tissue] = 0
             both = ground.view(np.uint8).reshape(size, size, 2)
@@ -248,11 +127,11 @@ class _Ground:
 
 
 def _place_glands(
-    rng: np.random.Generator, planes: np.ndarray, plan: Plan, bank: Bank
+    rng: np.random.Generator, planes: np.ndarray, plan: Plan, bank: Bank, atypia: float
 ) -> tuple[_Ground, dict[str, int]]:
     """Malignant glands, then crypts (lengthwise and across), then vessels; each only where there is room."""
     side = planes.shape[0]
-    ground, counts = _Ground(side), {"malignant_glands": 0, "crypts": 0, "vessels": 0}
+    ground, counts = _Ground(side), {"malignant_glands": 0, "reactive_glands": 0, "crypts": 0, "vessels": 0}
 
     def at(plan_field: np.ndarray, point: np.ndarray) -> float:
         return float(plan_field[int(point[0]) // CELL, int(point[1]) // CELL])
@@ -266,12 +145,16 @@ def _place_glands(
             lay(planes, stamp, y, x)
             counts[kind] += 1
 
-    if plan.tumour.max() > 0:
-        for pitch, need in ((150.0, 55), (70.0, 30)):
+    for zone, stamps, kind in (
+        (plan.tumour, tumour_glands(atypia), "malignant_glands"),
+        (plan.reactive, bank.reactive_glands, "reactive_glands"),
+    ):
+        for pitch, need in ((150.0, 55), (70.0, 30)) if zone.max() > 0 else ():
             for point in _lattice(rng, side, pitch, pitch * 0.87, rng.uniform(0, 3), pitch * 0.2):
-                if at(plan.tumour, point) > need and at(plan.solid, point) < 0.1:
-                    place(bank.malignant_glands, point, "malignant_glands", 10)
-    free = (plan.depth > 84) & (plan.layer < -75) & (plan.tumour < -60) & (plan.follicle < -50) & (plan.tears < -0.3)
+                if at(zone, point) > need and at(plan.solid, point) < 0.1:
+                    place(stamps, point, kind, 10)
+    free = (plan.depth > 84) & (plan.layer < -75) & (plan.follicle < -50) & (plan.tears < -0.3)
+    free &= (plan.tumour < -60) & (plan.reactive < -60)
     turn = float(np.median(plan.crypt_angle[plan.depth > 0])) if (plan.depth > 0).any() else 0.0
     for point in _lattice(rng, side, 330.0, CRYPT_PITCH, turn, 8.0):
         if at(free, point) and at(plan.depth, point) > 130 and at(plan.crypts_cut_long, point) > 0:
@@ -286,15 +169,41 @@ def _place_glands(
         if (
             at(plan.depth, point) > 110
             and at(plan.layer, point) > 120
-            and at(plan.tumour, point) < -60
+            and max(at(plan.tumour, point), at(plan.reactive, point)) < -60
             and rng.random() < 0.6
         ):
             place(bank.vessels, point, "vessels")
     return ground, counts
 
 
+def _tumour_mixes(atypia: float) -> tuple[Mix, Mix]:
+    """Cells of a tumour's sheets and of its stroma; below an atypia of 1 as in reactive tissue but for that share."""
+    if atypia >= 1:
+        return (
+            (("malignant", "lymphocyte", "mitosis", "apoptosis"), (0.93, 0.045, 0.012, 0.013)),
+            (("plump", "spindle", "lymphocyte", "malignant", "red_cell"), (0.42, 0.22, 0.27, 0.05, 0.04)),
+        )
+    sheet, stroma = 0.62, 0.09
+    return (
+        (
+            ("malignant", "reactive", "lymphocyte", "plasma", "mitosis", "apoptosis"),
+            (sheet * atypia, sheet * (1 - atypia), 0.24, 0.12, 0.01, 0.01),
+        ),
+        (
+            ("plump", "spindle", "lymphocyte", "malignant", "reactive", "red_cell"),
+            (0.40, 0.22, 0.25, stroma * atypia, stroma * (1 - atypia), 0.04),
+        ),
+    )
+
+
 def _scatter_cells(
-    rng: np.random.Generator, planes: np.ndarray, plan: Plan, bank: Bank, ground: _Ground, tissue: np.ndarray
+    rng: np.random.Generator,
+    planes: np.ndarray,
+    plan: Plan,
+    bank: Bank,
+    ground: _Ground,
+    tissue: np.ndarray,
+    atypia: float,
 ) -> int:
     """Single cells of each tissue, on a jittered grid so that they rarely overlap."""
     side, pitch = planes.shape[0], 11.0
@@ -309,6 +218,7 @@ def _scatter_cells(
     y, x = yi[keep], xi[keep]
     cy, cx = y // CELL, x // CELL
     layer, tumour, follicle = plan.layer[cy, cx], plan.tumour[cy, cx], plan.follicle[cy, cx]
+    reactive, solid = plan.reactive[cy, cx] > 0, plan.solid[cy, cx] > 0
     fat = (plan.fat[cy, cx] > -0.1) & (layer < 620)
     luck = rng.random(len(y))
     slope_y, slope_x = np.gradient(plan.v, CELL)
@@ -317,9 +227,9 @@ def _scatter_cells(
 
     inflamed = plan.inflamed[cy, cx]
     density = np.select(
-        [tumour > 0, follicle > 0, fat, layer < 0, layer < 46, layer < 196, layer < 620],
+        [(tumour > 0) | reactive, follicle > 0, fat, layer < 0, layer < 46, layer < 196, layer < 620],
         [
-            np.where(plan.solid[cy, cx] > 0, 0.44, 0.20),
+            np.where(solid, np.where(reactive | (atypia < 1), 0.55, 0.44), 0.20),
             0.80,
             0.22,
             0.16 + 0.55 * inflamed,
@@ -330,13 +240,20 @@ def _scatter_cells(
         0.075,
     )
     zone = np.select(
-        [(tumour > 0) & (plan.solid[cy, cx] > 0), tumour > 0, (follicle > 45), follicle > 0, layer < 0],
-        [0, 1, 2, 3, 4],
+        [
+            (tumour > 0) & solid,
+            tumour > 0,
+            reactive & solid,
+            reactive,
+            follicle > 45,
+            follicle > 0,
+            layer < 0,
+        ],
+        [0, 1, 6, 7, 2, 3, 4],
         5,
     )
-    mixes = [  # per zone: kinds and their shares
-        (("malignant", "lymphocyte", "mitosis", "apoptosis"), (0.93, 0.045, 0.012, 0.013)),
-        (("plump", "spindle", "lymphocyte", "malignant", "red_cell"), (0.42, 0.22, 0.27, 0.05, 0.04)),
+    mixes: list[Mix] = [  # per zone
+        *_tumour_mixes(atypia),
         (("reactive", "lymphocyte", "apoptosis", "mitosis"), (0.66, 0.31, 0.02, 0.01)),
         (("lymphocyte", "reactive", "plasma"), (0.90, 0.06, 0.04)),
         (
@@ -344,6 +261,8 @@ def _scatter_cells(
             (0.40, 0.26, 0.20, 0.08, 0.03, 0.03),
         ),
         (("spindle", "lymphocyte", "red_cell", "plump"), (0.76, 0.13, 0.03, 0.08)),
+        (("reactive", "lymphocyte", "plasma", "mitosis", "apoptosis"), (0.62, 0.24, 0.12, 0.01, 0.01)),
+        (("plump", "spindle", "lymphocyte", "reactive", "red_cell"), (0.40, 0.22, 0.25, 0.09, 0.04)),
     ]
     oriented = {"spindle": bank.spindles, "plump": bank.plump}
     chosen = np.nonzero(luck < density)[0]
@@ -362,7 +281,7 @@ def _line_surface(rng: np.random.Generator, planes: np.ndarray, plan: Plan, bank
     """Nuclei of the surface epithelium: one row of columns along the smooth, luminal outline."""
     for y, x, inward in walk(plan.depth, 14.0, 8.4 / CELL, rng):
         cy, cx = int(y), int(x)
-        if plan.layer[cy, cx] < -90 and plan.tumour[cy, cx] < 0:
+        if plan.layer[cy, cx] < -90 and max(plan.tumour[cy, cx], plan.reactive[cy, cx]) < 0:
             py, px = (y + 0.5) * CELL + rng.normal(0, 1.3), (x + 0.5) * CELL + rng.normal(0, 1.3)
             shapes = bank.surface[round((inward + rng.normal(0, 0.15)) * 24 / np.pi) % 24]
             lay(planes, shapes[int(rng.integers(len(shapes)))], int(py), int(px))
@@ -381,21 +300,29 @@ def _red_pools(rng: np.random.Generator, planes: np.ndarray, plan: Plan, bank: B
 
 
 def draw_tissue(
-    rng: np.random.Generator, side: int, tumour_share: float, pieces: int, cover: float, lymphoid: float
+    rng: np.random.Generator,
+    side: int,
+    tumour_share: float,
+    pieces: int,
+    cover: float,
+    lymphoid: float,
+    reactive_share: float = 0.0,
+    atypia: float = 1.0,
 ) -> Drawing:
     """Draw a slide's tissue as stain densities.
 
-    `side` px (a multiple of 16), `tumour_share` and `lymphoid`: shares of the tissue, `cover`: tissue's share of the
+    `side` px (a multiple of 16), `tumour_share`, `lymphoid` and `reactive_share`: shares of the tissue, `atypia`: share
+    of a tumour's epithelial cells that look malignant (the others look reactive), `cover`: tissue's share of the
     slide. Returns planes in units of 1/`DENSITY` natural-log optical density, with truth masks at 1/16 scale: tissue
     is where a section lies on the glass (lumina and fat included, tears not).
     """
     bank = sprite_bank()
-    plan = make_plan(rng, side, tumour_share, pieces, cover, lymphoid)
+    plan = make_plan(rng, side, tumour_share, pieces, cover, lymphoid, reactive_share)
     planes = np.zeros((side, side, 2), np.uint8)
     tissue = np.zeros_like(plan.depth, bool)
     _paint_ground(planes, tissue, plan, bank)
-    ground, counts = _place_glands(rng, planes, plan, bank)
+    ground, counts = _place_glands(rng, planes, plan, bank, atypia)
     _line_surface(rng, planes, plan, bank)
     _red_pools(rng, planes, plan, bank, tissue)
-    counts["cells"] = _scatter_cells(rng, planes, plan, bank, ground, tissue)
+    counts["cells"] = _scatter_cells(rng, planes, plan, bank, ground, tissue, atypia)
     return Drawing(planes, tissue, tissue & (plan.tumour > 0), plan, counts)

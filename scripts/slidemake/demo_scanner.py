@@ -52,10 +52,10 @@ SITES: dict[str, Site] = {
             0.0,
         ),
         Site(
-            "Harbour", "Meridian-X4", (0.67, 0.68, 0.29), (0.08, 0.95, 0.30), 1.12, 0.80, (246, 244, 238), 2.8, 78, 0.55
+            "Harbour", "Meridian-X4", (0.67, 0.68, 0.29), (0.08, 0.95, 0.30), 1.30, 0.50, (246, 244, 238), 2.8, 78, 0.55
         ),
         Site(
-            "Valecross", "Halcyon-20", (0.54, 0.75, 0.38), (0.20, 0.86, 0.47), 0.86, 1.14, (236, 239, 243), 2.4, 84, 0.4
+            "Valecross", "Halcyon-20", (0.54, 0.75, 0.38), (0.20, 0.86, 0.47), 0.56, 0.90, (236, 239, 243), 2.4, 84, 0.4
         ),
     )
 }
@@ -68,19 +68,22 @@ def unit_vectors(site: Site) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _colour_table(site: Site, gain: float) -> np.ndarray:
+def _colour_table(site: Site, gain_h: float, gain_e: float) -> np.ndarray:
     """(65536,) uint32: packed R, G, B of every (haematoxylin, eosin) pair, kept 8 grey values off both ends."""
     vectors = unit_vectors(site)
-    value = np.arange(256) / DENSITY * gain
-    depth = np.exp(-site.gain_h * value[:, None] * vectors[0]), np.exp(-site.gain_e * value[:, None] * vectors[1])
+    value = np.arange(256)[:, None] / DENSITY
+    depth = np.exp(-gain_h * site.gain_h * value * vectors[0]), np.exp(-gain_e * site.gain_e * value * vectors[1])
     table = np.zeros((256, 256, 4), np.uint8)  # [eosin, haematoxylin]: eosin is the high byte
     table[..., :3] = np.clip(np.rint(np.array(site.background) * depth[1][:, None] * depth[0][None]), 8, 247)
     return table.reshape(-1, 4).view("<u4").ravel()
 
 
-def scan(planes: np.ndarray, site: Site, rng: np.random.Generator, gain: float = 1.0) -> np.ndarray:
-    """Colour and noise: densities (h, w, 2) uint8 to RGB (h, w, 3) uint8. `gain`: this slide's thickness."""
-    table = _colour_table(site, round(gain, 2))
+def scan(
+    planes: np.ndarray, site: Site, rng: np.random.Generator, gain_h: float = 1.0, gain_e: float = 1.0
+) -> np.ndarray:
+    """Colour and noise: densities (h, w, 2) uint8 to RGB (h, w, 3) uint8. The gains are this slide's, beside its
+    site's: how thick it is and how long it was stained."""
+    table = _colour_table(site, round(gain_h, 2), round(gain_e, 2))
     height, width = planes.shape[:2]
     rgb = np.empty((height, width, 3), np.uint8)
     grain = 0.75 * rng.standard_normal((544, 544, 1)) + 0.65 * rng.standard_normal((544, 544, 3))

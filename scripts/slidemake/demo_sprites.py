@@ -268,11 +268,13 @@ def walk(depth: np.ndarray, level: float, spacing: float, rng: np.random.Generat
 @lru_cache(maxsize=4)
 def _pool(kind: str) -> list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Nuclei for glands, [direction][shape]: glands share them, because drawing one costs more than blending it."""
-    rng = np.random.default_rng(sorted(("columnar", "goblet", "malignant", "flat")).index(kind))
+    rng = np.random.default_rng(sorted(("columnar", "goblet", "malignant", "flat", "crowded")).index(kind))
 
     def one(angle: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if kind == "columnar":
             return nucleus(rng, rng.uniform(5.6, 7.6), rng.uniform(3.4, 4.5), angle, rng.uniform(1.0, 1.45), 0.05, 0.4)
+        if kind == "crowded":
+            return nucleus(rng, rng.uniform(7.6, 9.6), rng.uniform(3.6, 4.6), angle, rng.uniform(1.25, 1.6), 0.05, 0.3)
         if kind == "goblet":
             wide = rng.uniform(5.4, 7.8)
             return nucleus(rng, wide * rng.uniform(1.25, 1.6), wide, angle, 1.0, 0.05)
@@ -359,6 +361,34 @@ def malignant_gland(rng: np.random.Generator, radius: float) -> Stamp:
                 canvas.cell(_pick(rng, "malignant", inward + rng.normal(0, 0.4)), y, x)
             elif lumen[i, j] > 0.9 and rng.random() < 0.25 * dirty:
                 canvas.cell(nucleus(rng, 2.4, 1.8, 0, 1.9, 0.2), y, x)
+    return canvas.stamp(True)
+
+
+def reactive_gland(rng: np.random.Generator, radius: float, atypia: float = 0.0) -> Stamp:
+    """A regenerating gland: no goblet cells, crowded dark nuclei in two or three rows, debris in the lumen. Benign: its
+    outline is smooth and its nuclei are of one size, long and parallel. With `atypia`, the share of malignant nuclei
+    among them, a well differentiated carcinoma that looks like it."""
+    length = radius * rng.uniform(0, 1.6)
+    depth = _depth(rng, radius, length, rng.uniform(0, np.pi), rng.normal(0, 0.2) * radius, rng.uniform(0.08, 0.15))
+    canvas = Canvas(*depth.shape)
+    wall = rng.uniform(34, 46)
+    grain, debris = noise_patch(rng, depth.shape, 1.5), noise_patch(rng, depth.shape, 3.5)
+    lumen = np.clip((depth - wall) / 2.5, 0, 1)
+    canvas.over(0.05, 0.08, np.clip((depth + 5) / 3, 0, 1) * 0.5)
+    canvas.over(0.31 + 0.06 * grain, 0.50 + 0.07 * grain, np.clip(depth / 1.6 + 0.5, 0, 1))
+    dirty = rng.uniform(0.1, 0.8)
+    canvas.over(
+        0.03 + 0.1 * dirty * np.clip(debris, 0, 1.5),
+        0.05 + dirty * (0.06 + 0.42 * np.clip(0.4 + debris, 0, 1.2)),
+        lumen,
+    )
+    for level, share in ((9.0, 1.0), (18.0, 0.85), (27.0, rng.uniform(0.2, 0.8))):
+        for y, x, inward in walk(depth, level, 9.5, rng):
+            y, x = y + rng.normal(0, 1.6), x + rng.normal(0, 1.6)
+            i, j = (int(np.clip(v, 0, n - 1)) for v, n in zip((y, x), depth.shape, strict=True))
+            if rng.random() < share and lumen[i, j] < 0.25:
+                kind = "malignant" if rng.random() < atypia else "crowded"
+                canvas.cell(_pick(rng, kind, inward + rng.normal(0, 0.12)), y, x)
     return canvas.stamp(True)
 
 

@@ -65,7 +65,7 @@ def test_demo_configuration_is_valid_and_names_every_key():
     raw = yaml.safe_load(DEMO.read_text())
     config = load_configuration(raw, ROOT)
     assert config["tasks"]["tumour"]["positive"] == "tumour"
-    assert config["demo"] == {"side": 6144, "seed": 0}
+    assert config["demo"] == {"side": 4608, "seed": 0}
     for path, _ in leaves():
         part = raw
         for step in path.split("."):

@@ -11,11 +11,14 @@ import openslide
 import pytest
 from PIL import Image
 from slidemake.demo import (
+    DEMO,
+    EASY,
     SHEET_COLUMNS,
     demo_rows,
     draw_demo_cohort,
     draw_demo_slide,
     rows_of_sheet,
+    slide_fingerprint,
     slides_folder,
     write_demo_sheet,
 )
@@ -53,21 +56,34 @@ def mask(folder: Path, slide_id: str, kind: str) -> np.ndarray:
 
 def test_cohort_is_balanced_over_sites_and_has_the_spoilt_slides():
     rows = demo_rows()
-    assert len({row["slide_id"] for row in rows}) == len(rows) == 29
+    assert len({row["slide_id"] for row in rows}) == len(rows) == 35
     patients = {row["patient_id"]: row for row in rows}
-    assert len(patients) == 24
+    assert len(patients) == 30
     for site in SITES:
         own = [row["diagnosis"] for row in patients.values() if row["site"] == site]
-        assert own.count("tumour") == own.count("benign") == 4
+        assert own.count("tumour") == own.count("benign") == 5
     mishaps = [row["mishap"] for row in rows]
     for spoilt in ("blank", "no_mpp", "truncated"):
         assert mishaps.count(spoilt) == 1
     assert {"pen_blue", "pen_green", "blur", "fold", "bubble"} <= set(mishaps)
     good = [row["patient_id"] for row in rows if row["mishap"] not in ("blank", "no_mpp", "truncated")]
     assert set(good) == set(patients)
-    assert len(good) == 26  # two patients have two good slides
+    assert len(good) == 32  # two patients have two good slides
     for patient in patients:
         assert len({row["diagnosis"] for row in rows if row["patient_id"] == patient}) == 1
+
+
+def test_recurrence_follows_the_site_and_not_the_diagnosis():
+    for seed in range(5):
+        patients = {row["patient_id"]: row for row in demo_rows(300, seed)}.values()
+        for column, value, low, high in (("site", "Harbour", 0.8, 1.0), ("site", "Valecross", 0.0, 0.2)):
+            own = [row["recurrence"] == "recurred" for row in patients if row[column] == value]
+            assert low < np.mean(own) < high
+        shares = [
+            np.mean([row["recurrence"] == "recurred" for row in patients if row["diagnosis"] == diagnosis])
+            for diagnosis in ("tumour", "benign")
+        ]
+        assert abs(shares[0] - shares[1]) < 0.15
 
 
 def test_committed_sheet_is_the_generated_one(tmp_path):
@@ -166,7 +182,7 @@ def test_truth_masks_agree_with_pixels_and_record(drawn):
 
 def test_full_size_tumour_shares_stay_in_range():
     """The plan alone, at full size, at both ends of what is asked for: 3 to 25 % of the tissue."""
-    from slidemake.demo_histology import make_plan
+    from slidemake.demo_plan import make_plan
 
     for number in range(4):
         rng = np.random.default_rng(number)
@@ -174,6 +190,39 @@ def test_full_size_tumour_shares_stay_in_range():
         plan = make_plan(rng, 6144, asked, 1 + number % 3, 0.25 + 0.03 * (number % 4), 0.05)
         tissue = plan.depth > 0
         assert 0.03 <= ((plan.tumour > 0) & tissue).sum() / tissue.sum() <= 0.25
+
+
+def test_reactive_tissue_makes_up_for_tumour():
+    """Of as much abnormal tissue, tumour is a part in one class and none in the other; the two never overlap."""
+    from slidemake.demo_plan import make_plan
+
+    for number in range(3):
+        plan = make_plan(np.random.default_rng(number), SIDE, 0.06, 1, 0.3, 0.05, reactive_share=0.1)
+        tissue = plan.depth > 0
+        assert 0.03 < (plan.reactive > 0)[tissue].mean() <= 0.12
+        assert not ((plan.reactive > 0) & (plan.tumour > 0)).any()
+        without = make_plan(np.random.default_rng(number), SIDE, 0.0, 1, 0.3, 0.05)
+        assert without.reactive.max() < 0
+
+
+def test_difficulty_is_part_of_a_slide(drawn):
+    _, records = drawn
+    row = row_with(slide_id="P01-A")
+    assert records["P01-A"]["fingerprint"] == slide_fingerprint(row, SIDE, 0, DEMO)
+    assert slide_fingerprint(row, SIDE, 0, EASY) != records["P01-A"]["fingerprint"]
+    benign = [record for record in records.values() if record["diagnosis"] == "benign" and record["drawn"]]
+    assert any(record["drawn"]["reactive_glands"] for record in benign)
+    assert not any(record["drawn"]["malignant_glands"] for record in benign)
+
+
+def test_one_site_is_purple_and_one_pale_and_pink():
+    """Equal amounts of both stains at every site: Harbour comes out bluest, Valecross reddest and lightest."""
+    planes = np.full((32, 32, 2), 60, np.uint8)
+    colour = {name: scan(planes, site, np.random.default_rng(0)).mean((0, 1)) for name, site in SITES.items()}
+    blue = {name: c[2] - c[0] for name, c in colour.items()}
+    assert blue["Harbour"] > blue["Northfield"] + 15
+    assert blue["Valecross"] < blue["Northfield"] - 10
+    assert colour["Valecross"].mean() > colour["Northfield"].mean() + 15
 
 
 def test_sites_differ_in_colour(drawn):
