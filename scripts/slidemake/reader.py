@@ -145,7 +145,7 @@ class SlideReader:
         return self.overview_of(max_px)[0]
 
     def overview_of(self, max_px: int) -> tuple[np.ndarray, float, float]:
-        """As `overview`, with at most `max_px` px on the longer side; pixels are square where the slide's mpp is known."""
+        """As `overview`, with at most `max_px` px on the longer side; square px where the slide's mpp is known."""
         x, y = self.mpp_xy or (1.0, 1.0)
         wanted = max(self.dimensions[0] * x, self.dimensions[1] * y) / max_px
         return self.overview_at(wanted / x, wanted / y)
@@ -257,7 +257,7 @@ def open_slide(path: str | Path, reader: str = "auto", mpp: Mpp = None) -> Slide
     """Open a slide file, or the folder of a multi-file DICOM or OME-Zarr.
 
     `reader`: the name recorded at screening, or "auto" (`choose_reader`, which reads some regions). `mpp`: um per
-    pixel (or x and y) that stands before the file's own. Raises SlideFailure (missing_file, unsupported, not_brightfield, ...).
+    pixel (or x and y) that stands before the file's own. Raises SlideFailure (missing_file, unsupported, ...).
     """
     arrive(path)
     if reader == "auto":

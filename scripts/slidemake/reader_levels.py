@@ -101,19 +101,17 @@ def _alike(
 ) -> float | None:
     """Correlation of a window of the level with the same place on the reference; None where nothing can be said."""
     side = min(WINDOW, level.width, level.height)
-    corner = []
-    for at, size in zip(place, (level.width, level.height), strict=True):
-        corner.append(int(np.clip(round(at / scale - side / 2), 0, size - side)))
+    x = int(np.clip(round(place[0] / scale - side / 2), 0, level.width - side))
+    y = int(np.clip(round(place[1] / scale - side / 2), 0, level.height - side))
     step = scale / reference.downsample
-    start = [int(np.floor(at * step)) for at in corner]
-    extent = int(np.ceil(side * step)) + 1
+    left, top, extent = int(x * step), int(y * step), int(np.ceil(side * step)) + 1
     try:
-        seen = _read(slide, level, *corner, side)
-        wanted = _read(slide, reference, *start, extent)
+        seen = _read(slide, level, x, y, side)
+        wanted = _read(slide, reference, left, top, extent)
     except OSError:
         return None
-    box = [at * step - begin for at, begin in zip(corner, start, strict=True)]
-    area = (box[0], box[1], min(box[0] + side * step, extent), min(box[1] + side * step, extent))
+    dx, dy = x * step - left, y * step - top
+    area = (dx, dy, min(dx + side * step, extent), min(dy + side * step, extent))
     wanted = np.asarray(Image.fromarray(wanted).resize((side, side), Image.Resampling.BOX, box=area))
     a, b = (ndi.gaussian_filter(part.astype(np.float32), 1.0)[2:-2, 2:-2] for part in (seen, wanted))
     a, b = a - a.mean(), b - b.mean()
@@ -135,9 +133,8 @@ def _read(slide: SlideReader, level: Level, x: int, y: int, side: int) -> np.nda
 def _places(slide: SlideReader) -> list[tuple[float, float]]:
     """Level-0 positions with structure, the first as far from the corner as there is, the others far from the first."""
     grey, sx, sy = slide.overview_of(384)
-    detail = np.hypot(*(ndi.gaussian_gradient_magnitude(grey[..., 1].astype(np.float32), 1.0),) * 2)
-    detail = ndi.uniform_filter(detail, 9)
-    if detail.max() < 1.0:
+    detail = ndi.uniform_filter(ndi.gaussian_gradient_magnitude(grey[..., 1].astype(np.float32), 1.0), 9)
+    if detail.max() < 0.7:
         return []
     ys, xs = np.nonzero(detail > 0.5 * np.percentile(detail, 98))
     points = np.stack([(xs + 0.5) * sx, (ys + 0.5) * sy], axis=1)

@@ -101,17 +101,8 @@ def _open_jp2(path: Path, mpp: Mpp) -> SlideReader:
         step = 2**level
         return image[y0 * step : min(y1 * step, h) : step, x0 * step : min(x1 * step, w) : step]
 
-    return ArrayReader(
-        "tiatoolbox",
-        path,
-        levels,
-        window,
-        None,
-        mpp=mpp,
-        file_mpp=_pair(info.mpp),
-        vendor="jp2",
-        properties=_power(info),
-    )
+    told = {"file_mpp": _pair(info.mpp), "vendor": "jp2", "properties": _power(info)}
+    return ArrayReader("tiatoolbox", path, levels, window, None, mpp=mpp, **told)
 
 
 def _open_zarr(path: Path, mpp: Mpp) -> SlideReader:
@@ -136,7 +127,7 @@ def _open_zarr(path: Path, mpp: Mpp) -> SlideReader:
 
 
 def _white_where_absent(array: Any) -> Any:
-    """The array with 255 for chunks that are not stored: what was not scanned is white, whatever its fill value says."""
+    """The array with 255 for chunks that are not stored: what was not scanned is white, whatever the fill value."""
     import zarr
 
     if array.dtype != np.uint8:

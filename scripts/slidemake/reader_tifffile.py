@@ -70,11 +70,9 @@ def open_tifffile(path: Path, mpp: Mpp = None) -> ArrayReader:
     number = image.page if image else 0
     planes = image.planes if image and index.pages[number].samples == 1 else 1
     names, rivals = other_images(index, image) if image else ([], False)
-    if index.pages[number].compression not in tifffile.TIFF.DECOMPRESSORS:
-        message = (
-            f"{path.name} is compressed by TIFF method {index.pages[number].compression}, which nothing here decodes"
-        )
-        raise SlideFailure("unsupported", message)
+    method = index.pages[number].compression
+    if method not in tifffile.TIFF.DECOMPRESSORS:
+        raise SlideFailure("unsupported", f"{path.name} is compressed by TIFF method {method}, which no reader decodes")
     tiff = tifffile.TiffFile(path)
     try:
         levels = [

@@ -89,8 +89,8 @@ class VipsReader(SlideReader):
             self._pages = [page for page, _ in chosen]
             self._sources = [{"page": n, "subifd": -1 if below is None else below} for _, (n, below) in chosen]
             levels = make_levels([(p.width, p.height) for p in self._pages])
-            more = {"vendor": "ome-tiff", "properties": ome_properties(image)}
-            super().__init__(path, levels, mpp=mpp, file_mpp=image.mpp, **more)
+            properties = ome_properties(image)
+            super().__init__(path, levels, mpp=mpp, file_mpp=image.mpp, vendor="ome-tiff", properties=properties)
             self._associated, self.several_images = other_images(index, image)
         else:
             with OpenSlideReader(path, mpp) as known:

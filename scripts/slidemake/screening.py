@@ -171,7 +171,7 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
         flags = _check_modality(slide) + _probe(slide)
         mpp, source = _resolve_mpp(slide, row.mpp, options.get("default_mpp"))
         flags += _mpp_flags(slide, mpp, source) + (["several_images"] if slide.several_images else [])
-        xy = square_mpp(slide.file_mpp) if source == "file" and slide.file_mpp else (mpp, mpp)
+        xy = (square_mpp(slide.file_mpp) if source == "file" else None) or (mpp, mpp)
         slide.levels, changed = aligned_levels(slide, index)
         flags += ["levels_not_aligned"] if changed else []
         picture = slide.thumbnail(THUMBNAIL)
