@@ -228,8 +228,8 @@ def explain_slide(
     coords (N, 2) and tile_level0_px (w, h) in level-0 px; features (N, D); attention (N,); leave_one_out (N,) =
     f(X) - f(X without the tile), or None for models that have none; read_tiles(indices) -> (k, H, W, 3) uint8;
     overview (h, w, 3) uint8 with sx, sy level-0 px per px; mpp um per level-0 px (x, y) or None; k tiles per gallery;
-    truth (N,) fraction of each tile that is tumour, where known (`tile_truth`). `facts` (fingerprint, prediction, label, ...)
-    are added to explain.json. N = 0 and N = 1 are legal; tiles whose score is NaN are listed and not drawn.
+    truth (N,) fraction of each tile that is tumour, where known (`tile_truth`). `facts` (fingerprint, label, ...) are
+    added to explain.json. N = 0 and N = 1 are legal; tiles whose score is NaN are listed and not drawn.
     """
     folder, coords = Path(folder), np.asarray(coords).reshape(-1, 2)
     n, attention = len(coords), np.asarray(attention, float).reshape(-1)

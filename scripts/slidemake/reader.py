@@ -279,14 +279,19 @@ def open_slide(path: str | Path, reader: str = "auto", mpp: Mpp = None) -> Slide
 
 
 def slide_file(path: str | Path) -> Path:
-    """The file to hand to a reader: for a DICOM folder its first .dcm file; anything else as it is."""
+    """The file to hand to a reader: of a DICOM slide (a folder, or a file) the first of its series that is a level;
+    anything else as it is. Raises SlideFailure `missing_file`; `unsupported` for what is no slide."""
+    from slidemake.reader_dicom import is_dicom, slide_series
+
     path = Path(path)
     check_file(path)
     if path.is_dir() and not (path / ".zattrs").exists() and not (path / "zarr.json").exists():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".dcm")
-        if not files:
+        if not any(is_dicom(file) for file in path.iterdir()):
             raise SlideFailure("unsupported", f"{path} is a folder without DICOM files and not an OME-Zarr")
-        return files[0]
+        return slide_series(path)[0]
+    if is_dicom(path):
+        files = slide_series(path)
+        return path if path in files else files[0]
     return path
 
 

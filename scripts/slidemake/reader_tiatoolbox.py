@@ -19,6 +19,7 @@ import numpy as np
 from slidemake.failures import SlideFailure
 from slidemake.reader import Mpp, SlideReader, make_levels
 from slidemake.reader_arrays import ArrayReader, open_arrays
+from slidemake.reader_dicom import is_dicom, slide_series
 from slidemake.reader_ome import FLUORESCENCE, UM_PER_UNIT
 from slidemake.reader_tiff import read_tiff_index
 from slidemake.reader_tifffile import check_rgb_or_planes, open_tifffile
@@ -61,7 +62,7 @@ def file_kind(path: Path) -> str | None:
     if path.is_dir():
         if (path / ".zattrs").exists() or (path / "zarr.json").exists():
             return "zarr"
-        return "dicom" if any(p.suffix.lower() == ".dcm" for p in path.iterdir()) else None
+        return "dicom" if any(is_dicom(file) for file in path.iterdir()) else None
     with open(path, "rb") as handle:
         head = handle.read(132)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
@@ -154,9 +155,9 @@ def _zarr_mpp(scales: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def _open_dicom(path: Path, mpp: Mpp) -> SlideReader:
-    from tiatoolbox.wsicore.wsireader import DICOMWSIReader
+    from wsidicom import WsiDicom  # as TIAToolbox does, but with the files of one series
 
-    slide = DICOMWSIReader(path, post_proc=None).wsi  # its `info` fails on files that name no manufacturer
+    slide = WsiDicom.open(slide_series(path))
     levels = make_levels([(level.size.width, level.size.height) for level in slide.levels])
     spacing = slide.levels.base_level.datasets[0].pixel_spacing  # mm
     file_mpp = _pair((spacing.width * 1e3, spacing.height * 1e3)) if spacing else None

@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 
 from slidemake import csv_cells
-from slidemake.failures import RunError
+from slidemake.failures import RunError, SlideFailure
+from slidemake.reader_dicom import is_dicom, read_dicom, slide_series
 from slidemake.sheet_checks import safe_id
 
 log = logging.getLogger("slidemake")
@@ -25,7 +26,6 @@ SUFFIXES = frozenset(
     (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".tif", ".tiff", ".svslide", ".vms", ".vmu", ".czi", ".dcm", ".jp2")
 )
 _TCGA = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})(-.*)?", re.IGNORECASE)
-_SERIES = b"\x20\x00\x0e\x00UI"  # DICOM tag SeriesInstanceUID, explicit little endian
 _DATES = (
     ("aperio.Date", ("%m/%d/%y", "%m/%d/%Y")),
     ("hamamatsu.Created", ("%Y/%m/%d",)),
@@ -56,21 +56,30 @@ def find_slides(folder: str | Path) -> list[Path]:
         found += [here / name for name in zarrs]
         mrxs = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in {*zarrs, *mrxs})
-        slides = [here / n for n in sorted(files) if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
-        found += [path for path in slides if path.suffix.lower() != ".dcm"]
-        found += _series(here, [path for path in slides if path.suffix.lower() == ".dcm"], alone=here != Path(folder))
+        seen = [here / name for name in sorted(files) if not name.startswith(".")]
+        found += [path for path in seen if path.suffix.lower() in SUFFIXES - {".dcm"}]
+        found += _series(here, [path for path in seen if _may_be_dicom(path)], alone=here != Path(folder))
     return sorted(found)
 
 
+def _may_be_dicom(path: Path) -> bool:
+    """By its name, or, without any (as PACS write them), by its first bytes."""
+    return path.suffix.lower() == ".dcm" or (path.suffix.lower() not in SUFFIXES and path.is_file() and is_dicom(path))
+
+
 def _series(folder: Path, files: list[Path], alone: bool) -> list[Path]:
-    """One path per DICOM series among `files`; the folder itself when `alone` and there is one series of many files."""
-    series: dict[bytes, list[Path]] = defaultdict(list)
+    """One path per DICOM slide among `files`; the folder itself when `alone` and it holds one slide of many files.
+
+    Labels, segmentations and annotations are left out; a file that cannot be told keeps its row.
+    """
+    series: dict[str, list[Path]] = defaultdict(list)
     for path in files:
-        with open(path, "rb") as handle:
-            head = handle.read(1 << 16)
-        at = head.find(_SERIES)
-        uid = b"" if at < 0 else head[at + 8 : at + 8 + int.from_bytes(head[at + 6 : at + 8], "little")]
-        series[uid or str(path).encode()].append(path)
+        try:
+            told = read_dicom(path) if is_dicom(path) else None
+        except (SlideFailure, OSError):
+            told = None
+        if told is None or told.level:
+            series[str(path) if told is None else told.series].append(path)
     if alone and len(series) == 1 and len(files) > 1:
         return [folder]
     return [paths[0] for paths in series.values()]
@@ -128,11 +137,11 @@ def _metadata(path: Path) -> dict[str, str]:
     """Scanner and scan date as far as OpenSlide finds them in the file."""
     import openslide
 
-    file = min(path.glob("*.dcm"), default=path) if path.is_dir() else path
     try:
+        file = slide_series(path)[0] if path.is_dir() and path.suffix.lower() != ".zarr" else path
         with openslide.OpenSlide(file) as slide:
             properties = dict(slide.properties)
-    except (openslide.OpenSlideError, OSError):
+    except (openslide.OpenSlideError, OSError, SlideFailure):
         return {}
     found = {}
     scanner = next((properties[key] for key in _SCANNERS if properties.get(key)), "")

@@ -56,7 +56,7 @@ def read_tiles(reader: Readable, coords: np.ndarray, window: Window) -> tuple[np
     stored = reader.jpeg_tiles(window.level, reduce)
     side = window.tile_px
     tiles, good = np.empty((len(coords), side, side, 3), np.uint8), np.zeros(len(coords), bool)
-    wide, high = (px / reduce if window.resampled else float(side) for px in window.read_size)
+    wide, high = (_snapped(px / reduce) if window.resampled else float(side) for px in window.read_size)
     region = math.ceil(high - 1e-6), math.ceil(wide - 1e-6)
     as_stored = (wide, high) == (side, side)
     corners = np.floor(coords / (window.downsample * reduce) + 0.5).astype(int)
@@ -72,6 +72,11 @@ def read_tiles(reader: Readable, coords: np.ndarray, window: Window) -> tuple[np
             tiles[part] = resample(target, (wide, high), side)
     tiles[~good] = 0
     return tiles, good
+
+
+def _snapped(px: float) -> float:
+    """A size that is a whole number but for rounding, as that number."""
+    return float(round(px)) if abs(px - round(px)) < 1e-6 else px
 
 
 def _from_stored(stored: JpegTiles, corners: np.ndarray, out: np.ndarray) -> np.ndarray:

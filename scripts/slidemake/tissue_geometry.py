@@ -76,7 +76,7 @@ def read_geojson(path: str | Path) -> list[Polygon]:
     (its name ends in `*`) are cut out. Raises SlideFailure, which names the file, when it is absent or says nothing.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise SlideFailure("missing_file", f"tissue outline {path} does not exist", HINT) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
