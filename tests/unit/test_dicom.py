@@ -37,6 +37,8 @@ def write(path: Path, series: str, kind: str = WHOLE_SLIDE, flavour: str = "VOLU
 
 
 def test_the_slide_of_a_folder_is_told_by_content(tmp_path: Path) -> None:
+    above, tmp_path = tmp_path, tmp_path / "case"
+    tmp_path.mkdir()
     write(tmp_path / "a_label.dcm", "1.1", flavour="LABEL")
     write(tmp_path / "b_seg.dcm", "1.2", SEG)
     levels = [write(tmp_path / name, "1.1") for name in ("IM0001", "IM0002", "z.dcm")]  # two without a suffix
@@ -47,7 +49,7 @@ def test_the_slide_of_a_folder_is_told_by_content(tmp_path: Path) -> None:
     assert slide_file(tmp_path) == levels[0]
     assert slide_file(levels[1]) == levels[1]
     assert slide_file(tmp_path / "a_label.dcm") == levels[0]  # of the same series: the slide
-    assert find_slides(tmp_path.parent) == [tmp_path]
+    assert find_slides(above) == [tmp_path]
 
 
 @pytest.mark.parametrize(
