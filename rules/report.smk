@@ -17,6 +17,7 @@ rule write_report:
             f"{OUTPUT}/tasks/{task}/{model}/stress.json"
             for task, model in PLAN.stressed_models().items()
         ],
+        stain=[f"{OUTPUT}/tasks/{task}/stain.json" for task in PLAN.stain_compared()],
         shortcuts=[
             f"{OUTPUT}/tasks/{task}/shortcuts/{encoder}.json"
             for task in TASKS

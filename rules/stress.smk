@@ -1,4 +1,4 @@
-"""Stress tests: the model's figures on tiles that are compressed, blurred, dimmed, restained or rescaled."""
+"""What tiles do to figures: under stress (compressed, blurred, dimmed, restained, rescaled), and without normalisation."""
 
 
 rule stress_test:
@@ -46,3 +46,43 @@ rule stress_test:
         "Testing {wildcards.model} of task {wildcards.task} under stress"
     script:
         "../scripts/stress_test.py"
+
+
+rule compare_stain:
+    """What stain normalisation does to a linear probe: a sample of tiles with and without it."""
+    input:
+        splits=rules.split_cohort.output.splits,
+        slides=rules.cohort_table.output.slides,
+        tiles=lambda wildcards: manifests(
+            "tiles", grid=PLAN.grid_of(PLAN.stain_compared()[wildcards.task])
+        ),
+        stain=of_all_racks(manifests("stain")),
+        target=rules.make_stain_target.output.target,
+    output:
+        result=f"{OUTPUT}/tasks/{{task}}/stain.json",
+    log:
+        log_file("compare_stain/{task}"),
+    benchmark:
+        benchmark_file("compare_stain/{task}")
+    conda:
+        "../envs/slidemake.yaml"
+    threads: EMBED_THREADS
+    resources:
+        gpu=0 if DEVICE == "cpu" else 1,
+        mem_mb=growing(4000),
+        runtime=minutes(240),
+    params:
+        results=OUTPUT,
+        encoder=lambda wildcards: PLAN.encoder_record(
+            PLAN.stain_compared()[wildcards.task]
+        ),
+        stain=lambda wildcards: PLAN.stain_method_of(
+            PLAN.stain_compared()[wildcards.task]
+        ),
+        embedding=stage_options(CONFIG, "embed"),
+        seed=CONFIG["evaluation"]["seed"],
+        version=STAGE_VERSIONS["stain"],
+    message:
+        "Comparing task {wildcards.task} with and without stain normalisation"
+    script:
+        "../scripts/compare_stain.py"

@@ -135,9 +135,12 @@ def titles(metrics: dict[str, Any], pooled: dict[str, Any]) -> dict[str, str]:
 
 
 def task_section(
-    results: Path, task: str, models: list[str], explained: str | None, slides: set[str]
+    results: Path, task: str, models: list[str], explained: str | None, slides: set[str], compared: bool = False
 ) -> dict[str, Any]:
-    """Metrics, curves, pictures and warnings of one task; explanations of `slides`, whatever else lies there."""
+    """Metrics, curves, pictures and warnings of one task; explanations of `slides`, whatever else lies there.
+
+    `compared`: what stain normalisation does is asked for; else what an earlier run says of it is not shown.
+    """
     folder = results / "tasks" / task
     metrics, curves = read_json(folder / "metrics.json"), read_json(folder / "curves.json")
     splits = read_json_if_whole(folder / "splits.json") or {}
@@ -155,6 +158,7 @@ def task_section(
         "stress": stress_section(folder / main),
         "comparison": comparison_section(folder),
         "training": training_section(folder, models),
+        "stain": read_json_if_whole(folder / "stain.json") if compared else None,
         "shortcuts": {path.stem: read_json(path) for path in sorted((folder / "shortcuts").glob("*.json"))},
     }
     if metrics.get("type") in TITLES:
@@ -298,7 +302,14 @@ def write_report(
             tiles=sum(int(float(v)) for row in rows for k, v in row.items() if k.startswith("tiles_") and v),
             drift=drift_section(results),
             tasks=[
-                task_section(results, name, t["models"], t.get("explained"), explained_slides(manifests, name, rows))
+                task_section(
+                    results,
+                    name,
+                    t["models"],
+                    t.get("explained"),
+                    explained_slides(manifests, name, rows),
+                    bool(config.get("stain", {}).get("compare")),
+                )
                 for name, t in tasks.items()
             ],
             stages=stages,

@@ -82,7 +82,8 @@ class Plan:
         options["method"] = methods.pop() if methods else "none"
         if also := {self.stain_method_of(key) for key in own} - {"none", options["method"]}:
             options["also"] = sorted(also)
-        options.pop("target", None)  # the target is another rule's, and changes no fit
+        for key in ("target", "compare"):  # other rules', and they change no fit
+            options.pop(key, None)
         return options
 
     @property
@@ -196,7 +197,10 @@ class Plan:
         encoder = self.encoder_of(task, model)
         return {
             "grid": self.grid_of(encoder),
-            "stain": {**stage_options(self.config, "stain"), "method": self.stain_method_of(encoder)},
+            "stain": {
+                **{key: value for key, value in stage_options(self.config, "stain").items() if key != "compare"},
+                "method": self.stain_method_of(encoder),
+            },
             "tissue": stage_options(self.config, "tissue"),
             "tiling": in_order(self.config["tiling"]),
             "features": self.config["embedding"]["features"],
@@ -212,6 +216,15 @@ class Plan:
         """{model: {axis: value}} of the models of a task that sweeps made."""
         table = axis_table(self.config["sweeps"])
         return {model: table[model] for model in self.tasks[task]["models"] if model in table}
+
+    def stain_compared(self) -> dict[str, str]:
+        """{task: folder name of the encoder} of tasks of classes whose first model reads normalised features, where
+        the configuration asks what normalisation does to them."""
+        if not self.config["stain"]["compare"]:
+            return {}
+        classes = [task for task in self.tasks if self.probed(task)]
+        first = {task: self.encoder_of(task, self.tasks[task]["models"][0]) for task in classes}
+        return {task: encoder for task, encoder in first.items() if self.stain_method_of(encoder) != "none"}
 
     def stressed_models(self) -> dict[str, str]:
         """{task: the model that is tested under stress}: the first of each, where the configuration asks for it."""

@@ -128,7 +128,7 @@ def _about_column(slides: Slides, reduced: np.ndarray, values: Sequence[str], se
     }
 
 
-def _logistic() -> Any:
+def logistic_probe() -> Any:
     return LogisticRegression(C=0.1, class_weight="balanced", max_iter=300)
 
 
@@ -185,7 +185,7 @@ def probe(
     if len(names) < 2 or min(len({p for p, v in zip(patients, values, strict=True) if v == n}) for n in names) < 2:
         return None
     fold = _grouped_folds(y, patients, seed)
-    found = _balanced(y, held_out_scores(_logistic, x, y, fold, len(names)))
+    found = _balanced(y, held_out_scores(logistic_probe, x, y, fold, len(names)))
     if not np.isfinite(found):
         return None
     neighbours = _balanced(y, held_out_scores(_nearest, x, y, fold, len(names)))
@@ -203,7 +203,7 @@ def probe(
             for target, source in zip(alike, rng.permutation(len(alike)), strict=True):
                 dealt[target] = y[alike[source]]
         fold = _grouped_folds(dealt, patients, seed)
-        chance.append(_balanced(dealt, held_out_scores(_logistic, x, dealt, fold, len(names))))
+        chance.append(_balanced(dealt, held_out_scores(logistic_probe, x, dealt, fold, len(names))))
     chance = [null for null in chance if np.isfinite(null)]
     if not chance:
         return None
@@ -255,7 +255,7 @@ def _patient_level(reduced: np.ndarray, slides: Slides) -> tuple[np.ndarray, np.
     return x, y, names.tolist(), sites
 
 
-def _macro_auroc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def macro_auroc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(B,) AUROC, one-versus-rest for more than two classes."""
     classes = [1] if scores.shape[1] == 2 else range(scores.shape[1])
     return np.mean([auroc_auprc(y == c, scores[:, c], weights)[0] for c in classes], axis=0)
@@ -270,9 +270,9 @@ def label_null(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULL
     rng = np.random.default_rng([seed, 1])
 
     def measured(labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        scores = held_out_scores(_logistic, x, labels, _random_folds(labels, seed, FOLDS), len(names))
+        scores = held_out_scores(logistic_probe, x, labels, random_folds(labels, seed, FOLDS), len(names))
         known = np.isfinite(scores[:, 0])
-        return _macro_auroc(labels[known], scores[known], weights[:, known])
+        return macro_auroc(labels[known], scores[known], weights[:, known])
 
     found = float(measured(y, one)[0])
     low, high = percentile_interval(measured(y, bootstrap_weights(y, DRAWS, [seed, 3])[0]))
@@ -313,8 +313,8 @@ def optimism(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULLS)
     one = np.ones((1, len(y)))
 
     def measured(folds: np.ndarray) -> float:
-        scores = held_out_scores(_logistic, x, y, folds, len(names))
-        return float(_macro_auroc(y, scores, one)[0]) if np.isfinite(scores).all() else float("nan")
+        scores = held_out_scores(logistic_probe, x, y, folds, len(names))
+        return float(macro_auroc(y, scores, one)[0]) if np.isfinite(scores).all() else float("nan")
 
     preserved = measured(fold)
     if not np.isfinite(preserved):
@@ -341,7 +341,7 @@ def _dealt_within(y: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> 
     return dealt
 
 
-def _random_folds(y: np.ndarray, seed: int, count: int) -> np.ndarray:
+def random_folds(y: np.ndarray, seed: int, count: int) -> np.ndarray:
     fold = np.zeros(len(y), int)
     rng = np.random.default_rng(seed)
     for c in np.unique(y):

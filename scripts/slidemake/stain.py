@@ -68,10 +68,10 @@ class StainFit:
 
 
 def resolve_method(configured: str, recommendation: str) -> str:
-    """Method for one encoder: `auto` is macenko where the encoder's record says recommended or required, else none."""
+    """Method for one encoder: `auto` is macenko where the encoder's record says required, else none (docs/stain.md)."""
     if configured != "auto":
         return configured
-    return "macenko" if recommendation in ("recommended", "required") else "none"
+    return "macenko" if recommendation == "required" else "none"
 
 
 def fit_stain(pixels: np.ndarray, method: str, white_point: Any = None) -> StainFit:

@@ -99,7 +99,8 @@ def judged_transform(fit: dict[str, Any], target: dict[str, Any]) -> StainTransf
     both = stain_transform(fit, target)
     if target["status"] == "none":
         return both
-    found, reasons = {}, [both.reason] if both.status == "none" else fit_reasons(fit)
+    found: dict[str, Any] = {}
+    reasons = [str(both.reason)] if both.status == "none" else fit_reasons(fit)
     if both.status == "ok":
         found, failed = _measured(both, fit, _scales(fit, target))
         reasons = list(dict.fromkeys([*reasons, *failed]))
@@ -189,7 +190,7 @@ def _outside_reinhard(pixels: np.ndarray, transform: StainTransform) -> np.ndarr
     scale = np.asarray(transform.target_lab_std) / np.asarray(transform.lab_std)
     moved = (rgb_to_lab(balanced) - np.asarray(transform.lab_mean)) * scale + np.asarray(transform.target_lab_mean)
     linear = lab_to_linear(moved)
-    return ((linear < -0.02) | (linear > 1.02)).any(axis=1)
+    return np.asarray(((linear < -0.02) | (linear > 1.02)).any(axis=1))
 
 
 def columns_of(transform: dict[str, Any]) -> dict[str, Any]:

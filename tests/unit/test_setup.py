@@ -1,6 +1,7 @@
 """The plan of a run: racks, encoders, grids, stain, controls; what is refused before the first job."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from slidemake.setup import (
     plan_run,
     rack_size_hint,
 )
+from slidemake.stain import resolve_method
 
 BASE = Path(__file__).parents[2]
 
@@ -35,7 +37,7 @@ def test_a_minimal_configuration_is_a_whole_plan(raw):
     assert plan.grids == ["224px_0.5mpp"]
     assert plan.models_of("t") == ["auto", *CONTROLS]
     assert {plan.encoder_of("t", model) for model in plan.models_of("t")} == {"efficientnet_lite0"}
-    assert plan.stain_options["method"] == "macenko"  # auto: what an ImageNet encoder needs
+    assert plan.stain_options["method"] == "none"  # auto: nothing, unless the encoder requires it
     assert "target" not in plan.stain_options
     assert not Path(raw["output"]).exists()  # a plan writes nothing
 
@@ -62,12 +64,26 @@ def test_options_of_a_model_do_not_know_the_other_models(raw):
 def test_stain_auto_is_by_encoder(raw):
     raw["models"] = {"a": {"encoder": "random_resnet18"}, "b": {"encoder": "efficientnet_lite0"}}
     plan = plan_run(raw, BASE)
-    methods = {key: plan.stain_method_of(key) for key in plan.encoders}
-    assert methods["efficientnet_lite0"] == "macenko"
+    assert {plan.stain_method_of(key) for key in plan.encoders} == {"none"}
+    needy = replace(plan.encoders["efficientnet_lite0"], stain="required")
+    assert resolve_method(plan.config["stain"]["method"], needy.stain) == "macenko"
     raw["stain"] = {"method": "none"}
     plan = plan_run(raw, BASE)
     assert {plan.stain_method_of(key) for key in plan.encoders} == {"none"}
     assert plan.stain_options["method"] == "none"
+
+
+def test_stain_is_compared_where_it_is_asked_for_and_applied(raw):
+    raw["stain"] = {"method": "macenko", "compare": True}
+    plan = plan_run(raw, BASE)
+    assert plan.stain_compared() == {"t": "efficientnet_lite0"}
+    without = plan_run({**raw, "stain": {"method": "macenko"}}, BASE)
+    assert without.stain_compared() == {}
+    assert without.stain_options == plan.stain_options  # no fit is made anew
+    assert without.bundle_context("t", "abmil") == plan.bundle_context("t", "abmil")
+    assert plan_run({**raw, "stain": {"compare": True}}, BASE).stain_compared() == {}  # nothing is normalised
+    raw["models"] = {"own": {"stain": "reinhard"}}
+    assert plan_run({**raw, "stain": {"compare": True}}, BASE).stain_compared() == {"t": "efficientnet_lite0-reinhard"}
 
 
 def test_a_gated_encoder_is_refused_before_any_slide_is_read(raw, monkeypatch):

@@ -1,0 +1,44 @@
+"""Rule compare_stain: tiles with and without normalisation through the encoder -> tasks/<task>/stain.json."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from slidemake.adapter import job
+from slidemake.cohort_table import read_table
+from slidemake.devices import claimed_device
+from slidemake.embedding import make_slide_job, warm_encoder
+from slidemake.encoder_access import resolve_weights
+from slidemake.encoder_runtime import effective_precision
+from slidemake.encoders import EncoderRecord, identity, weights_sha256
+from slidemake.memory import keep_freed_memory
+from slidemake.provenance import read_json, write_json
+from slidemake.racks import read_manifests
+from slidemake.splits import read_splits
+from slidemake.stain_comparison import cohort_vectors, compare_stain
+
+with job(snakemake) as sm:  # noqa: F821
+    keep_freed_memory()  # before torch allocates
+    import torch
+
+    torch.set_num_threads(1)
+    log = logging.getLogger("slidemake")
+    results, labels = Path(sm.params.results), read_splits(sm.input.splits).labels
+    patient_of = {r["slide_id"]: r["patient_id"] for r in read_table(sm.input.slides) if r["status"] == "ok"}
+    record = EncoderRecord.from_dict(dict(sm.params.encoder))
+    with claimed_device(sm.params.embedding["device"]) as device:
+        precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
+        known = identity(record, weights_sha256(resolve_weights(record)), precision)
+        make = partial(make_slide_job, results, record, known, sm.params.stain, read_json(sm.input.target), "float32")
+        records = read_manifests(sm.input.tiles, "tiles")
+        used = [r for r in records if r["status"] == "ok" and patient_of.get(r["slide_id"]) in labels]
+        vectors = cohort_vectors(
+            [make(r) for r in used],
+            partial(warm_encoder, record, device, precision),
+            Path(sm.output.result).parent / "stain",
+            sm.threads,
+            lambda done, total: log.info("stain comparison: %d of %d slides", done, total),
+        )
+    result = compare_stain(vectors, patient_of, labels, sm.params.seed)
+    log.info("stain: %s", result["finding"]["text"])
+    write_json(sm.output.result, {"method": sm.params.stain, "encoder": record.slug, **result})
