@@ -15,7 +15,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,21 @@ class EncoderRecord:
     def effective_mpp(self) -> float:
         """um per pixel that the network really sees, after its resize (256 px at 0.5 resized to 224: 0.571)."""
         return self.mpp * self.tile_px / self.resize
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, for params and JSON; `from_dict` is the inverse."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.normalisation is None:  # as it was before there was one: nothing runs again
+            del plain["normalisation"]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> EncoderRecord:
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
+        }
+        values |= {"source": Source(**plain["source"]), "arguments": dict(plain["arguments"])}
+        return cls(**values)
 
     @property
     def transform(self) -> dict[str, Any]:

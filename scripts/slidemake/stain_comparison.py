@@ -41,11 +41,11 @@ def slide_vectors(job: SlideJob, forward: Forward, count: int = TILES) -> dict[s
         source = Source(job)
         try:
             chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), count)).round().astype(int))
-            tiles = read_selected(source.store, source.slide, source.reader, chosen.tolist()) if len(source) else []
+            if not len(source):
+                return {}
+            tiles = read_selected(source.store, source.slide, source.reader, chosen.tolist())
         finally:
             source.close()
-        if not len(tiles):
-            return {}
         found = {}
         for name, hook in (("with", stain_hook(job.stain)), ("without", None)):
             parts = [forward(tiles[i : i + forward.batch], hook) for i in range(0, len(tiles), forward.batch)]
@@ -98,7 +98,8 @@ def compare_stain(
         if patient_of[slide] in labels:
             of_patient.setdefault(patient_of[slide], []).append(slide)
     people = sorted(of_patient)
-    names, y = np.unique([labels[p] for p in people], return_inverse=True) if people else ([], np.zeros(0, int))
+    names = sorted({labels[p] for p in people})
+    y = np.array([names.index(labels[p]) for p in people], int)
     result: dict[str, Any] = {"patients": len(people), "tiles": TILES}
     if len(names) < 2 or np.bincount(y).min() < 2:
         empty = dict.fromkeys(("with", "without", "difference", "low", "high"))
