@@ -202,7 +202,7 @@ def stain_transform(fit: StainFit | dict[str, Any], target: dict[str, Any]) -> S
         )
     white, target_white = tuple(values["white_point"]), tuple(target["white_point"])
     if method == "reinhard":
-        moments = {key: tuple(values[key]) for key in ("lab_mean", "lab_std")}
+        moments: dict[str, Any] = {key: tuple(values[key]) for key in ("lab_mean", "lab_std")}
         moments |= {f"target_{key}": tuple(target[key]) for key in ("lab_mean", "lab_std")}
         return StainTransform(method, "ok", digest, None, white, target_white, **moments)
     scale = np.asarray(target["max_concentrations"]) / np.asarray(values["max_concentrations"])
