@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ def embed(arguments: argparse.Namespace) -> None:
         out = folder / f"{design.name}.npz"
         if arguments.only and design.name not in arguments.only:
             continue
+        if arguments.size:
+            design = replace(design, patients=arguments.size[0], tiles=arguments.size[1])
         if not out.exists() or "judged-reinhard-cohort" not in np.load(out):
             embed_cohort(design, encoder, arguments, out)
             print(out, flush=True)
@@ -260,6 +263,7 @@ def main() -> None:
     one.add_argument("--tumour", default="colon_aca")
     one.add_argument("--encoder", default="efficientnet_lite0")
     one.add_argument("--encoders-file", type=Path)
+    one.add_argument("--size", type=int, nargs=2, help="patients of a cohort, and tiles of a patient, of all cohorts")
     one.add_argument("--only", nargs="+", help="names of cohorts (default: all)")
     two = commands.add_parser("score")
     two.add_argument("folder", type=Path)

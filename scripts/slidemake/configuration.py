@@ -39,7 +39,7 @@ EVALUATED = (
 STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "screen": ("screening", ("default_mpp", "reader")),
     "tissue": ("tissue", None),
-    "stain": ("stain", None),
+    "stain": ("stain", ("method", "target", "white_point", "max_pixels")),
     "tiles": ("tiling", None),
     "embed": ("embedding", None),
     "train": ("models", None),

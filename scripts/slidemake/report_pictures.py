@@ -14,6 +14,7 @@ from slidemake.tables import read_table
 PER_SITE = 2
 OTHERS = 8  # slides shown of those that are not brought to the reference by both stains
 TILES_SHOWN = 5
+APART = 0.1  # share of slides left as they are from which the report warns that they stand apart
 
 
 def stain_pictures(results: Path, folder: Path, grid: str, target: str | Path) -> list[dict[str, Any]]:
@@ -105,6 +106,11 @@ def stain_sentences(rows: list[dict[str, str]]) -> list[str]:
         why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
         name = column.removeprefix("stain_applied").lstrip("_")
         found.append(f"{f'{name}: ' if name else ''}{', '.join(parts)}{f'. Reasons: {why}' if why else ''}.")
+        if count["none"] < len(judged) and count["none"] >= APART * len(judged):
+            found[-1] += (
+                " Slides that go as scanned among normalised ones stand apart from them, and a model can follow that: "
+                "with so many, stain.method: none is the safer choice."
+            )
     return found
 
 

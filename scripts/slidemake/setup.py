@@ -82,8 +82,7 @@ class Plan:
         options["method"] = methods.pop() if methods else "none"
         if also := {self.stain_method_of(key) for key in own} - {"none", options["method"]}:
             options["also"] = sorted(also)
-        for key in ("target", "compare"):  # other rules', and they change no fit
-            options.pop(key, None)
+        options.pop("target", None)  # the target is another rule's, and changes no fit
         return options
 
     @property
@@ -197,10 +196,7 @@ class Plan:
         encoder = self.encoder_of(task, model)
         return {
             "grid": self.grid_of(encoder),
-            "stain": {
-                **{key: value for key, value in stage_options(self.config, "stain").items() if key != "compare"},
-                "method": self.stain_method_of(encoder),
-            },
+            "stain": {**stage_options(self.config, "stain"), "method": self.stain_method_of(encoder)},
             "tissue": stage_options(self.config, "tissue"),
             "tiling": in_order(self.config["tiling"]),
             "features": self.config["embedding"]["features"],

@@ -232,6 +232,9 @@ def test_columns_and_sentences(target):
     assert sentence.startswith("2 of 4 slides are brought to the reference, 1 more by haematoxylin alone, 1 goes")
     assert "one stain only (1)" in sentence
     assert "absorbs like DAB" in sentence
+    assert "none is the safer choice" in sentence  # a quarter of the slides differ from the others
+    (few,) = stain_sentences([rows[0]] * 19 + [rows[3]])
+    assert "safer" not in few
     assert stain_sentences([{"slide_id": "1"}]) == []
 
 

@@ -1,7 +1,7 @@
 """Are the report's statistics right where nothing is to be found, and do they see what was planted?
 
-    .venv/bin/python benchmarks/statistics.py                    # all sections, some minutes
-    .venv/bin/python benchmarks/statistics.py --sections drift --cohorts 400
+    .venv/bin/python benchmarks/nominal_rates.py                    # all sections, some minutes
+    .venv/bin/python benchmarks/nominal_rates.py --sections drift --cohorts 400
 
 Every section simulates cohorts whose truth is known and prints the share of them in which something is said, with its
 Monte Carlo standard error. docs/statistics.md has the tables. A slice of each runs in the tests.
