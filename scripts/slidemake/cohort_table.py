@@ -49,7 +49,7 @@ def cohort_rows(
         row["tissue_mm2"] = tissue.get("area_mm2", "")
         stain = read_json_if_whole(results / "slides" / slide_id / "stain.json") or {}
         row["stain_fit"] = stain.get("method", "") if stain.get("status") == "ok" else stain.get("reason", "")
-        if stain and (stages.get("stain") or {}).get("status") == "ok" and stain_target:
+        if stain and stain_target and stages.get("stain", {}).get("status", "failed") != "failed":  # ok, or no fit
             row |= _judgements(results, slide_id, stain_target)
         for stage, record in stages.items():
             if stage.startswith("tiles "):

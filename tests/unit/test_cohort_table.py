@@ -47,6 +47,25 @@ def test_status_and_reason_of_every_slide(rows):
     assert (a["tiles_g"], a["corrupt_tiles"], a["site"]) == (7, 1, "")
 
 
+def test_a_slide_whose_stain_is_refused_says_so(tmp_path):
+    """As its manifest has it: the record's status is the fit's, `none`."""
+    sheet = [{"slide_id": "a", "path": "a.svs", "patient_id": "a", "mpp": ""}]
+    empty = dict.fromkeys(("stain_matrix", "max_concentrations", "lab_mean", "lab_std"))
+    fit = {"status": "none", "reason": "not_he", "method": "macenko", "white_point": [255.0] * 3, "tissue": {}, **empty}
+    write_json(tmp_path / "slides" / "a" / "stain.json", {"slide_id": "a", **fit})
+    target = {"status": "ok", "method": "macenko", "hash": "h", "white_point": [255.0] * 3}
+    manifests = {"screen": [ok("a")], "stain": [{**ok("a"), "status": "none", "reason": "not_he"}]}
+    (row,) = cohort_rows(sheet, manifests, tmp_path, {}, target)
+    assert (row["status"], row["stain_fit"], row["stain_applied"], row["stain_reason"]) == (
+        "ok",
+        "not_he",
+        "none",
+        "not_he",
+    )
+    (row,) = cohort_rows(sheet, {**manifests, "stain": [failed("a", "stain", "unreadable")]}, tmp_path, {}, target)
+    assert "stain_applied" not in row
+
+
 def test_tables_go_round(rows, tmp_path):
     write_table(tmp_path / "slides.csv", rows)
     again = read_table(tmp_path / "slides.csv")
