@@ -23,6 +23,7 @@ from slidemake.running import (
     refusal,
     stop_jobs_on_sigterm,
 )
+from slidemake.yaml_files import check_yaml_files
 from slidemake.setup import mark_results_folder, plan_run, rack_size_hint
 
 HAS_GPU = shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
@@ -36,6 +37,8 @@ CORES = int(max(1, min([workflow.cores, *([] if ON_CLUSTER else cgroup_quotas())
 MACHINE = Machine(cores=CORES, gpus=int(GPUS.value) if GPUS else 0, cluster=ON_CLUSTER)
 
 try:
+    if not IN_JOB:  # Snakemake has loaded them, and takes the last of two equal keys
+        check_yaml_files(workflow.config_settings.configfiles)
     PLAN = plan_run(config, BASE, MACHINE, in_job=IN_JOB)
     if not IN_JOB:
         if reason := refusal(

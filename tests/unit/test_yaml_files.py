@@ -1,0 +1,76 @@
+"""Configuration files and encoder records that are not what they seem: doubled keys, anchors, encodings, depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from slidemake.encoders import registry
+from slidemake.failures import RunError
+from slidemake.yaml_files import MOST, check_yaml_files, problems_of, read_yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+OURS = sorted([*ROOT.glob("config/**/*.yaml"), *ROOT.glob("profiles/**/*.yaml"), *ROOT.glob("envs/*.yaml")])
+
+
+@pytest.mark.parametrize("path", OURS, ids=[path.relative_to(ROOT).as_posix() for path in OURS])
+def test_our_own_files_are_well(path):
+    assert problems_of(path.read_text()) == []
+    assert read_yaml(path) == yaml.safe_load(path.read_text())
+
+
+def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("models:\n  a: {epochs: 3}\n  b: {epochs: 3, epochs: 4}\nsheet: s.csv\nmodels: {c: {}}\n")
+    with pytest.raises(RunError) as caught:
+        check_yaml_files([path])
+    assert "line 3: epochs is there already (line 3)" in str(caught.value)
+    assert "line 5: models is there already (line 1), and one would be lost; remove one" in str(caught.value)
+
+
+def test_equal_keys_of_different_sections_are_no_problem():
+    assert problems_of("a: {x: 1, y: [x, x]}\nb: {x: 1}\nx: {x: {x: x}}\n? [1, 2]\n: 3\n") == []
+
+
+def test_a_bomb_of_anchors_is_refused_before_it_goes_off():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    [problem] = problems_of("\n".join(lines))
+    assert problem.startswith("line 5: ")
+    assert f"more than {MOST} values when its anchors are followed" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("remote: &r {a: *r}", "line 1: *r holds itself"),
+        ("a: 1\nb: *nowhere", "line 2: *nowhere is nowhere defined"),
+        ("[" * 20_000, "nested more than 50 deep"),
+        ("a: [1", "it is no valid YAML"),
+    ],
+)
+def test_what_cannot_be_followed_is_a_message(text, says):
+    found = problems_of(text)
+    assert any(says in problem for problem in found), found
+
+
+def test_anchors_that_people_write_are_fine():
+    assert problems_of("a: &a {x: 1}\nb: *a\nc: [*a, *a]\n") == []
+
+
+@pytest.mark.parametrize("reader", [lambda path: check_yaml_files([path]), read_yaml, lambda path: registry([path])])
+def test_a_file_that_is_not_utf8_is_a_message(tmp_path, reader):
+    path = tmp_path / "encoders.yaml"
+    path.write_bytes("encoders:\n  # Gewebe f\xfcr alle\n  x: {}\n".encode("latin-1"))
+    with pytest.raises(RunError, match=r"encoders.yaml is not UTF-8 \(line 2\). Save it as UTF-8"):
+        reader(path)
+
+
+def test_an_encoder_given_twice_is_an_error(tmp_path):
+    path = tmp_path / "encoders.yaml"
+    path.write_text("encoders:\n  x: {}\n  x: {}\n")
+    with pytest.raises(RunError, match=r"line 3: x is there already \(line 2\)"):
+        registry([path])
