@@ -277,7 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Not looked at: {printable(line)}")
     if not findings:
         return 0
-    delete = sorted({path for finding in findings for path in finding.delete})
+    every = {path for finding in findings for path in finding.delete}
+    delete = sorted(path for path in every if not every & set(path.parents))  # what goes with its folder is not named
     print(f"\n{len(findings)} problems in {checked}. To have them made again,", end=" ")
     print("delete what is damaged and what vouches for it, and" * bool(delete), end=" " * bool(delete))
     print("give the same snakemake command as before; whatever is finished is kept" + ":" * bool(delete))
