@@ -13,6 +13,7 @@ from slidemake.contamination import in_words
 from slidemake.currency import identity
 from slidemake.failures import RunError
 from slidemake.planning import attach
+from slidemake.plan_summary import slides_in_plan
 from slidemake.progress import Watch
 from slidemake.provenance import STAGE_VERSIONS
 from slidemake.racks import Machine
@@ -151,6 +152,18 @@ def start_run(files):
         print(f"slidemake: {hint}", file=sys.stderr)
     for encoder, corpora in PLAN.contamination.items():
         print(f"slidemake: warning: {in_words(encoder, corpora)}", file=sys.stderr)
+
+
+def slides_of_plan():
+    """What a dry run says of slides."""
+    racks = {rack: [row.slide_id for row in rows] for rack, rows in RACKS.items()}
+    jobs = workflow.dag.needrun_jobs()
+    planned = [job.wildcards.rack for job in jobs if "rack" in job.rule.wildcard_names]
+    return slides_in_plan(racks, planned, Path(OUTPUT))
+
+
+if not IN_JOB and not is_run(sys.argv[1:]):
+    WATCH.on_plan = slides_of_plan
 
 
 def end_run():

@@ -66,3 +66,16 @@ def check_unseen(patients: Iterable[str], info: Mapping[str, Any], what: str) ->
             f"Leak: {what} was trained on {shown}, and would now be applied to them as if it had never seen them. "
             "Delete the model's train.json and bundles/, and give the same command again."
         )
+
+
+def check_external(patients: Iterable[str], info: Mapping[str, Any]) -> None:
+    """RunError when one of the patients on whom a bundle is to be measured is among those that it was trained on."""
+    seen = sorted(set(patients) & trained_on(info))
+    if seen:
+        shown = ", ".join(seen[:8]) + (f" and {len(seen) - 8} more" if len(seen) > 8 else "")
+        raise RunError(
+            f"Leak: the bundle was trained on {shown}. An external cohort has other patients; leave these out of the "
+            "sheet, or look at the out-of-fold predictions of the run that made the bundle. If they are others, because two "
+            "hospitals number their patients alike, give them ids of their own in patient_id: a prefix, as in B-"
+            f"{seen[0]}."
+        )

@@ -8,7 +8,8 @@ configuration that a stage depends on, which is all that enters the stage's para
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ def load_configuration(
     """
     root = schema()
     config = filled(expand_sweeps(copy.deepcopy(dict(raw))), root)
+    for section, key in path_keys(config):
+        section[key] = os.path.expanduser(section[key])
     validator = json_validator(root)
     problems: dict[str, list[str]] = {}
     for error in validator.iter_errors(config):
@@ -121,6 +124,22 @@ def split_column(splits: Mapping[str, Any]) -> str | None:
         "leave_one_site_out": "site",
         "site_preserved": "site",
     }.get(splits.get("method", "kfold"))
+
+
+def path_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(section, key) of every setting that is a path and is set: in them, `~` is the home folder."""
+    stain, explain = (config[key] if isinstance(config.get(key), dict) else {} for key in ("stain", "explain"))
+    names = ("sheet", "output", "bundle", "slides_folder", "encoders_file")
+    splits = [task["splits"] for task in sections(config, "tasks").values() if isinstance(task.get("splits"), dict)]
+    places = [
+        *((config, name) for name in names),
+        (stain, "target"),
+        (explain, "truth"),
+        *((s, "file") for s in splits),
+    ]
+    for section, key in places:
+        if isinstance(section.get(key), str):
+            yield section, key
 
 
 def _locate(config: dict[str, Any], base: Path) -> None:

@@ -25,6 +25,10 @@ CONTROLS = (  # names that models may not take
 )
 
 
+FILES = (".json", ".csv")  # what names of models may not end with: metrics.json lies beside the models' folders
+FOLDERS = ("leakage", "shortcuts")  # these, too
+
+
 def phrase(error: jsonschema.ValidationError) -> Iterator[tuple[str, str]]:
     """(full key, what is wrong with it and what to write) of one validation error."""
     where = ".".join(str(step) for step in error.absolute_path if not isinstance(step, int))
@@ -89,6 +93,8 @@ def cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator[
     models, tasks = sections(config, "models"), sections(config, "tasks")
     for name, model in models.items():
         encoder = model.get("encoder")
+        if name.lower().endswith(FILES) or name in FOLDERS:
+            yield f"models.{name}: this name belongs to a file or folder of the results; choose another name"
         if name in CONTROLS:
             yield f"models.{name}: this name belongs to a control that always runs; choose another name"
         if model.get("aggregator") == "mean_pool_lr" and model.get("slides") == "attention":
@@ -183,8 +189,20 @@ def _plain_fields(pattern: str, names: tuple[str, ...]) -> bool:
     return all(name is None or (name in names and not form and not how) for _, name, form, how in fields)
 
 
+def _check_output(output: str) -> Iterator[str]:
+    """A folder of its own, with a name that is no pattern and can be shown."""
+    odd = sorted({c for c in output if c in "{}" or not c.isprintable()})
+    if odd:
+        what = "{ and } are wildcards of Snakemake" if odd[0] in "{}" else "it holds a character that is not seen"
+        yield f"output: {json.dumps(output)} cannot be a folder of results: {what}; write another name"
+    elif Path(output).resolve() in (Path("/"), Path.home(), Path.cwd()):
+        yield f"output: {output} is no folder for results alone; write the name of one, such as results"
+
+
 def _check_files(config: dict[str, Any]) -> Iterator[str]:
     """Files that settings name must be there. The sheet says so itself, with more to tell."""
+    if isinstance(config.get("output"), str):
+        yield from _check_output(config["output"])
     stain = config["stain"] if isinstance(config.get("stain"), dict) else {}
     target = stain.get("target")
     if isinstance(target, str) and target not in ("tiatoolbox", "cohort") and not Path(target).is_file():

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.bundle_place import trained_on
+from slidemake.bundle_place import check_external, trained_on
 from slidemake.evaluation import evaluate_models
 from slidemake.evaluation_kinds import KINDS
 from slidemake.evaluation_outcomes import evaluate_tables
@@ -73,12 +73,7 @@ def _known_patients(
     known = sorted((row for row in rows if row["patient_id"] in truth), key=lambda row: row["patient_id"])
     if not known:
         raise RunError(f"bundle_label: none of {len(rows)} predicted patients has a label.")
-    trained = sorted({row["patient_id"] for row in known} & trained_on(bundle))
-    if trained:
-        raise RunError(
-            f"Leak: the bundle was trained on {some(trained)}. An external cohort has other patients; leave these out "
-            "of the sheet, or look at the out-of-fold predictions of the run that made the bundle."
-        )
+    check_external((row["patient_id"] for row in known), bundle)
     return known
 
 

@@ -146,6 +146,7 @@ class Watch(logging.Handler):
         self.stages: dict[str, Stage] = {}
         self.jobs: dict[int, Job] = {}
         self.outcomes: dict[str, str] = {}  # {slide: what became of it in this run, over all stages}
+        self.on_plan: Callable[[], str | None] | None = None  # what to say of a plan when Snakemake shows it
         self._failed: set[int] = set()  # jobs, which may be tried again
         self._guard = threading.RLock()
         self._over = threading.Event()
@@ -169,6 +170,8 @@ class Watch(logging.Handler):
 
     def _hear(self, kind: str, about: dict[str, Any]) -> None:
         if kind == "run_info":
+            if self.on_plan is not None and (said := self.on_plan()):
+                self.tell(f"slidemake: {said}")
             self.stages = {rule: Stage(total=int(n)) for rule, n in about["stats"].items() if rule != "total"}
         elif self._began is None:
             return  # a dry run shows jobs, too

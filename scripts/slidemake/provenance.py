@@ -97,7 +97,18 @@ def temporary_sibling(path: Path) -> Path:
     """A name beside `path` for work in progress; carries host and process so that twins never share it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = os.urandom(4).hex()
-    return path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{unique}")
+    return path.with_name(f".{_short(path.name)}.tmp-{_host()}-{os.getpid()}-{unique}")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for what temporary names add: file systems take 255 bytes."""
+    if len(name) <= 120:
+        return name
+    return f"{name[:80]}+{hashlib.sha256(name.encode()).hexdigest()[:16]}"  # `+` is in no name of ours
+
+
+def _host() -> str:
+    return socket.gethostname()[:40]
 
 
 def _remove(path: Path) -> None:
@@ -158,11 +169,11 @@ def same_bytes(one: Path, two: Path) -> bool:
 
 def remove_leftovers(folder: str | Path, name: str, older_than: float = 86400.0) -> None:
     """Delete what killed jobs left while writing `folder/name`: dead processes of this host, or older than a day."""
-    for left in Path(folder).glob(f".{name}.tmp-*"):
+    for left in Path(folder).glob(f".{_short(name)}.tmp-*"):
         host, pid, _ = left.name.rsplit(".tmp-", 1)[1].rsplit("-", 2)
         try:
             written = left.stat().st_mtime
-            dead = host == socket.gethostname() and not _lives(pid, written)
+            dead = host == _host() and not _lives(pid, written)
             if dead or time.time() - written > older_than:
                 _remove(left)
         except FileNotFoundError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.bundle_checks import check_bundle
+from slidemake.bundle_place import check_external
 from slidemake.cohort import SlideRow, read_sheet
 from slidemake.configuration import in_order, load_configuration, sheet_columns, stage_options
 from slidemake.contamination import contamination, public_cohorts
@@ -28,6 +29,7 @@ from slidemake.remote import check_addresses, is_remote
 from slidemake.split_files import split_files
 from slidemake.stain import resolve_method
 from slidemake.sweeps import axis_table
+from slidemake.targets import label_columns, label_task
 
 CONTROLS = ("mean_pool_lr", "instance_linear", "site_only", "shuffled_label")  # always beside the configured models
 PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
@@ -237,7 +239,7 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     """
     registry_paths = [base / "config" / "encoders.yaml"]
     if raw.get("encoders_file"):
-        registry_paths.append(Path(raw["encoders_file"]))
+        registry_paths.append(Path(str(raw["encoders_file"])).expanduser())
     known = registry(registry_paths)
     config = load_configuration(raw, base, encoders=known)
     config["output"] = normal_output(config["output"])
@@ -248,6 +250,10 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     # write_sheet makes the sheet that is not there yet
     new_sheet = config["slides_folder"] and not Path(config["sheet"]).exists()
     rows = [] if new_sheet else read_sheet(config["sheet"], sheet_columns(config, bundle), tasks)
+    if bundle and config["bundle_label"]:
+        labels = label_columns(label_task(bundle, config["bundle_label"]))
+        tested = [row.patient_id for row in rows if not row.exclude and any(row.labels.get(name) for name in labels)]
+        check_external(tested, bundle)
     encoders = {}
     for model in used_features(config, tasks, bundle):
         record = features_record(model, config, known)

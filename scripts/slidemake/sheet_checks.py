@@ -15,6 +15,7 @@ from datetime import date, timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from slidemake.json_schemas import validator as json_validator
 from slidemake.sheet_table import KNOWN, Problem
@@ -194,6 +195,8 @@ def check_rows(rows: list[Row], sheet: Path) -> Iterator[Problem]:
     for number, row in included:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*:[^/]*@", str(row.get("path") or "")):
             yield Problem(number, "path", "holds a password; credentials come from the environment: remove it")
+        if str(row.get("path") or "").lower().startswith("file://"):
+            yield Problem(number, "path", f"is a file of this system: write {unquote(urlsplit(row['path']).path)}")
     yield from _repeated(
         included,
         "path",

@@ -9,6 +9,7 @@ import csv
 import difflib
 import io
 import re
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,9 @@ def doubtful(text: str) -> bool:
     return re.sub(r"[\s_-]+(?=\w)", "-", text.strip().lower()) in _DOUBTFUL
 
 
+_SEPARATOR = re.compile(r'"?sep=(.)"?[,;\t ]*\r?\n', re.IGNORECASE)  # a first line for Excel alone
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something wrong with a sheet: in a row (1 is the header, 0 the sheet as a whole) and, where known, a column."""
@@ -80,9 +84,10 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path)
     content = _text(path)
-    mark = separator(content)
+    told = _SEPARATOR.match(content)
+    mark = told[1] if told else separator(content)
     lines, ends = _parsed(path, content, mark)
-    start = next((i for i, cells in enumerate(lines) if any(cell.strip() for cell in cells)), None)
+    start = next((i for i, cells in enumerate(lines) if i >= bool(told) and any(cell.strip() for cell in cells)), None)
     if start is None:
         raise RunError(f"{path} is empty. Its first row names the columns: slide_id, path, ...")
     header = [cell.strip() for cell in lines[start]]
@@ -177,6 +182,10 @@ def check_columns(columns: Iterable[str], needed: Iterable[str]) -> list[Problem
         if name not in columns:
             near = _meant(name, [column for column in columns if column not in KNOWN])
             remedy = f"did you mean {near}?" if near else f"it has: {', '.join(columns)}"
+            if near and name in KEYS:
+                remedy = f"rename the column {near} to {name}"
+            elif near:
+                remedy = f"did you mean {near}? Write that in the configuration, or rename the column"
             problems.append(Problem(1, "", f"there is no column {name}; {remedy}"))
     for name in columns:
         known = next((k for k in KNOWN if k not in KEYS and k not in columns and _meant(k, [name])), None)

@@ -6,15 +6,18 @@ What only the lab knows (patients, sites, labels) stays empty for the user to fi
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 from slidemake import csv_cells
 from slidemake.failures import RunError, SlideFailure
+from slidemake.marker import MARKER
 from slidemake.reader_dicom import is_dicom, read_dicom, slide_series
 from slidemake.sheet_checks import safe_id
 
@@ -46,20 +49,47 @@ _SCANNERS = (
 def find_slides(folder: str | Path) -> list[Path]:
     """Slides below `folder`, sorted: files by suffix, OME-Zarr folders, and one path per DICOM series.
 
-    A DICOM series is its folder when it is alone there, else its first file. Hidden files, and the data folders of
-    MRXS slides, are left out.
+    A DICOM series is its folder when it is alone there, else its first file. Hidden files, the data folders of MRXS
+    slides, and results and stores of slidemake are left out. Links to folders are followed, each folder once.
     """
     found: list[Path] = []
-    for where, folders, files in os.walk(folder):
-        here = Path(where)
+    for here, folders, files in _walk(Path(folder)):
         zarrs = [name for name in folders if name.lower().endswith(".zarr")]
-        found += [here / name for name in zarrs]
+        found += [here / name for name in zarrs if not _is_ours(here / name)]
         mrxs = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in {*zarrs, *mrxs})
+        folders[:] = [name for name in folders if name not in {*zarrs, *mrxs}]
         seen = [here / name for name in sorted(files) if not name.startswith(".")]
         found += [path for path in seen if path.suffix.lower() in SUFFIXES - {".dcm"}]
         found += _series(here, [path for path in seen if _may_be_dicom(path)], alone=here != Path(folder))
     return sorted(found)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As os.walk, which may be told by what is left of the folders where to go; links come last, so that a folder has its
+    own name where it has one below `folder`, and a link that leads back or around ends there.
+    """
+    seen: set[Path] = set()
+    waiting = [folder]
+    while waiting:
+        start = waiting.pop(0)
+        for where, folders, files in os.walk(start):
+            here = Path(where)
+            if here.resolve() in seen or (here / MARKER).exists():
+                folders[:] = []
+                continue
+            seen.add(here.resolve())
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield here, folders, files
+            waiting += [here / name for name in folders if (here / name).is_symlink()]
+
+
+def _is_ours(store: Path) -> bool:
+    """Whether a Zarr folder is a store of tiles or embeddings that slidemake wrote."""
+    try:
+        about = json.loads((store / "zarr.json").read_text())["attributes"]["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return str(about).startswith("slidemake-")
 
 
 def _may_be_dicom(path: Path) -> bool:

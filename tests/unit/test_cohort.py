@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from slidemake.cohort import SlideRow, check_task, read_sheet, sheet_records, task_classes
 from slidemake.failures import RunError
+from slidemake.provenance import write_json
 from slidemake.sheet_checks import lost_zeros
 from slidemake.sheets import find_slides, sheet_rows, slide_ids, write_sheet
 
@@ -186,8 +188,8 @@ def test_too_many_cells(sheet):
 
 def test_missing_columns_with_what_was_meant(sheet):
     text = fault(sheet("slide,filename,outcom\na,a.svs,x\n"), "outcome")
-    assert "there is no column slide_id; did you mean slide?" in text
-    assert "there is no column path; did you mean filename?" in text
+    assert "there is no column slide_id; rename the column slide to slide_id" in text
+    assert "there is no column path; rename the column filename to path" in text
     assert "there is no column outcome; did you mean outcom?" in text
     assert "it has: slide_id, path" in fault(sheet("slide_id,path\na,b\n"), "zzz")
 
@@ -438,7 +440,7 @@ def test_first_sheet_of_real_slides(tmp_path):
 @pytest.mark.skipif(not DATA, reason="SLIDEMAKE_TEST_DATA is not set: real cohort tables are not available")
 def test_tables_as_users_have_them():
     text = fault(Path(DATA) / "cohorts" / "tcga-crc" / "TCGA-CRC-DX_SLIDE.csv")
-    assert "there is no column path; did you mean FILENAME?" in text
+    assert "there is no column path; rename the column FILENAME to path" in text
     assert "column PATIENT: did you mean patient_id?" in text
     text = fault(Path(DATA) / "cohorts" / "clam" / "dataset_csv" / "tumor_vs_normal_dummy_clean.csv", "label")
     assert "column case_id: did you mean patient_id?" in text
@@ -455,3 +457,64 @@ def test_ten_thousand_rows(tmp_path):
     rows = read_sheet(path, tasks={"t": task()})
     assert len(rows) == 10_000
     assert rows[-1].labels == {"grade": "y"}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("Slide_ID,path", "there is no column slide_id; rename the column Slide_ID to slide_id"),
+        ("slide_id,Path", "there is no column path; rename the column Path to path"),
+        ("SLIDE_ID;PATH", "rename the column PATH to path"),
+    ],
+)
+def test_capitals_in_a_header_get_the_advice_that_helps(tmp_path, header, says):
+    sheet = tmp_path / "slides.csv"
+    mark = ";" if ";" in header else ","
+    sheet.write_text(f"{header}\na{mark}a.svs\n")
+    with pytest.raises(RunError) as caught:
+        read_sheet(sheet)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["sep=;\n", '"sep=;"\r\n', "SEP=;\n"])
+def test_a_first_line_for_excel_is_no_header(tmp_path, first):
+    sheet = tmp_path / "slides.csv"
+    sheet.write_text(f"{first}slide_id;path\na;a,b.svs\n", newline="")
+    [row] = read_sheet(sheet)
+    assert (row.slide_id, Path(row.path).name, row.row) == ("a", "a,b.svs", 3)
+
+
+def test_a_file_address_is_told_to_be_a_path(tmp_path):
+    sheet = tmp_path / "slides.csv"
+    sheet.write_text("slide_id,path\na,file:///data/my%20slides/a.svs\n")
+    with pytest.raises(RunError, match="write /data/my slides/a.svs"):
+        read_sheet(sheet)
+
+
+def test_links_are_followed_once_and_stores_of_ours_are_no_slides(tmp_path):
+    """A link that leads back, two links to one folder, a link beside the folder itself; results of an earlier run."""
+    folder, elsewhere = tmp_path / "slides", tmp_path / "elsewhere"
+    (folder / "deep").mkdir(parents=True)
+    (elsewhere / "more").mkdir(parents=True)
+    for path in (folder / "a.svs", folder / "deep" / "b.svs", elsewhere / "c.svs", elsewhere / "more" / "d.svs"):
+        path.write_bytes(b"x")
+    (folder / "again").symlink_to(folder)
+    (folder / "deep" / "up").symlink_to(folder)
+    (folder / "also deep").symlink_to(folder / "deep")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "second link").symlink_to(elsewhere)
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    (folder / "link.svs").symlink_to(elsewhere / "c.svs")
+    results = folder / "results"
+    write_json(results / "slidemake.json", {"format": "slidemake-results"})
+    (results / "fetched.svs").write_bytes(b"x")
+    for name, form in (
+        ("theirs.zarr", None),
+        ("ours.zarr", "slidemake-tiles"),
+        ("embedded.zarr", "slidemake-embeddings"),
+    ):
+        (folder / name).mkdir()
+        attributes = {"ome": {}} if form is None else {"format": form}
+        (folder / name / "zarr.json").write_text(json.dumps({"zarr_format": 3, "attributes": attributes}))
+    found = [path.relative_to(folder).as_posix() for path in find_slides(folder)]
+    assert found == ["a.svs", "deep/b.svs", "link/c.svs", "link/more/d.svs", "link.svs", "theirs.zarr"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from slidemake.configuration import STAGES, load_configuration, sheet_columns, stage_options
+from slidemake.configuration import STAGES, load_configuration, path_keys, sheet_columns, stage_options
 from slidemake.configuration_page import PAGE, configuration_page
 from slidemake.configuration_schema import SCHEMA, describe, leaves, nearest, schema
 from slidemake.failures import RunError
@@ -312,3 +312,46 @@ def test_schemas_are_checked_without_compiling_grammars_of_uris():
     environment = {**os.environ, "PYTHONPATH": str(SCHEMA.parents[2] / "scripts")}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert ended.stdout.split() == ["True", "False", "False", "False"]
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
+    """Every key of the schema that is a path, so that none can be forgotten."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("bundle", "slides"):
+        (tmp_path / name).mkdir()
+    for name in ("encoders.yaml", "target.png", "folds.csv"):
+        (tmp_path / name).write_text("")
+    raw = {
+        **{"sheet": "~/a.csv", "output": "~/results", "bundle": "~/bundle", "slides_folder": "~/slides"},
+        **{"encoders_file": "~/encoders.yaml", "stain": {"target": "~/target.png"}, "models": {"m": {}}},
+        "tasks": {"t": {"label": "x", "splits": {"method": "file", "file": "~/folds.csv"}}},
+        "explain": {"truth": "~/truth/{stem}.png"},
+    }
+    config = load_configuration(raw)
+    found = {key: section[key] for section, key in path_keys(config)}
+    paths = {path.rsplit(".", 1)[-1] for path, part in leaves() if "path of" in part.get("title", "")}
+    assert paths <= set(found)
+    assert all(value.startswith(f"{tmp_path}/") for value in found.values()), found
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "curves.json", "splits.CSV", "leakage", "shortcuts"])
+def test_models_are_not_named_like_files_of_the_results(name):
+    raw = {"sheet": "s.csv", "tasks": {"t": {"label": "x"}}, "models": {name: {}}}
+    with pytest.raises(RunError, match="belongs to a file or folder of the results"):
+        load_configuration(raw)
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("res{rack}", "wildcards of Snakemake"),
+        ("a}b", "wildcards of Snakemake"),
+        ("results\n2", "a character that is not seen"),
+        ("/", "no folder for results alone"),
+        (".", "no folder for results alone"),
+        ("./x/..", "no folder for results alone"),
+    ],
+)
+def test_an_output_that_cannot_be_a_folder_of_results(output, says):
+    with pytest.raises(RunError, match=says):
+        load_configuration({"sheet": "s.csv", "output": output})

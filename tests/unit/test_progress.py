@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from slidemake.plan_summary import slides_in_plan
 from slidemake.progress import Estimate, Stage, Watch, duration, estimate
 from slidemake.racks import Machine
 
@@ -163,6 +164,23 @@ def test_the_end_of_a_run_tells_of_slides_and_of_a_report_that_was_written(tmp_p
     run.start(4, "write_report", "")
     run.log("job_finished", job_id=4)
     assert run.watch.summary(tmp_path, 5)[1] == f"the report is {tmp_path}/report/index.html"
+
+
+def test_a_plan_is_told_in_slides(tmp_path):
+    racks = {"r0": ["a", "b"], "r1": ["c", "d", "e"], "r2": ["f"]}
+    for name in "abc":
+        (tmp_path / "slides" / name).mkdir(parents=True)
+    assert slides_in_plan(racks, ["r1", "r1", "r0"], tmp_path) == (
+        "of 6 slides 2 are new and will be computed, 3 will be looked at (computed where a change concerns them, else "
+        "found finished), 1 are not concerned"
+    )
+    assert slides_in_plan(racks, [], tmp_path / "none") == "of 6 slides 6 are not concerned"
+    assert slides_in_plan({}, [], tmp_path) is None
+    told = []
+    watch = Watch(Machine(), tell=told.append)
+    watch.on_plan = lambda: "of 6 slides 6 are not concerned"
+    watch.emit(logging.makeLogRecord({"event": "run_info", "stats": {"total": 0}}))
+    assert told == ["slidemake: of 6 slides 6 are not concerned"]
 
 
 def test_a_slide_that_is_long_in_work_is_named(tmp_path):

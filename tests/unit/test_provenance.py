@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -255,3 +256,18 @@ def test_a_picture_is_what_pillow_writes(tmp_path):
     write_image(tmp_path / "a.jpg", picture, format="JPEG", quality=88)
     picture.save(tmp_path / "b.jpg", quality=88)
     assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
+
+
+def test_names_of_the_greatest_length_on_a_host_with_a_long_name(tmp_path, monkeypatch):
+    """200 characters of a slide_id, and what is added to them for a while, are less than the 255 of a file system."""
+    monkeypatch.setattr(provenance.socket, "gethostname", lambda: "a-host-with-a-long-name." * 3)
+    one, two = (tmp_path / ("x" * 199 + letter + ".zarr") for letter in "ab")
+    left = provenance.temporary_sibling(one)
+    other = provenance.temporary_sibling(two)
+    for path in (left, other):
+        path.mkdir()
+        path.rename(path.with_name(re.sub(rf"-{os.getpid()}-", "-999999999-", path.name)))  # of a process that is gone
+    with committed(one) as work:
+        work.mkdir()
+        assert sorted(p.name[-9:] for p in tmp_path.iterdir()) == sorted([other.name[-9:], work.name[-9:]])
+    assert one.is_dir()

@@ -217,3 +217,30 @@ def test_weights_of_the_users_are_named(raw, tmp_path):
     plan = plan_run({**raw, "encoders_file": str(file)}, BASE)
     assert plan.weights_files(list(plan.encoders)) == [str(tmp_path / "weights.bin")]
     assert plan_run(raw, BASE).weights_files(["efficientnet_lite0"]) == []
+
+
+def test_a_bundle_that_knows_the_patients_is_refused_before_a_slide_is_processed(raw, tmp_path):
+    """Two hospitals may number their patients alike: the message says what to do then."""
+    from slidemake.cohort import read_sheet
+
+    config = plan_run(raw, BASE).config
+    [label] = {task["label"] for task in config["tasks"].values()}
+    rows = read_sheet(config["sheet"], [label])
+    seen = next(row.patient_id for row in rows if row.labels[label] and not row.exclude)
+    write_json(
+        tmp_path / "bundle" / "bundle.json",
+        {
+            **{"format": "slidemake-bundle", "format_version": 1, "classes": ["a", "b"], "features": "float32"},
+            "aggregator": {"name": "abmil", "parameters": {"hidden": 16}, "features": 1280},
+            "groups": [{"name": "g", "members": 1, "temperature": 1.0}],
+            "encoder": {"key": "efficientnet_lite0", "variant": "avgpool"},
+            **{key: config[key] for key in ("tissue", "tiling")},
+            "stain": config["stain"] | {"method": "none"},
+            "stain_target": None,
+            "training": {"patients": ["X1", seen]},
+        },
+    )
+    own = {key: value for key, value in raw.items() if key not in ("tasks", "models")}
+    assert plan_run({**own, "bundle": str(tmp_path / "bundle")}, BASE).bundle is not None
+    with pytest.raises(RunError, match=f"trained on {seen}.*number their patients alike.*B-{seen}"):
+        plan_run({**own, "bundle": str(tmp_path / "bundle"), "bundle_label": label}, BASE)
