@@ -75,7 +75,7 @@ def check_external(patients: Iterable[str], info: Mapping[str, Any]) -> None:
         shown = ", ".join(seen[:8]) + (f" and {len(seen) - 8} more" if len(seen) > 8 else "")
         raise RunError(
             f"Leak: the bundle was trained on {shown}. An external cohort has other patients; leave these out of the "
-            "sheet, or look at the out-of-fold predictions of the run that made the bundle. If they are others, because two "
-            "hospitals number their patients alike, give them ids of their own in patient_id: a prefix, as in B-"
+            "sheet, or look at the out-of-fold predictions of the run that made the bundle. If they are others because "
+            "two hospitals number their patients alike, give them ids of their own in patient_id: a prefix, as in B-"
             f"{seen[0]}."
         )

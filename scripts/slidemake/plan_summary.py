@@ -10,8 +10,9 @@ from pathlib import Path
 def slides_in_plan(racks: Mapping[str, Collection[str]], planned: Iterable[str], results: Path) -> str | None:
     """A sentence on how many slides a plan computes; None where there are none.
 
-    racks: {rack: slide ids}. planned: racks of which a job is to run. A slide without a folder in `results` is new. What
-    a rack's job finds finished only the job itself can tell, by fingerprints, so that the others are said to be looked at.
+    racks: {rack: slide ids}. planned: racks of which a job is to run. A slide without a folder in `results` is new.
+    What a rack's job finds finished only the job itself can tell, by fingerprints: of the others it is said that they
+    are looked at.
     """
     total = sum(map(len, racks.values()))
     looked = [slide_id for rack in sorted(set(planned) & set(racks)) for slide_id in racks[rack]]

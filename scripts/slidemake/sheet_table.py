@@ -9,7 +9,6 @@ import csv
 import difflib
 import io
 import re
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -65,8 +65,8 @@ def find_slides(folder: str | Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """As os.walk, which may be told by what is left of the folders where to go; links come last, so that a folder has its
-    own name where it has one below `folder`, and a link that leads back or around ends there.
+    """As os.walk, which may be told by what is left of the folders where to go. Links come last, so that a folder has
+    its own name where it has one below `folder`, and a link that leads back or around ends there.
     """
     seen: set[Path] = set()
     waiting = [folder]
