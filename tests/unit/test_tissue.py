@@ -17,7 +17,7 @@ from slidemake.provenance import read_json
 from slidemake.tissue import detect_tissue
 from slidemake.tissue_geometry import polygons_mask
 from slidemake.tissue_glass import find_glass
-from slidemake.tissue_pixels import median3
+from slidemake.tissue_pixels import extreme, median3
 from slidemake.tissue_stage import process_slide
 
 MPP = 8.0
@@ -285,6 +285,15 @@ def test_tiny_pictures(size):
 def test_median_is_that_of_scipy():
     rgb = np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8)
     assert np.array_equal(median3(rgb), ndi.median_filter(rgb, size=(3, 3, 1), mode="nearest"))
+
+
+@pytest.mark.parametrize("size", [(37, 41), (1, 1), (2, 7), (100, 3)])
+@pytest.mark.parametrize("reach", [1, 2, 3, 5, 8])
+def test_running_extremes_are_those_of_scipy(size, reach):
+    values = np.random.default_rng(0).random(size).astype(np.float32)
+    side = 2 * reach + 1
+    assert np.array_equal(extreme(values, reach), ndi.maximum_filter(values, side, mode="nearest"))
+    assert np.array_equal(extreme(values, reach, smallest=True), ndi.minimum_filter(values, side, mode="nearest"))
 
 
 def test_white_point_of_pale_tissue_that_covers_more_than_glass():
