@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from slidemake.failures import RunError, SlideFailure
+from slidemake.reader_tiff import TileMap, read_tiff_index, tile_map
 from slidemake.remote import arrive
 from slidemake.slide_files import check_file
 
@@ -177,14 +178,22 @@ class SlideReader:
         small = _area_resize(_area_resize(reduced, h / whole[1], out_h, 0), w / whole[0], out_w, 1)
         return np.clip(np.rint(small), 0, 255).astype(np.uint8), w0 / out_w, h0 / out_h
 
+    def _tile_map(self, size: Level) -> TileMap | None:
+        """Which tiles of a level the file holds, from its index alone; None where it has no such index."""
+        index = read_tiff_index(self.path) if self.path.is_file() else None
+        return None if index is None else tile_map(index, size.width, size.height)
+
     def _reduced(self, level: int, factor_x: int, factor_y: int) -> np.ndarray:
         """The whole level, averaged over factor_x x factor_y px (fewer at the right and bottom edges)."""
         size = self.levels[level]
-        out = np.empty((-(-size.height // factor_y), -(-size.width // factor_x), 3), np.uint8)
+        out = np.full((-(-size.height // factor_y), -(-size.width // factor_x), 3), 255, np.uint8)
+        tiles = self._tile_map(size)
         wide, high = (factor * max(1, BLOCK // factor) for factor in (factor_x, factor_y))
         for y in range(0, size.height, high):
             for x in range(0, size.width, wide):
                 w, h = min(wide, size.width - x), min(high, size.height - y)
+                if tiles is not None and not tiles.any_in(x, y, w, h):
+                    continue  # nothing was scanned here; reading it would take as long as pixels do
                 block = self._read_or_white(x, y, size.number, w, h)
                 if factor_x > 1 or factor_y > 1:
                     block = np.asarray(Image.fromarray(block).reduce((factor_x, factor_y)))

@@ -214,6 +214,36 @@ def _resolution(tags: dict[int, np.ndarray], unit: int) -> tuple[float, float] |
     return x, y
 
 
+@dataclass(frozen=True)
+class TileMap:
+    """Which tiles of a page have bytes in the file: present (rows, columns) bool, tiles of `tile` (w, h) px."""
+
+    tile: tuple[int, int]
+    present: np.ndarray
+
+    def any_in(self, x: int, y: int, w: int, h: int) -> bool:
+        """Whether a window, in px of the page, touches a tile that has bytes."""
+        wide, high = self.tile
+        return bool(self.present[y // high : -(-(y + h) // high), x // wide : -(-(x + w) // wide)].any())
+
+
+def tile_map(index: TiffIndex, width: int, height: int) -> TileMap | None:
+    """Tiles of the pages of this size (of all of them together); None where the index does not say."""
+    pages = [page for page in index.all_pages if (page.width, page.height) == (width, height)]
+    if not pages or index.ndpi or index.broken:
+        return None
+    tile, present = pages[0].tile, None
+    for page in pages:
+        if not page.tiled or page.planar or page.tile != tile or min(tile) < 1:
+            return None
+        rows, columns = -(-height // tile[1]), -(-width // tile[0])
+        if min(len(page.counts), len(page.offsets)) < rows * columns:
+            return None
+        there = ((page.counts > 0) & (page.offsets > 0))[: rows * columns].reshape(rows, columns)
+        present = there if present is None else present | there
+    return None if present is None else TileMap(tile, present)
+
+
 def check_whole(index: TiffIndex) -> None:
     """Raise SlideFailure `truncated` when the file ends before the data its index speaks of."""
     if index.ndpi and index.size >= 1 << 32:

@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
 
 # Shares above which a flag is raised.
 FLAG_AT = {"pen": 0.005, "black": 0.01, "fold": 0.01, "blur": 0.15, "faint": 0.5, "bubble": 0.002, "smear": 0.01}
+OVERVIEW_SHARES = ("pen_fraction", "black_fraction", "bubble_fraction", "smear_fraction", "tissue_fraction")
 UNSURE = 0.75  # a piece is unsure when colour and structure agree on less of it
 UNSURE_SHARE = 0.05  # so is a slide when such pieces make up this share of its tissue
 GLASS_FLAGS = {"none": "no_glass", "tinted": "tinted_glass", "implausible": "implausible_colours"}
@@ -102,6 +103,9 @@ def detect_tissue(rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = 
     transmitted light (flag `implausible_colours`). Raises RunError for an unknown option or method.
     """
     settings = check_options(options or {})
+    window = _scanned(rgb, mpp)
+    if window is not None:
+        return _within(detect_tissue(rgb[window], mpp, settings), window, rgb.shape[:2])
     layers = measure(rgb, mpp, settings["pen"], settings["pen_margin_um"])
     notes = _Notes()
     found = None
@@ -120,6 +124,41 @@ def detect_tissue(rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = 
         notes.fat = found.fat & mask
         notes.pieces, notes.smear = _agreement(found, mask, layers.usable, mpp)
     return _result(layers, mask, notes, mpp, settings)
+
+
+def _scanned(rgb: np.ndarray, mpp: float) -> tuple[slice, slice] | None:
+    """Where anything was scanned, with 0.5 mm of what is painted white around it; None unless that is the smaller half.
+
+    Files that hold a few tiles of a large slide are white elsewhere, and looking there takes as long as anywhere.
+    """
+    if rgb.ndim != 3 or rgb.size == 0 or rgb[[0, 0, -1, -1], [0, -1, 0, -1]].min(1).max() < 255:
+        return None  # no white corner: a quick no for most slides
+    seen = rgb.min(2) < 255
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    if rows.size == 0:
+        return (slice(0, 1), slice(0, 1)) if seen.size > 1 else None
+    margin = max(1, round(500 / mpp))
+    window = tuple(
+        slice(max(0, int(found[0]) - margin), min(length, int(found[-1]) + 1 + margin))
+        for found, length in ((rows, seen.shape[0]), (columns, seen.shape[1]))
+    )
+    area = (window[0].stop - window[0].start) * (window[1].stop - window[1].start)
+    return (window[0], window[1]) if 2 * area < seen.size else None
+
+
+def _within(found: TissueResult, window: tuple[slice, slice], shape: tuple[int, int]) -> TissueResult:
+    """The result for a part of an overview as one for the whole (h, w), of which the rest is glass."""
+    mask = np.zeros(shape, bool)
+    mask[window] = found.mask
+    part = found.mask.size / mask.size
+    qc = {key: round(value * part, 6) if key in OVERVIEW_SHARES else value for key, value in found.qc.items()}
+    pieces = None
+    if found.pieces is not None:
+        labels = np.zeros(shape, found.pieces.labels.dtype)
+        labels[window] = found.pieces.labels
+        pieces = Pieces(labels, found.pieces.confidence)
+    colours = [flag for flag in found.flags if flag in GLASS_FLAGS.values()]
+    return TissueResult(mask, qc, sorted(flags_of(qc) + colours), found.threshold, pieces)
 
 
 def describe_mask(rgb: np.ndarray, mpp: float, mask: np.ndarray, options: dict[str, Any] | None = None) -> TissueResult:

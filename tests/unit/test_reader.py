@@ -463,3 +463,33 @@ def test_dicom_by_folder_and_by_file_and_by_tiatoolbox() -> None:
         assert np.abs(region - c.read(700, 900, 0, 300, 300)).mean() < 2  # other JPEG decoders
         assert np.abs(region - svs.read(700, 900, 0, 300, 300)).mean() < 12  # compressed once more
         assert svs.associated() == ["label", "macro", "thumbnail"]
+
+
+def test_an_overview_reads_only_blocks_that_have_stored_tiles(tmp_path, monkeypatch):
+    import zlib
+
+    side, across = 256, 12
+    stored = {0: 40, 5 * across + 7: 90}  # tile number -> its grey
+
+    def tiles():
+        for number in range(across * across):
+            grey = stored.get(number)
+            yield b"" if grey is None else zlib.compress(bytes([grey]) * (side * side * 3))
+
+    path = tmp_path / "sparse.tiff"
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        shape = (across * side, across * side, 3)
+        file.write(tiles(), shape=shape, dtype=np.uint8, tile=(side, side), photometric="rgb", compression="zlib")
+    with open_slide(path, mpp=0.5) as slide:
+        expected = slide.read(0, 0, 0, across * side, across * side)[::16, ::16]
+        read = []
+        inside = type(slide)._read_inside
+        monkeypatch.setattr(
+            type(slide), "_read_inside", lambda self, x, y, *rest: read.append((x, y)) or inside(self, x, y, *rest)
+        )
+        overview = slide.overview(8.0)[0]
+    assert sorted(read) == [(0, 0), (1024, 1024)]
+    assert np.array_equal(overview, expected)
+    assert overview[0, 0].tolist() == [40] * 3
+    assert overview[5 * 16 + 3, 7 * 16 + 3].tolist() == [90] * 3
+    assert overview[100, 100].tolist() == [255] * 3

@@ -243,6 +243,18 @@ def test_whole_picture_black_or_tissue():
     assert detect_tissue(rgb, MPP).mask.mean() > 0.95
 
 
+def test_a_small_scan_on_a_large_white_slide_is_looked_at_alone():
+    rgb, _ = draw(shape=(300, 300), pieces=((150, 150, 90, 90),))
+    whole = np.full((900, 1200, 3), 255, np.uint8)
+    whole[400:700, 600:900] = rgb
+    found, alone = detect_tissue(whole, MPP), detect_tissue(rgb, MPP)
+    assert iou(found.mask[400:700, 600:900], alone.mask) > 0.98
+    assert found.mask.sum() == found.mask[400:700, 600:900].sum()
+    assert found.qc["tissue_fraction"] == pytest.approx(found.mask.mean(), abs=1e-5)
+    assert found.pieces.labels.shape == found.mask.shape
+    assert not detect_tissue(np.full((900, 1200, 3), 255, np.uint8), MPP).mask.any()
+
+
 @pytest.mark.parametrize("colour", [(237, 128, 129), (128, 128, 128), (90, 40, 120), (250, 190, 140)])
 def test_one_colour_that_is_no_glass_is_implausible(colour):
     rng = np.random.default_rng(0)
