@@ -1,0 +1,171 @@
+"""Masks of tissue against the truth: slidemake's, and TIAToolbox's two maskers on the same overviews.
+
+    python benchmarks/tissue.py --composed COHORT --images DATA/images/sections
+
+Three kinds of truth. Real sections with outlines drawn by hand (tests/outlines). Slides composed of real tiles, with
+the mask they were composed by (a folder of `<slide>.tiff` and `<slide>_tissue16.png`). Pictures drawn here by
+Beer-Lambert with one trouble each: a halo of eosin, ink, fat, a fold, a bubble, dust, faint IHC. Prints a Markdown table:
+IoU, surplus (share of the mask that is no tissue) and loss (share of the tissue that is not in the mask), mean over the
+pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage as ndi
+from shapely.geometry import shape
+from slidemake.tissue import detect_tissue
+from slidemake.tissue_geometry import polygons_mask
+
+MPP = 8.0
+STAINS = {"h": (0.65, 0.70, 0.29), "e": (0.07, 0.99, 0.11), "dab": (0.27, 0.57, 0.78)}
+OUTLINES = Path(__file__).parents[1] / "tests" / "outlines"
+Case = tuple[str, np.ndarray, float, np.ndarray, np.ndarray]  # kind, rgb, mpp, truth, where it is scored
+
+
+def real_cases(folder: Path) -> Iterator[Case]:
+    for path in sorted(folder.glob("*_mpp*.jpg")):
+        name, mpp = path.stem.split("_mpp")
+        outline = OUTLINES / f"{name}.geojson"
+        if not outline.exists():
+            continue
+        whole = Image.open(path).convert("RGB")
+        size = [round(side * float(mpp) / MPP) for side in whole.size]
+        scale = whole.width / size[0], whole.height / size[1]
+        areas: dict[str, np.ndarray] = {}
+        for feature in json.loads(outline.read_text())["features"]:
+            kind = feature["properties"]["classification"]["name"]
+            area = polygons_mask([shape(feature["geometry"])], (size[1], size[0]), scale)
+            areas[kind] = areas.get(kind, np.zeros_like(area)) | area
+        none = np.zeros((size[1], size[0]), bool)
+        rgb = np.asarray(whole.resize(size, Image.Resampling.BOX))
+        truth = areas["Tissue"] & ~areas.get("Pen*", none)
+        yield f"real: {name}", rgb, float(mpp) * scale[0], truth, ~areas.get("Unsure*", none)
+
+
+def composed_cases(folder: Path) -> Iterator[Case]:
+    from slidemake.reader import open_slide
+
+    for path in sorted(folder.glob("*.tiff")):
+        with Image.open(path.with_name(f"{path.stem}_tissue16.png")) as mask, open_slide(path) as slide:
+            truth = np.asarray(mask.convert("L")) > 127
+            rgb, sx, _ = slide.overview(MPP)
+            mpp = float(slide.mpp or 0.5) * sx
+        if truth.shape != rgb.shape[:2]:
+            truth = np.asarray(Image.fromarray(truth).resize(rgb.shape[1::-1], Image.Resampling.NEAREST))
+        yield "composed of real tiles", rgb, mpp, truth, np.ones_like(truth)
+
+
+def drawn_cases(seeds: range) -> Iterator[Case]:
+    for seed in seeds:
+        for kind in ("plain", "halo", "light ink", "dark ink", "fat", "fold", "bubble", "dust", "faint IHC"):
+            rgb, truth = draw(kind, np.random.default_rng([seed, len(kind)]))
+            yield f"drawn: {kind}", rgb, MPP, truth, np.ones_like(truth)
+
+
+def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A slide of 5.6 x 6.4 mm with one piece of tissue and one trouble: rgb (700, 800, 3), truth (700, 800)."""
+    high, wide = 700, 800
+    y, x = np.mgrid[:high, :wide].astype(float)
+    angle, radius = np.arctan2(y - 350, x - 330), np.hypot((y - 350) / 200, (x - 330) / 240)
+    wave = sum(rng.normal(0, 0.05) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in range(2, 8))
+    truth = radius < 1 + wave
+    mix = {"h": 0.06, "dab": 0.03} if kind == "faint IHC" else {"h": rng.uniform(0.1, 0.3), "e": rng.uniform(0.1, 0.3)}
+    grain = ndi.gaussian_filter(rng.standard_normal((high, wide)), 1.2)
+    grain = np.clip(1 + 0.4 * grain / grain.std(), 0.15, None) * truth
+    od = sum((amount * grain)[..., None] * np.asarray(STAINS[name]) for name, amount in mix.items())
+    if kind == "halo":
+        distance = ndi.distance_transform_edt(~truth)
+        od += (0.09 * np.exp(-distance / 90) * (x > 300))[..., None] * np.asarray(STAINS["e"])
+    if kind == "fat":
+        lobule = (np.hypot((y - 350) / 190, (x - 600) / 160) < 1) & ~truth
+        od += (_membranes(rng, lobule, 10) * 0.12)[..., None] * np.asarray((0.12, 0.95, 0.25))
+        truth = truth | lobule
+    if kind == "fold":
+        od[np.abs(y - 300 - 0.3 * x) * truth + 99 * ~truth < 8] *= 2.3
+    rgb = np.asarray((244, 242, 243)) * 10**-od
+    if "ink" in kind:
+        line = np.abs(x - 560 - 80 * np.sin(y / 110)) < 16
+        soft = ndi.gaussian_filter(line.astype(float), 2.5)[..., None]
+        ink = np.asarray((145, 210, 201) if kind == "light ink" else (40, 95, 90)) / 244
+        rgb *= ink**soft
+        truth = truth & ~(soft[..., 0] > 0.1)
+    if kind == "bubble":
+        rgb[np.abs(np.hypot(y - 150, x - 680) - 70) < 4] *= 0.62
+    if kind == "dust":
+        for cy, cx in zip(rng.integers(5, high - 5, 150), rng.integers(5, wide - 5, 150), strict=True):
+            rgb[cy : cy + rng.integers(1, 5), cx : cx + rng.integers(1, 5)] *= rng.uniform(0.3, 0.8)
+        for _ in range(6):
+            slope, offset = rng.normal(0, 1), rng.uniform(0, high)
+            rgb[np.abs(y - offset - slope * x) < 1] *= 0.85
+    rgb += rng.normal(0, 1.2, rgb.shape)
+    return np.clip(rgb, 0, 255).astype(np.uint8), truth
+
+
+def _membranes(rng: np.random.Generator, area: np.ndarray, cell: int) -> np.ndarray:
+    """(h, w) 0..1: walls between cells of about `cell` px, where two jittered grid points are as near."""
+    from scipy.spatial import cKDTree
+
+    high, wide = area.shape
+    points = np.stack(np.mgrid[0:high:cell, 0:wide:cell], -1).reshape(-1, 2) + rng.uniform(0, cell, (1, 2))
+    points = points + rng.uniform(-0.4 * cell, 0.4 * cell, points.shape)
+    where = np.argwhere(area)
+    near, _ = cKDTree(points).query(where, k=2)
+    walls = np.zeros(area.shape)
+    walls[tuple(where.T)] = np.clip(1 - (near[:, 1] - near[:, 0]) / 2, 0, 1)
+    return walls
+
+
+def maskers() -> dict[str, Callable[[np.ndarray, float], np.ndarray]]:
+    from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
+
+    return {
+        "slidemake": lambda rgb, mpp: detect_tissue(rgb, mpp).mask,
+        "TIAToolbox Otsu": lambda rgb, mpp: np.asarray(OtsuTissueMasker().fit_transform(rgb[None])[0], bool),
+        "TIAToolbox morphological": lambda rgb, mpp: np.asarray(
+            MorphologicalMasker(mpp=mpp).fit_transform(rgb[None])[0], bool
+        ),
+    }
+
+
+def scores(mask: np.ndarray, truth: np.ndarray, scored: np.ndarray) -> tuple[float, float, float]:
+    """IoU, surplus and loss."""
+    mask, truth = mask & scored, truth & scored
+    both = float((mask & truth).sum())
+    return (
+        both / max(float((mask | truth).sum()), 1),
+        1 - both / max(float(mask.sum()), 1),
+        1 - both / max(float(truth.sum()), 1),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of the real sections, <name>_mpp<um per px>.jpg")
+    parser.add_argument("--composed", type=Path, nargs="*", default=[], help="folders of composed cohorts")
+    parser.add_argument("--drawn", type=int, default=5, help="drawn pictures per kind")
+    options = parser.parse_args()
+    cases = list(real_cases(options.images)) if options.images else []
+    cases += [case for folder in options.composed for case in composed_cases(folder)]
+    cases += list(drawn_cases(range(options.drawn)))
+    methods = maskers()
+    rows: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for kind, rgb, mpp, truth, scored in cases:
+        for name, method in methods.items():
+            rows.setdefault(kind, {}).setdefault(name, []).append(scores(method(rgb, mpp), truth, scored))
+    print("| pictures | n | " + " | ".join(f"{name}: IoU, surplus, loss" for name in methods) + " |")
+    print("|---|---|" + "---|" * len(methods))
+    for kind, found in rows.items():
+        cells = [np.mean(found[name], axis=0) for name in methods]
+        text = " | ".join(f"{iou:.3f}, {100 * more:.1f} %, {100 * less:.1f} %" for iou, more, less in cells)
+        print(f"| {kind} | {len(found['slidemake'])} | {text} |")
+
+
+if __name__ == "__main__":
+    main()
