@@ -75,9 +75,11 @@ def digest_of(value: Any) -> str:
 def settings_of(params: Mapping[str, Any]) -> dict[str, str]:
     """{param: hash} of a job's params that its outcome depends on."""
     found = {name: value for name, value in params.items() if name not in NOT_DETERMINING}
-    if isinstance(found.get("config"), dict):  # of the report: however paths are spelled
-        shown = {key: value for key, value in found["config"].items() if key != "output"}
-        found["config"] = shown | {key: os.path.abspath(shown[key]) for key in PATHS if shown.get(key)}
+    if isinstance(found.get("config"), dict):  # of the report: however paths are spelled, and wherever all of it lies
+        shown = dict(found["config"])
+        folder = os.path.realpath(shown.pop("output", "."))
+        files = {key: os.path.relpath(os.path.realpath(shown[key]), folder) for key in PATHS if shown.get(key)}
+        found["config"] = shown | files
     return {name: digest_of(value)[:12] for name, value in found.items()}
 
 

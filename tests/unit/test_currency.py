@@ -160,10 +160,14 @@ def test_settings_leave_out_where_results_are_and_how_paths_are_spelled(tmp_path
     monkeypatch.chdir(tmp_path)
     shown = {"output": "results", "sheet": "slides.csv", "seed": 1}
     one = settings_of({"config": shown, "results": "results", "fetching": {"attempts": 3}, "files": ["a"]})
-    other = {**shown, "output": f"{tmp_path}/link/results", "sheet": f"{tmp_path}/slides.csv"}
+    (tmp_path / "link").symlink_to(tmp_path)
+    other = {**shown, "output": f"{tmp_path}/link/results/", "sheet": f"{tmp_path}/slides.csv"}
     two = settings_of({"config": other, "results": f"{tmp_path}/results", "fetching": {"attempts": 4}, "files": []})
     assert one == two
     assert settings_of({"config": {**shown, "seed": 2}}) != settings_of({"config": shown})
+    (tmp_path / "moved").mkdir()
+    monkeypatch.chdir(tmp_path / "moved")  # with everything
+    assert settings_of({"config": shown}) == {"config": one["config"]}
 
 
 def test_the_plan_is_written_again_only_when_it_is_another(made: Path):
