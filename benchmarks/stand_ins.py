@@ -58,6 +58,19 @@ def fabricate(path: Path, rule: str, wildcards: dict[str, str], slide_ids: list[
     slides = [{"slide_id": slide_id, **facts} for slide_id in slide_ids]
     manifest = {"stage": stage, "rack": wildcards["rack"], "version": 1, "seconds": 1.0, "slides": slides}
     path.write_text(json.dumps(manifest, indent=1))
+    vouch(path, stage, slide_ids)
+
+
+def vouch(manifest: Path, stage: str, slide_ids: list[str]) -> None:
+    """Empty files in the place of what a manifest vouches for: plans look whether it is there."""
+    from slidemake.currency import ARTEFACTS
+
+    steps = list(manifest.parts)
+    results, where = Path(*steps[: steps.index("manifests")]), "/".join(steps[steps.index(stage) + 1 : -1])
+    for slide_id in slide_ids:
+        path = results / ARTEFACTS[stage].format(where=where, slide=slide_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
 def slide_records(results: Path, slide_ids: list[str]) -> None:

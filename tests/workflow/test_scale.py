@@ -30,7 +30,8 @@ def counted(step, arguments):
     except SystemExit as end:
         assert not end.code, end.code
     calls = pstats.Stats(profile)
-    files = [row[1] for (_, _, name), row in calls.stats.items() if "posix.stat" in name or "posix.lstat" in name]
+    looks = ("posix.stat", "posix.lstat", "posix.listdir", "posix.scandir", "io.open")
+    files = [row[1] for (_, _, name), row in calls.stats.items() if any(look in name for look in looks)]
     found[step] = [calls.prim_calls, sum(files)]
 counted("new", ["--dry-run"])
 subprocess.run([sys.executable, sys.argv[1] + "/benchmarks/stand_ins.py", *common], check=True)
