@@ -44,7 +44,8 @@ def touch_slides(folder: Path, rows: list[dict[str, str]]) -> None:
     """An empty file for every slide that is not there."""
     (folder / "slides").mkdir(exist_ok=True)
     for row in rows:
-        (folder / row["path"]).touch()
+        if not (folder / row["path"]).exists():  # with another time it would be another slide
+            (folder / row["path"]).touch()
 
 
 def fabricate(path: Path, rule: str, wildcards: dict[str, str], slide_ids: list[str]) -> None:

@@ -76,10 +76,10 @@ def test_the_plan_grows_linearly(grown, step, what):
 
 
 def test_few_looks_at_files(grown):
-    """On a network file system a look can cost a millisecond. Here a rack of four slides has six jobs."""
+    """A look (stat, list, open) can cost a millisecond on a network file system. A rack of four slides has six jobs here."""
     for step in ("new", "nothing to do"):
         looks = (grown[2][step][1] - grown[1][step][1]) / (SIZES[2] - SIZES[1])
-        assert looks <= 12, f"{looks} looks at files for each slide"
+        assert looks <= 16, f"{looks} looks at files for each slide"
 
 
 # The peak of a child counts the process that it was forked from: a small one, not a test session of gigabytes.
