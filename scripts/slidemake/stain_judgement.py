@@ -17,10 +17,11 @@ from slidemake.stain import StainTransform, apply_stain_numpy, rounded, stain_tr
 from slidemake.stain_colour import TISSUE_OD, lab_to_linear, optical_density, rgb_to_lab
 from slidemake.stain_vectors import RUIFROK, angle_degrees
 
-# Limits were set between 14 H&E slides and images of nine laboratories on which both stains can be told (haematoxylin's
-# vector at most 12 degrees from Ruifrok's in red and green, eosin's 13; maxima moved by at most 2.6; glass darkened by
-# at most 0.10) and tissue on which they cannot (eosin's at least 16 degrees; one maximum moved 3 to 6 times as far as
-# the other; glass darkened by 0.13 and more).
+# Limits were set between H&E of five laboratories (colon, kidney, brain, prostate, OpenSlide's CMU-1) and colon made
+# darker, on which both stains can be told (vectors at most 11 and 12 degrees from Ruifrok's in red and green; maxima
+# moved by at most 2.6; clear pixels darker by at most 0.10), and tissue on which they cannot: lung with hardly any
+# eosin, two frozen sections, colon made pale (eosin at least 16 degrees; one maximum moved 3 to 6 times as far as the
+# other; 0.13 and more).
 MAX_ANGLE = {"haematoxylin": 20.0, "eosin": 15.0}  # degrees to Ruifrok's in red and green; blue differs by dye
 MAX_RATIO = 3.0  # factor on a stain's maximum, up or down; and of one stain's factor to the other's
 MAX_LEAVING = 0.01  # share of tissue pixels that would leave 0..255
