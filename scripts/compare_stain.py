@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from slidemake.adapter import job
-from slidemake.cohort_table import read_table
 from slidemake.devices import claimed_device
 from slidemake.embedding import make_slide_job, warm_encoder
 from slidemake.encoder_access import resolve_weights
@@ -16,6 +15,7 @@ from slidemake.provenance import read_json, write_json
 from slidemake.racks import read_manifests
 from slidemake.splits import read_splits
 from slidemake.stain_comparison import cohort_vectors, compare_stain
+from slidemake.tables import read_table
 
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates
