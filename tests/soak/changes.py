@@ -35,7 +35,7 @@ from warm import Warm
 # What may be set to what; the first is what the sequence starts from.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "model": [{"models": {"abmil": {"hidden": 16}}}, {"models": {"abmil": {"hidden": 24}}}],
-    "tissue": [{"tissue": {"min_area_um2": None}}, {"tissue": {"min_area_um2": 90000}}],
+    "tissue": [{"tissue": {"focus_samples": 8}}, {"tissue": {"focus_samples": 6}}],
     "stain": [{"stain": {"method": "auto"}}, {"stain": {"method": "reinhard"}}],
     "tiles": [{"tiling": {"min_tissue": 0.5}}, {"tiling": {"min_tissue": 0.7}}],
     "evaluation": [{"evaluation": {"bootstrap": 100}}, {"evaluation": {"bootstrap": 120}}],

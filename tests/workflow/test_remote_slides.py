@@ -51,7 +51,7 @@ def test_slides_by_http(new_project: Callable[..., Project], finished: Project, 
             missing: "missing_file",
             wrong: "wrong_checksum",
         }
-        assert all(row["stage"] == "fetch" and "manifests/screen" in row["hint"] for row in failures.values())
+        assert all(row["stage"] == "fetch" and "next run tries again" in row["hint"] for row in failures.values())
         assert max(racks_seen) <= 1
         assert on_disk(project) == []
         assert not list(project.results.glob("fetched/*+coming"))
@@ -63,9 +63,10 @@ def test_slides_by_http(new_project: Callable[..., Project], finished: Project, 
                 np.testing.assert_array_equal(features, wanted)
 
         asked = site.asked.copy()
-        assert project.planned("cohort") == {}
+        again = project.planned("cohort")  # what was missing may be there now
+        assert again["fetch_slides"] >= 1
         project.configure(remote={"racks_on_disk": 4, "attempts": 3, "connections": 1})
-        assert project.planned("cohort") == {}
+        assert project.planned("cohort") == again
         project.configure(tiling={"min_tissue": 0.6})
         assert project.planned("cohort")["fetch_slides"] == 2
         project.configure(tiling={"min_tissue": 0.5})
@@ -73,7 +74,6 @@ def test_slides_by_http(new_project: Callable[..., Project], finished: Project, 
 
         site.files[f"/{missing}.tiff"], sheet[4]["sha256"] = lost, good
         project.write_sheet(sheet)
-        (project.results / "manifests" / "screen" / "r00000.json").unlink()
         project.succeed("cohort", **LOOPBACK)
         assert project.table("cohort/failures.csv") == []
         new = site.asked - asked

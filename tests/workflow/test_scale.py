@@ -76,7 +76,7 @@ def test_the_plan_grows_linearly(grown, step, what):
 
 
 def test_few_looks_at_files(grown):
-    """A look (stat, list, open) can cost a millisecond on a network file system. A rack of four slides has six jobs here."""
+    """A look (stat, list, open) can cost a millisecond on a network file system. Here a rack of four has six jobs."""
     for step in ("new", "nothing to do"):
         looks = (grown[2][step][1] - grown[1][step][1]) / (SIZES[2] - SIZES[1])
         assert looks <= 16, f"{looks} looks at files for each slide"
