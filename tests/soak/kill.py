@@ -3,7 +3,9 @@
     python tests/soak/kill.py --moments 60 --seed 0
 
 A trial is a run from slides to report that is killed several times, finished, and compared with a run that nobody
-disturbed. Every other trial starts from the beginning, the others from a copy of the finished run without the results
+disturbed; in turn the usual one, one with background and stress tests, and one that applies a bundle (prediction, its
+metrics, drift). Runs that are killed in the middle of a change are in `changes.py`. Every other trial starts from the
+beginning, the others from a copy of the finished run without the results
 of some stage and all that follow it, so that late stages are met as often as early ones. How it is killed:
 
     workflow   SIGKILL to Snakemake and all its jobs, as when a machine goes down
@@ -40,7 +42,8 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cohort import TESTS, differences, make_project, reference_run
+from cohort import TESTS, differences, make_project
+from faults import finished_projects
 from slidemake.verify import verify
 from snakemake_run import ENCODER, GRID, Project, environment, kill_group
 
@@ -54,7 +57,7 @@ STAGES = (  # what a run makes, in order, below results/
     ("embeddings", "manifests/embed"),
     ("cohort", "tasks"),
     ("explain", "manifests/explain"),
-    ("report",),
+    ("report", "predictions"),
 )
 SECONDS_TO_STOP = 30.0  # of a preempted run; seconds are usual, on a busy machine a few more
 PATIENCE = 900.0
@@ -275,6 +278,8 @@ def run_trial(number: int, seed: int, folder: Path, reference: Project, moments:
     if number % 2 == 0:
         project = make_project(folder / f"trial{number}", reference.rows())
         shutil.copy(reference.folder / "config.yaml", project.folder / "config.yaml")
+        if (reference.folder / "bundle").exists():
+            shutil.copytree(reference.folder / "bundle", project.folder / "bundle")
     else:
         project = reference.copy(folder / f"trial{number}")
         for names in STAGES[int(rng.integers(1, len(STAGES))) :]:
@@ -301,11 +306,13 @@ def run_trial(number: int, seed: int, folder: Path, reference: Project, moments:
 
 def run(moments: int, seed: int, folder: Path, first: int = 0, per_trial: int = PER_TRIAL) -> list[Trial]:
     """Trials until there were as many moments; a line of JSON for each goes into `folder`/kill.jsonl."""
-    reference = reference_run(folder)
+    references = list(finished_projects(folder).values())
     trials: list[Trial] = []
     while sum(len(trial.moments) for trial in trials) < moments:
         left = moments - sum(len(trial.moments) for trial in trials)
-        trial = run_trial(first + len(trials), seed, folder, reference, min(per_trial, left))
+        number = first + len(trials)
+        reference = references[number % len(references)]
+        trial = run_trial(number, seed, folder, reference, min(per_trial, left))
         trials.append(trial)
         with open(folder / "kill.jsonl", "a") as handle:
             handle.write(json.dumps(asdict(trial)) + "\n")
