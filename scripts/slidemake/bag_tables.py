@@ -24,6 +24,7 @@ from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.objectives import class_objective
 from slidemake.provenance import file_sha256, versions, write_json, write_text
+from slidemake.scaling import COMPONENTS
 from slidemake.splits import Patient, deal_patients
 
 TABLE_COLUMNS = ("data_set", "model", "bags", "ours", "ours_sd", "published", "published_se", "difference", "within")
@@ -67,6 +68,8 @@ def cross_validate(
     """One record a run: its accuracy, and for every bag its fold and the log-odds of class 1, by a model that did not
     see it."""
     settings = {**DEFAULTS, "tile_fraction": 1.0, "max_tiles": None, **options}
+    if settings["scaling"] in COMPONENTS:
+        settings["components"] = settings["components"] or COMPONENTS[settings["scaling"]]
     settings["min_epochs"] = settings["epochs"]  # without validation bags it ends midway between both
     people = [Patient(name, str(label), "", "", ()) for name, label in sorted(labels.items())]
     records = []

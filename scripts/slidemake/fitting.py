@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "pooling": "lse",  # of instance_linear, like the next three
     "sharpness": 3.0,
     "share": 0.1,
-    "evidence": "higher",
+    "evidence": "both",
     "slides": "pool",  # all tiles of a patient together, or "attention" over the patient's slides
     "invariance": dict(OPTIONS),
     "hidden": 128,

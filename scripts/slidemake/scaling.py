@@ -94,7 +94,8 @@ def fit_scaling(
     if how == "none":
         return Scaling(np.zeros(bags.dim), np.ones(bags.dim))
     if how in PROJECTED:
-        return Components.fit(bags, patients, settings["components"], change).scaling(how, settings["components"])
+        most = settings["components"] or COMPONENTS[how]
+        return Components.fit(bags, patients, most, change).scaling(how, most)
     mean, std = feature_statistics(bags, patients, change)
     return Scaling(mean, np.full_like(std, std.mean()) if how == "centred" else std)
 

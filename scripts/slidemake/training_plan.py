@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from slidemake.aggregators import AGGREGATORS
-from slidemake.automatic import AUTO, INSTANCE_LINEAR
+from slidemake.automatic import AUTO, LSE
 from slidemake.bags import Bags
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS
 from slidemake.invariance import (
-    OPTIONS,
     active,
     domain_names,
     domain_numbers,
@@ -104,7 +103,8 @@ def prepare(
         splits = permuted_control(splits, settings["seed"], outcome.kind)
     kind = control if control in ("mean_pool_lr", "site_only") else "aggregator"
     if control == "instance_linear":
-        settings = {**settings, **INSTANCE_LINEAR, "invariance": dict(OPTIONS), "slides": "pool"}
+        shared = ("validation", "members", "max_tiles", "class_weights", "seed", "device")
+        settings = {**DEFAULTS, **{key: settings[key] for key in shared}, **LSE}
     if kind == "aggregator" and settings["aggregator"] == "mean_pool_lr":
         kind = "mean_pool_lr"
     elif kind == "aggregator" and settings["aggregator"] not in (AUTO, *AGGREGATORS):

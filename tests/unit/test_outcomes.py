@@ -79,7 +79,7 @@ def test_shifted_tiles_push_the_score_that_is_explained(trained):
 
 
 @pytest.mark.parametrize("name", list(TASKS))
-@pytest.mark.parametrize("control", ["mean_pool_lr", "site_only", "shuffled_label"])
+@pytest.mark.parametrize("control", ["mean_pool_lr", "instance_linear", "site_only", "shuffled_label"])
 def test_controls(name, control, tmp_path):
     rows, bags = rows_and_bags(24)
     task = TASKS[name]

@@ -22,7 +22,7 @@ def test_every_rule_ran(finished: Project):
 
     jobs = Outcome(0, (finished.folder / "terminal.txt").read_text()).jobs()
     assert set(PER_SLIDE) <= set(jobs)
-    assert jobs["train_aggregator"] == 4  # the model and the three controls
+    assert jobs["train_aggregator"] == 5  # the model and the four controls
     assert all(jobs[rule] == 1 for rule in PER_SLIDE)
 
 
@@ -70,7 +70,7 @@ def test_patients_are_predicted_out_of_fold(finished: Project):
 
 def test_metrics_have_the_model_and_the_controls(finished: Project):
     models = finished.json("tasks/tumour/metrics.json")["models"]
-    assert {"abmil", "mean_pool_lr", "site_only", "shuffled_label"} <= set(models)
+    assert {"abmil", "mean_pool_lr", "instance_linear", "site_only", "shuffled_label"} <= set(models)
     assert models["abmil"]["scopes"]["pooled"]["metrics"]["auroc"]["value"] is not None
 
 

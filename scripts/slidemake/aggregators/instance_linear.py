@@ -13,7 +13,7 @@ its tile's score as output (but for noisy-or). Pooling of the scores of N tiles:
 On standardised features of an encoder a linear score has a thousand weights for thirty patients: it is meant for a few
 whitened principal components (`scaling: whitened`). `evidence` says what single tiles may speak for: higher values of
 what is predicted, lower ones, or both, each with scores of its own whose pooled difference is the output.
-Permutation invariant. Attention is each tile's share in the pooled scores.
+Permutation invariant. Attention is each tile's share in the pooled scores, of both sides in those for higher values.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class InstanceLinear(Aggregator):
             raise ValueError(f"no instance-linear model has pooling {pooling}, evidence {evidence}, {outputs} outputs")
         self.pooling, self.sharpness, self.share, self.contrast = pooling, sharpness, share, contrast
         sides, pooled = SIDES[evidence], 1 if contrast else outputs
+        self.sides = len(sides)
         signs = torch.tensor(sides).repeat(pooled) * (-1 if falls else 1)
         self.register_buffer("signs", signs, persistent=False)
         self.scores = nn.Linear(features, len(self.signs))
@@ -75,11 +76,11 @@ class InstanceLinear(Aggregator):
         count, inside = real.sum(1, keepdim=True).to(t.dtype), real[..., None]
         if self.pooling == "lse":
             scaled = (self.sharpness * t).masked_fill(~inside, float("-inf"))
-            return (scaled.logsumexp(1) - count.log()) / self.sharpness, scaled.softmax(1).mean(-1)
+            return (scaled.logsumexp(1) - count.log()) / self.sharpness, self.shares(scaled.softmax(1))
         if self.pooling == "noisy_or":
             chance = F.softplus(t) * inside
             total = chance.sum(1)
-            return _log_odds(OR_TILES * total / count), (chance / total[:, None]).mean(-1)
+            return _log_odds(OR_TILES * total / count), self.shares(chance / total[:, None])
         if self.pooling == "top":
             k = self.taken(count)
             order = t.masked_fill(~inside, float("-inf")).argsort(dim=1, descending=True, stable=True)
@@ -87,7 +88,11 @@ class InstanceLinear(Aggregator):
             inside = inside & (place < k[..., None])
             count = k.to(t.dtype)
         weight = inside / count[..., None]
-        return (weight * t).sum(1), weight.expand_as(t).mean(-1)
+        return (weight * t).sum(1), self.shares(weight.expand_as(t))
+
+    def shares(self, each: Tensor) -> Tensor:
+        """(B, N, M) shares in every pooled score -> (B, N), mean over outputs."""
+        return each[..., :: self.sides].mean(-1)
 
     def taken(self, count: Tensor) -> Tensor:
         """How many of so many tiles "the highest share" are: the half rounds up, one at least."""
