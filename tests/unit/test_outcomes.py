@@ -96,6 +96,18 @@ def test_controls(name, control, tmp_path):
         assert np.corrcoef(truth, predicted)[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_mixture_of_every_type(name, tmp_path):
+    rows, bags = rows_and_bags(24)
+    splits = make_splits(rows, TASKS[name], {"folds": 2})
+    record = train_model(TASKS[name], {**FAST, "aggregator": "auto", "members": 2}, bags, splits, tmp_path)
+    for fold in record["folds"]:
+        assert sum(part["weight"] for part in fold["mixture"].values()) == pytest.approx(1)
+    bundle = load_bundle(tmp_path / "bundle")
+    assert np.isfinite(predict(bundle, bags.bag("P003")).values).all()
+    assert np.isfinite(bundle_leave_one_out(bundle, bags.bag("P003"))).all()
+
+
 @pytest.mark.parametrize("name", ["cox", "discrete", "regression", "multilabel"])
 def test_labels_of_tested_patients_change_nothing_but_their_own_column(name, tmp_path):
     """Baseline hazard, cut points, thresholds and horizons come from training and validation patients."""
