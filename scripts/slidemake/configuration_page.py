@@ -56,7 +56,8 @@ def _cell(text: str) -> str:
 def _sheet_text() -> str:
     return (
         "CSV in UTF-8, separated by commas, semicolons or tabs; a row per slide. Any other column is a label or "
-        "metadata. An empty cell, `NA`, `N/A` and `NaN` are missing values."
+        "metadata. An empty cell, `NA`, `n/a`, `NaN`, `null`, `<NA>`, `'--` and "
+        "`[Not Available]` and its like are missing values."
     )
 
 
