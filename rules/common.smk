@@ -55,6 +55,8 @@ CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
 CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)
 if not IN_JOB:
+    for line in PLAN.outline_problems()[:20]:
+        print(f"slidemake: warning: {line}", file=sys.stderr)
     for line in describe_tasks(PLAN.rows, TASKS):
         print(f"slidemake: {line}", file=sys.stderr)
 WATCH = Watch(MACHINE, CONFIG["progress_every"])
@@ -193,6 +195,18 @@ def manifest(stage, rack, **where):
 def manifests(stage, **where):
     """Manifests of a stage over all racks."""
     return [manifest(stage, rack, **where) for rack in RACKS]
+
+
+def user_inputs(paths):
+    """Files of users as inputs: those that are there (one that is missing is its slide's failure, not the plan's end),
+    without those whose names Snakemake would take for patterns; these are in the params, see `braced`.
+    """
+    return [path for path in paths if "{" not in path and identity(path) != "absent"]
+
+
+def braced(paths):
+    """Files of users with braces in their paths: for params.files, so that they are noticed like other inputs."""
+    return [path for path in paths if "{" in path]
 
 
 def of_all_racks(files):

@@ -5,7 +5,7 @@ def slides_of_rack(wildcards):
     """Slide files that are there. One that is missing becomes a failure record, not an error of the whole plan."""
     if CONFIG["demo"]:
         return []
-    return [row.path for row in RACKS[wildcards.rack] if identity(row.path) != "absent"]
+    return user_inputs(row.path for row in RACKS[wildcards.rack])
 
 
 rule screen_slides:
@@ -31,6 +31,7 @@ rule screen_slides:
         rows=lambda wildcards: PLAN.screening_rows(wildcards.rack),
         options=stage_options(CONFIG, "screen"),
         version=STAGE_VERSIONS["screen"],
+        files=lambda wildcards: braced(row.path for row in RACKS[wildcards.rack]),
     message:
         "Screening the slides of rack {wildcards.rack}"
     script:

@@ -6,7 +6,9 @@ rule detect_tissue:
     input:
         fetched=fetched_slides,
         manifest=rules.screen_slides.output.manifest,
-        outlines=lambda wildcards: sorted(PLAN.outlines(wildcards.rack).values()),
+        outlines=lambda wildcards: user_inputs(
+            sorted(PLAN.outlines(wildcards.rack).values())
+        ),
     output:
         manifest=manifest("tissue", "{rack}"),
     log:
@@ -24,6 +26,7 @@ rule detect_tissue:
         outlines=lambda wildcards: PLAN.outlines(wildcards.rack),
         options=stage_options(CONFIG, "tissue"),
         version=STAGE_VERSIONS["tissue"],
+        files=lambda wildcards: braced(PLAN.outlines(wildcards.rack).values()),
     message:
         "Finding tissue on the slides of rack {wildcards.rack}"
     script:

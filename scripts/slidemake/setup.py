@@ -118,6 +118,14 @@ class Plan:
         """{slide: GeoJSON given in the sheet} of a rack."""
         return {row.slide_id: row.tissue_geojson for row in self.racks[rack] if row.tissue_geojson}
 
+    def outline_problems(self) -> list[str]:
+        """What is wrong with the outlines that the sheet gives, a sentence per slide, as far as a look at the beginning
+        of the file tells. The run goes on: each is a failure of its slide.
+        """
+        given = [(row, row.tissue_geojson) for row in self.rows if row.tissue_geojson and not row.exclude]
+        found = [(row, problem) for row, path in given if (problem := outline_problem(path))]
+        return [f"row {row.row}, tissue_geojson: {problem}; slide {row.slide_id} will fail" for row, problem in found]
+
     def weights_files(self, encoders: Iterable[str]) -> list[str]:
         """Files of weights of the user's that these encoders load."""
         files = {self.encoders[encoder].source.file for encoder in encoders}
@@ -278,6 +286,18 @@ def normal_output(path: str) -> str:
     """One spelling of the results folder: relative where it is below the working folder, absolute elsewhere."""
     path = os.path.abspath(path)
     return os.path.relpath(path) if path.startswith(f"{os.getcwd()}/") else path
+
+
+def outline_problem(path: str) -> str | None:
+    """Why a file cannot be an outline: not there, no file, not allowed, or it does not begin as JSON does."""
+    try:
+        if not os.path.isfile(path):
+            return f"{path} is no file" if os.path.exists(path) else f"{path} does not exist"
+        with open(path, "rb") as handle:
+            head = handle.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None if head[:1] in (b"{", b"[") else f"{path} is not GeoJSON"
 
 
 def rack_size(config: dict[str, Any], slides: int, machine: Machine, in_job: bool = False) -> int:

@@ -207,15 +207,19 @@ FEW = Image.fromarray(IMAGE).quantize(256)
 PALETTE = np.array(FEW.getpalette()[:768]).reshape(256, 3).T.astype(np.uint16) * 257
 
 
-def check_tiles(record: dict[str, Any], image: np.ndarray, mpp: tuple[float, float], most: float) -> None:
-    """Tiles at 1, 2.2 and 4.1 times the coarser side of a pixel, against Pillow's reduction of the same square."""
+def check_tiles(
+    record: dict[str, Any], image: np.ndarray, mpp: tuple[float, float], most: float, leave_out: int = 0
+) -> None:
+    """Tiles at 1, 2.2 and 4.1 times the coarser side of a pixel, against Pillow's reduction of the same square; but for
+    those that begin within `leave_out` px of both edges.
+    """
     for factor in (1.0, 2.2, 4.1):
         grid = Grid("g", SIDE, round(max(mpp) * factor, 6), SIDE)
         window = slide_window(grid, record)
         assert [s * m for s, m in zip(window.size_level0, mpp, strict=True)] == pytest.approx([SIDE * grid.mpp] * 2)
         coords = tile_positions(window, record["width"], record["height"])
         assert len(coords) >= 2
-        coords = coords[:: max(1, len(coords) // 40)]
+        coords = coords[(coords >= leave_out).any(axis=1)][:: max(1, len(coords) // 40)]
         with open_screened(record) as reader:
             tiles, good = read_tiles(reader, coords, window)
             step = window.downsample * reduction(reader, window)
@@ -339,10 +343,9 @@ def test_the_odd_slides_of_the_test_data(tmp_path: Path) -> None:
                 wrong[name] = record["mpp_xy"]
             base = tmp_path / "base" / f"{name}.npy"
             if base.exists() and not isinstance(wanted, str):
-                image = np.load(base)
-                if name.startswith("sparse"):
-                    image[:512, :512] = 255
-                check_tiles(record, image, record["mpp_xy"], 14.0)  # real tissue, compressed, levels taken by stride
+                absent = 512 if name.startswith("sparse") else 0  # on some levels only
+                # real tissue, compressed, with levels that were taken by stride
+                check_tiles(record, np.load(base), record["mpp_xy"], 14.0, absent)
         except SlideFailure as failure:
             if failure.code != wanted:
                 wrong[name] = str(failure)

@@ -244,3 +244,15 @@ def test_a_bundle_that_knows_the_patients_is_refused_before_a_slide_is_processed
     assert plan_run({**own, "bundle": str(tmp_path / "bundle")}, BASE).bundle is not None
     with pytest.raises(RunError, match=f"trained on {seen}.*number their patients alike.*B-{seen}"):
         plan_run({**own, "bundle": str(tmp_path / "bundle"), "bundle_label": label}, BASE)
+
+
+def test_outlines_that_cannot_be_right_are_told_when_planning(tmp_path):
+    from slidemake.setup import outline_problem
+
+    (tmp_path / "bom.geojson").write_bytes(b"\xef\xbb\xbf\n {}")
+    (tmp_path / "list.geojson").write_text("[]")
+    assert outline_problem(str(tmp_path / "bom.geojson")) is None
+    assert outline_problem(str(tmp_path / "list.geojson")) is None
+    (tmp_path / "table.geojson").write_text("x,y\n")
+    for name, text in (("gone", "does not exist"), (".", "is no file"), ("table.geojson", "is not GeoJSON")):
+        assert text in outline_problem(str(tmp_path / name))

@@ -171,3 +171,9 @@ def test_tissue_fractions_of_whole_and_no_tiles():
     boxes = np.array([[0, 0, 8, 8], [-4, 0, 8, 8], [100, 0, 8, 8], [3, 3, 0, 0]])
     assert tissue_fractions(mask, (2, 2), boxes).tolist() == [1, 0.5, 0, 0]
     assert tissue_fractions(mask, (2, 2), np.zeros((0, 4))).shape == (0,)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path):
+    path = tmp_path / "bom.geojson"
+    path.write_text('{"type": "Polygon", "coordinates": [[[0, 0], [4, 0], [4, 4], [0, 0]]]}', encoding="utf-8-sig")
+    assert [polygon.area for polygon in read_geojson(path)] == [8.0]
