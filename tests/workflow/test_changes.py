@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,7 @@ def test_slide_replaced_under_its_name(project: Project):
     replaced, other = rows[0], rows[-1]
     fingerprints = {record["slide_id"]: record.get("fingerprint") for record in project.manifest("embed", ENCODER)}
     Path(replaced["path"]).write_bytes(Path(other["path"]).read_bytes() + b"another scan")
+    os.utime(replaced["path"], (1e9, 1e9))  # as a copy that keeps times has it: older than all results
     project.succeed("embeddings")
     for stage in (("screen",), ("tissue",), ("stain",), ("tiles", GRID), ("embed", ENCODER)):
         for record in project.manifest(*stage):
