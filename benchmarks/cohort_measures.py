@@ -54,20 +54,26 @@ def measure_cohort(cohort: Path) -> dict[str, Any]:
         "attention": float(np.mean(attention)) if attention else None,
         "mask_iou": float(np.median(by_slide)) if by_slide else None,
         "mask_iou_worst": min(by_slide, default=None),
-        "stain": stain_judgement(results, [row["slide_id"] for row in rows]),
+        "stain": stain_judgement(results),
     }
 
 
 def _features_of(results: Path, model: str) -> Path:
     """Folder of the embeddings that a model was trained on."""
-    folders = sorted(path for path in (results / "embeddings").iterdir() if any(path.glob("*.zarr")))
     wanted = read_json(results / "tasks" / TASK / model / "bundle" / "bundle.json")
-    for folder in folders:
-        attrs = zarr.open_group(next(folder.glob("*.zarr")), mode="r").attrs.asdict()
-        same_stain = attrs["stain"]["method"] == wanted["stain_of_features"]["method"]
-        if attrs["encoder"]["key"] == wanted["encoder"]["key"] and same_stain:
-            return folder
-    raise RunError(f"{results}: none of the embeddings ({', '.join(f.name for f in folders)}) is the one of {model}")
+    found: dict[Path, set[str]] = {}  # folders of its encoder, and the stain methods of their slides
+    for store in sorted((results / "embeddings").glob("*/*.zarr")):
+        attrs = zarr.open_group(store, mode="r").attrs.asdict()
+        if attrs["encoder"]["key"] == wanted["encoder"]["key"]:
+            found.setdefault(store.parent, set()).add(str((attrs["stain"] or {}).get("method")))
+    # A slide may be left as it is: only where several folders are of the encoder does the method decide.
+    method = str(wanted["stain_of_features"]["method"])
+    fitting = [folder for folder, methods in found.items() if len(found) == 1 or method in methods]
+    if not fitting:
+        raise RunError(
+            f"{results}: none of the embeddings is of {wanted['encoder']['key']}, which {model} was trained on"
+        )
+    return fitting[0]
 
 
 def read_bags(cohort: Path, rows: list[dict[str, str]], embeddings: Path) -> list[Bag]:
@@ -142,15 +148,14 @@ def _has_no_tissue(cohort: Path, slide: str) -> bool:
     return any(row["slide_id"] == slide and row["failure_code"] == "no_tissue" for row in failures)
 
 
-def stain_judgement(results: Path, slides: list[str]) -> dict[str, Any]:
-    """How slides were normalised: the number of each method, and why others were left as they are."""
-    methods, reasons = Counter(), Counter()
-    for slide in slides:
-        record = read_json_if_whole(results / "slides" / slide / "stain.json")
-        if record is None:
-            reasons["no record"] += 1
-        elif record.get("status") == "ok":
-            methods[str(record["method"])] += 1
-        else:
-            reasons[str(record.get("reason") or "not said")] += 1
-    return {"normalised": dict(methods), "left": dict(reasons)}
+def stain_judgement(results: Path) -> dict[str, Any]:
+    """How slides were normalised, as cohort/slides.csv tells: the number of each kind (both stains, one alone), and why
+    others were left as they are. Without such columns nothing was to be normalised."""
+    normalised, left = Counter(), Counter()
+    for row in _rows(results / "cohort" / "slides.csv"):
+        applied = row.get("stain_applied")
+        if applied and applied != "none":
+            normalised[applied] += 1
+        elif row["status"] == "ok":
+            left["not asked for" if applied is None else row.get("stain_reason") or "not said"] += 1
+    return {"normalised": dict(normalised), "left": dict(left)}

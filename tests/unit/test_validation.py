@@ -15,6 +15,7 @@ from slidemake.failures import RunError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from cohort_measures import stain_judgement
 from compose import CELL, PLAIN_STAINS, STAINS, Look, Recipe, compose_cohort, draw_looks, draw_recipe, restained
 from labelled_tiles import Supply, deal, is_benign_name, read_labelled_tiles
 from validate import parse, validate
@@ -293,6 +294,17 @@ def test_share_of_tiles_against_pixels():
     assert tile_auroc(np.zeros(3), np.arange(3)) is None
 
 
+def test_stain_judgements_are_counted(tmp_path):
+    (tmp_path / "cohort").mkdir()
+    table = tmp_path / "cohort" / "slides.csv"
+    table.write_text(
+        "slide_id,status,stain_applied,stain_reason\na,ok,both,\nb,ok,none,maxima glass\nc,failed,,\nd,ok,eosin,x\n"
+    )
+    assert stain_judgement(tmp_path) == {"normalised": {"both": 1, "eosin": 1}, "left": {"maxima glass": 1}}
+    table.write_text("slide_id,status\na,ok\nb,failed\n")
+    assert stain_judgement(tmp_path) == {"normalised": {}, "left": {"not asked for": 1}}
+
+
 def test_the_interval_of_a_mean_is_students():
     """0.7, 0.8, 0.9: mean 0.8, SD 0.1, t(0.975, 2) = 4.303, so 0.8 +- 4.303 * 0.1 / sqrt(3) = 0.2484."""
     mean, low, high = mean_interval([0.7, None, 0.8, 0.9])
@@ -312,7 +324,7 @@ def figures(name: str, auroc: float, plain: float, **other: object) -> dict:
         "tiles_supervised": 0.95,
         "attention": 0.9,
         "mask_iou": 0.93,
-        "stain": {"normalised": {"macenko": 20}, "left": {"single_stain": 10}},
+        "stain": {"normalised": {"both": 20}, "left": {"single_stain": 10}},
         "failed": {},
         **other,
     }
@@ -324,7 +336,7 @@ def test_tables_have_a_row_per_cohort_and_the_mean():
     assert head[:3] == ["cohort", "ours", "mean_pool_lr"]
     assert "prevalence" not in head
     assert first[head.index("ours")] == "0.90"
-    assert first[head.index("stain")] == "20 macenko, 10 left (single_stain)"
+    assert first[head.index("stain")] == "20 both, 10 left (single_stain)"
     assert second[head.index("failed")] == "2 no_tissue"
     assert mean[1].startswith("0.85 (")
     differences = difference_table([figures("1-0", 0.9, 0.8), figures("1-1", 0.8, 0.8)])
