@@ -38,12 +38,13 @@ INSTANCE_LINEAR: dict[str, Any] = {
     "bags_per_step": 32,
     "learning_rate": 0.03,
     "tile_fraction": 1.0,
-    "evidence": "both",  # which class is called positive is often the alphabet's choice
 }
-LSE = {**INSTANCE_LINEAR, "pooling": "lse", "sharpness": 3.0}  # also the control `instance_linear`
+LSE = {**INSTANCE_LINEAR, "pooling": "lse", "sharpness": 3.0, "evidence": "both"}  # the control `instance_linear`
 # name -> what differs from the model's settings; the names are in bundles
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "lse": LSE,
+    # which class is called positive is often the alphabet's choice: validation finds out for which tiles speak
+    "lse": {**LSE, "evidence": "higher"},
+    "lse_lower": {**LSE, "evidence": "lower"},
     "mean": {**INSTANCE_LINEAR, "pooling": "mean"},
     "abmil": {
         "aggregator": "abmil_gated",
