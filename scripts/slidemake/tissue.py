@@ -8,8 +8,9 @@ overview (never per window: an empty window has no threshold to find), faint tis
 outwards, and what scanners and people leave on the glass (pen, padding, labels, coverslip edges, shading) is taken
 out. Every length and area rule is in um or um^2, so the same rule holds at any overview resolution.
 
-`density` is the method described here. `otsu` and `morphological` are TIAToolbox's maskers on the same overview
-(Pocock et al. 2022, Commun. Med. 2:120); pen and padding removal and the area rules apply to them too.
+`density` is the method described here, `grandqc` a learned one (`tissue_models`); `otsu` and `morphological` are
+TIAToolbox's maskers on the same overview (Pocock et al. 2022, Commun. Med. 2:120). Pen and padding removal and the area
+rules apply to all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from scipy import ndimage as ndi
 from slidemake.failures import RunError
 from slidemake.tissue_artefacts import PEN_COLOURS, bubble_mask, fold_mask
 from slidemake.tissue_density import THRESHOLD_RANGE, Found, Layers, density_mask, measure, strong_threshold
+from slidemake.tissue_models import MODELS, model_mask
 from slidemake.tissue_pixels import (
     close_gaps,
     component_areas,
@@ -33,12 +35,13 @@ from slidemake.tissue_pixels import (
     thin_parts,
 )
 
-METHODS = ("density", "otsu", "morphological")
+METHODS = ("density", "otsu", "morphological", *MODELS)
 FAT = ("keep", "drop")
 
 # Options of `detect_tissue`; the stage adds its own (overview resolution, focus samples).
 DEFAULTS: dict[str, Any] = {
     "method": "density",
+    "weights": None,  # file with the weights of a learned method
     "threshold": None,  # strong threshold on the density score; None: Otsu, held within THRESHOLD_RANGE
     "min_area_um2": 20_000.0,  # smaller pieces are debris (one 224 px tile at 0.5 um/px is 12,544 um^2)
     "fill_holes_um2": 50_000.0,  # smaller holes are lumina and count as tissue; 0 keeps every hole
@@ -115,6 +118,8 @@ def detect_tissue(rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = 
         notes.threshold, notes.separability = strong_threshold(layers, settings["threshold"])
         found = density_mask(layers, notes.threshold, mpp, settings["fat"])
         mask, strong = found.mask, found.strong
+    elif settings["method"] in MODELS:
+        mask = strong = model_mask(rgb, mpp, settings["method"], settings["weights"]) & layers.usable
     else:
         mask, notes.threshold = _tiatoolbox_mask(rgb, layers.usable, layers.glass.white, mpp, settings["method"])
         strong = mask
@@ -252,6 +257,12 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     for key, known in (("method", METHODS), ("fat", FAT)):
         if settings[key] not in known:
             raise RunError(f"tissue {key} {settings[key]!r} is not one of {', '.join(known)}")
+    if settings["method"] in MODELS and not settings["weights"]:
+        home = MODELS[settings["method"]].home
+        raise RunError(
+            f"tissue.method {settings['method']} needs tissue.weights, the file with its weights: slidemake downloads "
+            f"none. They are at {home} (mind their licence)."
+        )
     wrong = sorted(set(settings["pen"]) - set(PEN_COLOURS))
     if wrong:
         raise RunError(f"tissue pen colour(s) {', '.join(wrong)} are not among {', '.join(PEN_COLOURS)}")

@@ -30,6 +30,7 @@ from slidemake.tile_quality import focus
 from slidemake.tissue import DEFAULTS as DETECTION_DEFAULTS
 from slidemake.tissue import UNSURE, Pieces, TissueResult, check_options, describe_mask, detect_tissue, flags_of
 from slidemake.tissue_geometry import mask_polygons, polygons_geojson, polygons_mask, read_geojson
+from slidemake.tissue_models import MODELS
 from slidemake.tissue_pixels import shrink
 from slidemake.tissue_preview import draw_preview
 
@@ -61,7 +62,10 @@ def process_slide(
     if geojson is not None and not Path(geojson).is_file():
         read_geojson(geojson)  # says what is wrong
     outline = file_sha256(geojson) if geojson is not None else None
-    mark = fingerprint("tissue", slide=record["fingerprint"], options={**settings, **detection}, outline=outline)
+    told: dict[str, Any] = {**settings, **detection}
+    if detection["method"] in MODELS and Path(detection["weights"]).is_file():
+        told["weights"] = file_sha256(detection["weights"])  # the same name may hold other weights
+    mark = fingerprint("tissue", slide=record["fingerprint"], options=told, outline=outline)
     done = read_json_if_whole(folder / "tissue.json")
     if done and done.get("fingerprint") == mark and "files" in done and files_are_whole(folder, done):
         return _verdict({**done, "reused": True}, geojson)

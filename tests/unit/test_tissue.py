@@ -17,6 +17,7 @@ from slidemake.provenance import read_json
 from slidemake.tissue import detect_tissue
 from slidemake.tissue_geometry import polygons_mask
 from slidemake.tissue_glass import find_glass
+from slidemake.tissue_models import model_mask
 from slidemake.tissue_pixels import extreme, median3
 from slidemake.tissue_stage import process_slide
 
@@ -326,6 +327,37 @@ def test_tiatoolbox_methods_agree_with_tiatoolbox(method):
     assert iou(ours.mask, theirs) > 0.95
     assert iou(ours.mask, truth) > 0.85
     assert not detect_tissue(draw(pieces=())[0], MPP, {"method": method}).mask.any()
+
+
+def test_a_learned_method_asks_for_its_weights():
+    with pytest.raises(RunError, match="downloads none"):
+        detect_tissue(draw()[0], MPP, {"method": "grandqc"})
+    with pytest.raises(RunError, match="does not exist"):
+        detect_tissue(draw()[0], MPP, {"method": "grandqc", "weights": "/nowhere/weights.pth"})
+
+
+@pytest.mark.slow
+def test_grandqc_with_random_weights_is_that_of_tiatoolbox(tmp_path):
+    grandqc = pytest.importorskip("tiatoolbox.models.architecture.grandqc")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    theirs = grandqc.GrandQCModel(num_output_channels=2).eval()
+    rgb, _ = draw(shape=(512, 512))
+    batch = torch.from_numpy(theirs.preproc(rgb)[None])
+    with torch.inference_mode():  # so that about half of the pixels come out as tissue
+        logits = theirs(batch.permute(0, 3, 1, 2).float())
+        [head] = [part for part in theirs.segmentation_head.modules() if isinstance(part, torch.nn.Conv2d)]
+        head.bias[0] -= (logits[:, 0] - logits[:, 1]).median()
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    expected = theirs.postproc(theirs.infer_batch(theirs, batch, device="cpu")[0]).astype(bool)
+    found = model_mask(rgb, 10.0, "grandqc", tmp_path / "weights.pth")
+    assert 0 < expected.mean() < 1
+    assert np.array_equal(found, expected)
+    whole = model_mask(np.full((700, 600, 3), 240, np.uint8), 10.0, "grandqc", tmp_path / "weights.pth")
+    assert whole.shape == (700, 600)
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(RunError, match="does not hold the weights of grandqc"):
+        model_mask(rgb, 10.0, "grandqc", tmp_path / "other.pth")
 
 
 # --- the stage, on slides written here ----------------------------------------------------------------------------
