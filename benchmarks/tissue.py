@@ -4,9 +4,10 @@
 
 Three kinds of truth. Real sections with outlines drawn by hand (tests/outlines). Slides composed of real tiles, with
 the mask they were composed by (a folder of `<slide>.tiff` and `<slide>_tissue16.png`). Pictures drawn here by
-Beer-Lambert with one trouble each: a halo of eosin, ink, fat, a fold, a bubble, dust, faint IHC. Prints a Markdown table:
-IoU, surplus (share of the mask that is no tissue) and loss (share of the tissue that is not in the mask), mean over the
-pictures.
+Beer-Lambert with one trouble each: a halo of eosin, ink, fat, a fold, a bubble, dust, faint IHC.
+
+Prints a Markdown table: IoU, surplus (share of the mask that is no tissue) and loss (share of the tissue that is not in
+the mask), mean over the pictures.
 """
 
 from __future__ import annotations
