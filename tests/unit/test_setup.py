@@ -80,7 +80,7 @@ def test_stain_is_compared_where_it_is_asked_for_and_applied(raw):
     without = plan_run({**raw, "stain": {"method": "macenko"}}, BASE)
     assert without.stain_compared() == {}
     assert without.stain_options == plan.stain_options  # no fit is made anew
-    assert without.bundle_context("t", "abmil") == plan.bundle_context("t", "abmil")
+    assert without.bundle_context("t", "auto") == plan.bundle_context("t", "auto")
     assert plan_run({**raw, "stain": {"compare": True}}, BASE).stain_compared() == {}  # nothing is normalised
     raw["models"] = {"own": {"stain": "reinhard"}}
     assert plan_run({**raw, "stain": {"compare": True}}, BASE).stain_compared() == {"t": "efficientnet_lite0-reinhard"}
