@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,9 @@ WITHOUT_MPP = ("boxes", "prostate_mpp-absurd")  # slides to which the sheet give
 
 class Named(SimpleNamespace):
     """As Snakemake's lists: by attribute and by name."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(vars(self).values())
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
