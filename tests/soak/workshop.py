@@ -237,7 +237,8 @@ class Workshop:
         write_json(folder / "train.json", {"files": file_sums(folder, ["predictions_patients.csv"])})
 
     def _pack(self) -> None:
-        given = {"input": Named(slides=str(self.results / "cohort" / "slides.csv"))}
+        slides, embed = str(self.results / "cohort" / "slides.csv"), [str(self.manifest("embed"))]
+        given = {"input": Named(slides=slides, embed=embed)}
         output = Named(features=str(self.results / "cohort" / "bags" / f"{ENCODER}.npy"))
         self._script("pack_bags", **given, output=output, params=Named(results=str(self.results)))
 
