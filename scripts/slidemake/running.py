@@ -185,7 +185,12 @@ def _jobs(process: Any) -> list[Any]:
 
 def _is_ours(output: Path) -> bool:
     """Whether this process holds the folder already: a module, of which rules are taken twice, is read twice."""
-    return _held is not None and not _held.closed and Path(_held.name) == output / LOCK
+    if _held is None or _held.closed:
+        return False
+    try:  # the file itself, not its name: a relative one means another file in another folder
+        return os.path.samestat(os.fstat(_held.fileno()), os.stat(output / LOCK))
+    except OSError:
+        return False
 
 
 def _lock(handle: IO[str], how: int) -> bool | None:

@@ -146,7 +146,9 @@ def test_a_redirect_to_a_file_is_not_followed(tmp_path):
 
 
 def test_redirects_in_a_circle(tmp_path):
-    with server(lambda method: [head("Location: /a.svs", "Content-Length: 0", status="302 Found")]) as site:
+    with server(
+        lambda method: [head("Location: /a.svs", "Content-Length: 0", "Connection: close", status="302 Found")]
+    ) as site:
         assert "more than 10 redirects" in refusal(site, tmp_path).message
 
 

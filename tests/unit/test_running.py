@@ -96,6 +96,7 @@ def test_a_file_system_without_locks(results, monkeypatch):
 
     monkeypatch.setattr(running.fcntl, "flock", unsupported)
     running.claim_results(results, patience=0)
+    monkeypatch.setattr(running, "_held", None)  # as another process sees it
     text = running.refusal(results, lock_snakemake("results"), [])
     assert "cannot be told" in text
     assert "snakemake --unlock" in text

@@ -82,7 +82,7 @@ def test_stain_is_compared_where_it_is_asked_for_and_applied(raw):
     assert without.stain_options == plan.stain_options  # no fit is made anew
     assert without.bundle_context("t", "auto") == plan.bundle_context("t", "auto")
     assert plan_run({**raw, "stain": {"compare": True}}, BASE).stain_compared() == {}  # nothing is normalised
-    raw["models"] = {"own": {"stain": "reinhard"}}
+    raw["models"], raw["tasks"]["t"]["models"] = {"own": {"stain": "reinhard"}}, ["own"]
     assert plan_run({**raw, "stain": {"compare": True}}, BASE).stain_compared() == {"t": "efficientnet_lite0-reinhard"}
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from slidemake.bundle import is_complete, load_bundle, read_info, save_bundle
+from slidemake.aggregators import build_aggregator
+from slidemake.bundle import Group, is_complete, load_bundle, read_info, save_bundle
 from slidemake.bundle_place import check_unseen, trained_on
 from slidemake.explain_stage import Explainer
 from slidemake.failures import RunError, SlideFailure
@@ -155,7 +156,9 @@ INFO = {
 def fold(results: Path, number: int, train: list[str]) -> Path:
     folder = results / "tasks" / "t" / "m" / "bundles" / f"repeat0_fold{number}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_bundle(folder, {**INFO, "training": {"repeat": 0, "fold": str(number), "train": train, "val": []}}, [])
+    training = {"repeat": 0, "fold": str(number), "train": train, "val": []}
+    group = Group(folder.name, {"temperature": 1.0}, (build_aggregator("mean_pool", 4, 2, {}),))
+    save_bundle(folder, {**INFO, "training": training}, [group])
     return folder
 
 
