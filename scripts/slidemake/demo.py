@@ -67,7 +67,7 @@ class Difficulty:
     abnormal: tuple[float, float] = (0.06, 0.16)
     lymphoid: tuple[float, float] = (0.02, 0.12)
     lymphoid_of_benign: tuple[float, float] = (0.02, 0.12)
-    atypia: float = 0.4
+    atypia: float = 0.9
     stain: float = 0.12
 
 

@@ -30,6 +30,7 @@ CONFIG: dict[str, Any] = {
     "rack_size": 16,  # the whole cohort in one rack
     "max_failed_fraction": 0.5,
     "tissue": {"focus_samples": 8},
+    "stain": {"method": "macenko"},  # by default nothing is normalised, and that stage would have no work
     "tasks": {
         "tumour": {"label": "diagnosis", "positive": "tumour", "splits": {"folds": 2, "repeats": 1}},
     },

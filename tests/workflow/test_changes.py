@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from snakemake_run import ENCODER, GRID, PER_SLIDE, Project, contents, stamps
+from snakemake_run import CONFIG, ENCODER, GRID, PER_SLIDE, Project, contents, stamps
 
 pytestmark = pytest.mark.workflow
 
@@ -66,7 +66,7 @@ def test_report_title_rewrites_the_report_only(project: Project):
 
 def test_order_of_keys_and_written_defaults_rerun_nothing(project: Project):
     defaults = {"min_tissue": 0.5, "codec": "jpeg", "store": "pixels"}
-    project.configure(tiling=defaults, stain={"method": "auto"}, tissue=None, screening={"reader": "auto"})
+    project.configure(tiling=defaults, stain=CONFIG["stain"], tissue=None, screening={"reader": "auto"})
     project.configure(tissue={"method": "density", "focus_samples": 8}, explain=None)
     project.configure(explain={"top_tiles": 3, "truth": "{folder}/truth/{stem}_tumour16.png"})
     assert set(project.planned()) <= {"write_report"}
