@@ -52,6 +52,7 @@ MAY_DIFFER = {
     r"logs/|benchmarks/": "what the jobs said, and their measured times",
     r"manifests/": "other racks, times, and whether a slide was found finished: compared apart from these",
     r"slidemake\.json": "the size of the racks",
+    r"digests/|plan\.json": "what determined each rack and what follows; racks are others here",
     r"tasks/\w+/\w+/train\.json": "the time it took: compared apart from that",
     r"run\.lock": "who ran last, and when",
     r"report/": "tells times, and how many slides were found finished",
