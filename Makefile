@@ -33,6 +33,7 @@ demo: setup
 
 soak: setup
 	@echo "slidemake: killing, fuzzing and spoiling disks for an hour or more (full and forbidden disks only as root)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 SLIDEMAKE_LONG_TESTS=1 $(BIN)/python -m pytest -m long tests/workflow
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --folder "$${SOAK:-$$(mktemp -d -t slidemake-soak-XXXXXX)}"
 
 test: setup

@@ -18,6 +18,15 @@ from snakemake_run import CONFIG, Project
 SIDE = 1536  # px: about a dozen tiles a slide
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take many minutes run with `make soak`, which sets SLIDEMAKE_LONG_TESTS."""
+    if not os.environ.get("SLIDEMAKE_LONG_TESTS"):
+        reason = "takes many minutes: `make soak` runs it, or SLIDEMAKE_LONG_TESTS=1"
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real slides; tests that need it are skipped where SLIDEMAKE_TEST_DATA does not name one."""

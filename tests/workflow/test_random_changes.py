@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
 
 from changes import run
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.long]
 
 
 def test_what_was_changed_and_taken_back_leaves_nothing_behind(tmp_path: Path):

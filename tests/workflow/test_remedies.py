@@ -26,7 +26,7 @@ sys.path.insert(0, str(REPO / "tests" / "soak"))
 
 from cohort import differences
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.long]
 
 # kind of file (the first that the pattern finds) -> rule that makes it again; "" for what planning itself mends
 KINDS = {

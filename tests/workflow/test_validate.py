@@ -12,6 +12,7 @@ import yaml
 from snakemake_run import CONFIG, REPO, environment
 
 
+@pytest.mark.long
 @pytest.mark.workflow
 def test_a_folder_of_tiles_is_validated(real_data: Path, tmp_path: Path):
     quick = {key: CONFIG[key] for key in ("rack_size", "tissue", "models", "evaluation")}
