@@ -18,7 +18,7 @@ EXPECTED = {
     "cmu-small_dicom": None,
     "prostate_mpp-absurd": "implausible_mpp",
     "cmu-0-overview_mpp3.2": "too_coarse",
-    "camelyon-overview_mpp29": "implausible_mpp",
+    "camelyon-overview_mpp29": "too_coarse",
     "boxes": "implausible_mpp",  # its resolution tag says 72 dpi
     "broken": "unsupported",
     "unopenable": "unsupported",

@@ -22,7 +22,7 @@ JUSTIFIED = {
     'Absolute path "/".join([OUTPUT': "not a path: the separator",
     'Absolute path "/dev/nvidia0"': "a device: is there a GPU",
     "Environment variable PYTHONPATH used": "added to, for the jobs; a run needs none",
-    "Environment variable SLIDEMAKE_SLIDE_SECONDS used": "set there, for jobs, because it changes no result",
+    "Environment variable SLIDEMAKE_SLIDE_SECONDS": "set there, for jobs, because it changes no result",
     "Environment variable SLIDEMAKE_JOB_CPUS used": "set in the line above, for the processes of a cluster's job",
 }
 
