@@ -94,16 +94,16 @@ def test_composed_cohort_is_learned_and_its_tumour_found(real_data: Path, tmp_pa
         pytest.skip(f"{tool} is not there")
     subprocess.run([sys.executable, str(tool), "cohort", "--slides", "24"], cwd=tmp_path, check=True)
     project = Project(tmp_path)
-    task = {"label": "label", "positive": "1", "splits": {"folds": 5, "repeats": 3}, "models": ["abmil"]}
+    task = {"label": "label", "positive": "1", "splits": {"folds": 5, "repeats": 3}, "models": ["auto"]}
     project.configure(sheet="cohort/slides.csv", rack_size="auto", tasks={"tumour": None}, models=None, tissue=None)
     project.configure(tasks={"cancer": task}, evaluation=None)
     project.configure(explain={"slides": "positive", "truth": "{folder}/{stem}_tumour16.png"})
     project.succeed()
     models = project.json("tasks/cancer/metrics.json")["models"]
     auroc = {name: model["scopes"]["pooled"]["metrics"]["auroc"] for name, model in models.items()}
-    assert auroc["abmil"]["value"] >= 0.88
-    assert auroc["abmil"]["value"] > auroc["mean_pool_lr"]["value"] + 0.1
+    assert auroc["auto"]["value"] >= 0.88
+    assert auroc["auto"]["value"] > auroc["mean_pool_lr"]["value"] + 0.1
     assert auroc["shuffled_label"]["low"] <= 0.5 <= auroc["shuffled_label"]["high"]
-    found = [record["tile_auroc"] for record in project.manifest("explain", "cancer", "abmil")]
+    found = [record["tile_auroc"] for record in project.manifest("explain", "cancer", "auto")]
     assert len(found) == 12
     assert np.median(found) >= 0.8
