@@ -258,6 +258,7 @@ def make_uncomfortable(project: Project) -> None:
         os.utime(path, (moment, moment))
 
 
+@pytest.mark.long
 def test_what_runs_again(project: Project):
     """A dry run for every change shows exactly the rules that the table names: from another folder, with other
     spellings of all paths, without Snakemake's memory, with times that mean nothing, changed files being older than all
