@@ -87,7 +87,7 @@ def test_the_report_has_every_task(every_type: Project):
     assert "No conformal intervals: a fold has" in page
     assert "Probabilities of er (abmil)" in page
     assert "Before: the probabilities of the bare logits" in page
-    assert "observed / expected" in page
+    assert "seen / expected" in page
 
 
 def test_a_survival_bundle_on_patients_of_known_outcome(every_type: Project, tmp_path: Path):
