@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -99,7 +100,7 @@ def identity(path: str) -> str:
         return "absent"
     if path.lower().endswith(".mrxs") and os.path.isdir(path[: -len(".mrxs")]):
         return digest_of([found.st_size, found.st_mtime_ns, identity(path[: -len(".mrxs")])])[:12]
-    if not os.path.isdir(path):
+    if not stat.S_ISDIR(found.st_mode):
         return f"{found.st_size} {found.st_mtime_ns}"
     files = sorted(_files(path))
     return digest_of([[name, size, time] for name, size, time in files[:MANY]])[:12] + f" {len(files)}"

@@ -24,6 +24,7 @@ from slidemake.currency import (
     digest_of,
     identity,
     plan_entry,
+    record_file,
     settings_of,
     why_stale,
     write_plan,
@@ -40,11 +41,12 @@ class Currency:
         self.workflow, self.results, self.in_job = workflow, results, in_job
         self.outcomes: dict[Any, Outcome] = {}
         self.stale: dict[Any, str] = {}
+        self._tree = Tree(results)
 
     def look(self, dag: Any) -> None:
         """Compare every outcome of the plan with what is there."""
         digests: dict[Any, str | None] = {}
-        tree = Tree(self.results)
+        self._tree = tree = Tree(self.results)
         for level in dag.toposorted():
             for job in level:
                 ours = {other for other in dag.dependencies[job] if digests[other] or other.rule.is_shell}
@@ -75,9 +77,8 @@ class Currency:
 
     def _made(self, job: Any) -> bool:
         """Whether an outcome of which something is absent had been made before."""
-        from slidemake.currency import record_file
-
-        return record_file(self.results, self.outcomes[job].files[0]).exists()
+        kept = record_file(self.results, self.outcomes[job].files[0])
+        return self._tree.has(kept.relative_to(self.results).as_posix())
 
     def write_plan(self) -> None:
         """For the jobs of a run that starts, and for `verify`."""
