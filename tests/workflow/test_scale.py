@@ -65,7 +65,7 @@ def counts(project):
 def grown(tmp_path_factory):
     """Counts of three cohorts, each twice as large as the one before, in racks of four."""
     base = tmp_path_factory.mktemp("grown")
-    counts(cohort(base / "first", 8, 4))  # Python compiles what is new here, and looks at more files
+    counts(cohort(base / "first", 16, 4))  # Python compiles what is new here, and looks at more files
     return [counts(cohort(base / f"of{size}", size, 4)) for size in SIZES]
 
 
