@@ -87,7 +87,6 @@ def test_svs_and_dicom_of_one_tissue_agree(real: Project):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_composed_cohort_is_learned_and_its_tumour_found(real_data: Path, tmp_path: Path):
     """24 slides of real benign tissue, half with a focus of real adenocarcinoma, patients sharing no source tissue."""
     tool = real_data.parent / "tools" / "compose_cohort.py"
