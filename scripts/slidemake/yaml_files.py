@@ -24,21 +24,28 @@ _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # C: 10 times as fa
 def read_yaml(path: str | Path) -> Any:
     """Content of a YAML file. Raises RunError for one that cannot be read or is not what it seems (`problems_of`)."""
     text = _text(path)
-    _raise(Path(path), problems_of(text))
-    return yaml.load(text, Loader=_SafeLoader)
+    if problems := problems_of(text):
+        raise _error(path, problems)
+    try:
+        return yaml.load(text, Loader=_SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:  # an anchor given twice, a tag of Python's, the 32nd of May
+        raise _error(path, [_invalid(error)]) from error
 
 
 def check_yaml_files(paths: Iterable[str | Path]) -> None:
     """Look at files that another program has loaded already. RunError as `read_yaml`."""
     for path in paths:
-        if Path(path).is_file():
-            _raise(Path(path), problems_of(_text(path)))
+        if Path(path).is_file() and (problems := problems_of(_text(path))):
+            raise _error(path, problems)
 
 
-def _raise(path: Path, problems: list[str]) -> None:
-    if problems:
-        listed = "\n  ".join(problems)
-        raise RunError(f"{path} is not as it should be:\n  {listed}")
+def _error(path: str | Path, problems: list[str]) -> RunError:
+    listed = "\n  ".join(problems)
+    return RunError(f"{path} is not as it should be:\n  {listed}")
+
+
+def _invalid(error: Exception) -> str:
+    return f"it is no valid YAML: {error}"
 
 
 def _text(path: str | Path) -> str:
@@ -89,7 +96,7 @@ def problems_of(text: str) -> list[str]:
             if stack[-1].values > MOST:
                 return [*found, f"line {line}: it holds more than {MOST} values when its anchors are followed"]
     except yaml.YAMLError as error:
-        found.append(f"it is no valid YAML: {error}")
+        found.append(_invalid(error))
     return found
 
 

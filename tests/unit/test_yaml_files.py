@@ -69,6 +69,25 @@ def test_a_file_that_is_not_utf8_is_a_message(tmp_path, reader):
         reader(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: &x 1\nb: &x 2\n", "found duplicate anchor"),
+        ("a: !!python/object:os.system 1\n", "could not determine a constructor for the tag"),
+        ("a: 2020-99-99\n", "month must be in 1..12"),
+        ("? [a]\n: b\n", "found unhashable key"),
+        ("a: 1\n---\nb: 2\n", "expected a single document"),
+    ],
+)
+def test_what_yaml_refuses_while_it_builds_is_a_message(tmp_path, text, says):
+    path = tmp_path / "encoders.yaml"
+    path.write_text(text)
+    with pytest.raises(RunError) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(f"{path} is not as it should be:\n  it is no valid YAML: ")
+    assert says in str(caught.value)
+
+
 def test_an_encoder_given_twice_is_an_error(tmp_path):
     path = tmp_path / "encoders.yaml"
     path.write_text("encoders:\n  x: {}\n  x: {}\n")
