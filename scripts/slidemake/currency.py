@@ -29,7 +29,8 @@ MANY = 1000  # files of a slide that is a folder, of which size and time are loo
 # and paths of files whose content counts (they are inputs).
 NOT_DETERMINING = {"results", "fetching", "configfiles", "slides", "sheet", "bundle", "files", "made"}
 PATHS = ("sheet", "bundle", "encoders_file")  # of the configuration, as the report shows it
-PASSING = {"unreachable", "missing_file"}  # failures of slides at an address that may be over by the next run
+# Failures of slides at an address that may be over by the next run, and nothing here would have changed.
+PASSING = {"unreachable", "missing_file", "wrong_checksum"}
 ARTEFACTS = {  # stage -> what its manifest vouches for of each slide; {where}: grid, encoder, or task/model
     "screen": "slides/{slide}/slide.json",
     "tissue": "slides/{slide}/tissue.json",

@@ -11,7 +11,8 @@ import errno
 import os
 from dataclasses import asdict, dataclass
 
-# code -> what the user can do about it, when the place that raises has nothing more precise to say.
+# code -> what the user can do about it, when the place that raises has nothing more precise to say. The next run sees a
+# change of the sheet, the configuration or a file by itself; of memory and the like it has to be told (--forcerun).
 HINTS: dict[str, str] = {
     "missing_file": "Check the path column of the sheet: relative paths start at the sheet's own folder.",
     "unreachable": "The slide could not be fetched. See that address, network and credentials (environment) are right.",
@@ -28,11 +29,14 @@ HINTS: dict[str, str] = {
     "again, with its colour profile; or, if it is as it should be, give an outline in the tissue_geojson column.",
     "too_few_tiles": "Lower tiling.min_tissue or tiling.min_tiles, or exclude the slide.",
     "duplicate": "The same scan is in the sheet twice: keep one row, or set exclude on the other.",
-    "out_of_memory": "Lower the job's threads or the encoder's batch size, or give the job more memory.",
-    "too_slow": "The file asks for more work than a slide should: look at it, raise slide_seconds, or set exclude.",
+    "out_of_memory": "Lower embedding.batch_size; or give the job more memory or fewer threads, and run again with "
+    "--forcerun and the name of its rule.",
+    "too_slow": "The file asks for more work than a slide should: look at it, and set exclude; or raise slide_seconds "
+    "and run again with --forcerun and the name of the job's rule.",
     "damaged": "A file of the results is damaged, not the slide: `python -m slidemake.verify` with the folder of the "
     "results names every such file, and what to delete so that the next run makes it again.",
-    "crashed": "This is a defect or an exotic file. The log named here has the traceback; please report it.",
+    "crashed": "This is a defect or an exotic file: please report it, with the traceback that the log of the job has "
+    "(in logs/, by rule and rack). Where it is mended, run again with --forcerun and the name of the rule.",
 }
 CODES = tuple(HINTS)
 

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from slidemake import isolation
+from slidemake.currency import PASSING
 from slidemake.failures import RunError, SlideFailure
 from slidemake.provenance import file_sha256, fingerprint, read_json_if_whole, write_json
 from slidemake.sheet_checks import URI, safe_id
@@ -137,9 +138,9 @@ def fetch_slide(
     """Fetch a slide into `folder/slide_id/`; found there whole, it is not fetched again.
 
     wanted: SHA-256 of the sheet, or None. options: the section `remote` of the configuration. remedy: how to try
-    again. Returns {"uri" as it may be shown, "source" (hash of all of it), "bytes", "sha256" (None of a folder),
-    "checked" (against the sheet), "stamp" (of the server, or None)}. Raises SlideFailure missing_file, unreachable,
-    wrong_checksum or unsupported; OSError of the local disk.
+    again, where that is of use. Returns {"uri" as it may be shown, "source" (hash of all of it), "bytes", "sha256"
+    (None of a folder), "checked" (against the sheet), "stamp" (of the server, or None)}. Raises SlideFailure
+    missing_file, unreachable, wrong_checksum or unsupported; OSError of the local disk.
     """
     target, part = folder / slide_id, folder / f"{slide_id}+part"
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +162,9 @@ def fetch_slide(
                 if not passing or attempt == options["attempts"]:
                     shutil.rmtree(part, ignore_errors=True)
                     tries = f" ({attempt} attempts)" if attempt > 1 else ""
-                    raise SlideFailure(
-                        failure.code, f"{failure.message}{tries}", f"{failure.hint} {remedy}".strip()
-                    ) from failure
+                    again = remedy if failure.code in PASSING else ""
+                    hint = f"{failure.hint} {again}".strip()
+                    raise SlideFailure(failure.code, f"{failure.message}{tries}", hint) from failure
                 log.warning("slide %s: %s; trying again", slide_id, failure)
                 time.sleep(WAIT * 2 ** (attempt - 1))
         write_json(part / RECORD, found)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from slidemake import currency
 from slidemake.currency import Outcome, Tree, begin, identity, record_file, settings_of, why_stale, write_plan
+from slidemake.failures import HINTS
 from slidemake.provenance import write_json
 
 MANIFEST = "manifests/tiles/224px_0.5mpp/r00000.json"
@@ -121,12 +122,24 @@ def test_slides_that_could_not_be_fetched_are_tried_again(tmp_path: Path):
     for code, stage, again in (
         ("unreachable", "fetch", "A could not be fetched and is tried again"),
         ("missing_file", "fetch", "A could not be fetched and is tried again"),
-        ("wrong_checksum", "fetch", None),
+        ("wrong_checksum", "fetch", "A could not be fetched and is tried again"),  # there may be another file by now
+        ("unsupported", "fetch", None),
         ("missing_file", "screen", None),  # of the disk: a file that is there now is another identity
     ):
         manifest(tmp_path, SCREEN, status="failed", failure={"stage": stage, "code": code})
         begin([str(tmp_path / SCREEN)], {"version": 1}).done()
         assert why(tmp_path, wanted) == again, code
+
+
+def test_what_memory_and_machine_decide_is_run_again_by_name(tmp_path: Path):
+    """No plan sees that a job has more memory now, or a library is mended: the hint names the way."""
+    wanted = Outcome("screen_slides", {"rack": "r00000"}, [SCREEN], settings_of({"version": 1}))
+    write_plan(tmp_path, [wanted])
+    for code in ("out_of_memory", "too_slow", "crashed"):
+        manifest(tmp_path, SCREEN, status="failed", failure={"stage": "screen", "code": code})
+        begin([str(tmp_path / SCREEN)], {"version": 1}).done()
+        assert why(tmp_path, wanted) is None
+        assert "run again with --forcerun" in HINTS[code]
 
 
 def test_identity_of_a_file_is_its_size_and_time_older_or_newer(tmp_path: Path):
