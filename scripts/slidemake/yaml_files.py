@@ -7,6 +7,8 @@ events is looked at instead, before anything is built from it.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +35,24 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def check_yaml_files(paths: Iterable[str | Path]) -> None:
-    """Look at files that another program has loaded already. RunError as `read_yaml`."""
+    """Look at files of keys and values that another program loads. RunError as `read_yaml`; of absent ones nothing."""
     for path in paths:
-        if Path(path).is_file() and (problems := problems_of(_text(path))):
-            raise _error(path, problems)
+        if Path(path).is_file() and not isinstance(read_yaml(path), dict):
+            raise _error(path, ["it has no keys at its top level (`key: value`)"])
+
+
+def check_command(arguments: Iterable[str]) -> None:
+    """Look at the configuration files that a command line of Snakemake's names, before Snakemake reads them.
+
+    Called by the profiles, the first code of ours that runs. Ends the process with a message where one is not as it
+    should be; Snakemake would show a traceback, or run out of memory. A file that is not there is left to Snakemake.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--configfile", "--configfiles", nargs="+", action="extend", default=[])
+    try:
+        check_yaml_files(parser.parse_known_args(list(arguments))[0].configfile)
+    except RunError as error:
+        sys.exit(f"\nslidemake cannot start.\n{error}\n")
 
 
 def _error(path: str | Path, problems: list[str]) -> RunError:

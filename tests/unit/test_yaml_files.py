@@ -8,7 +8,7 @@ import pytest
 import yaml
 from slidemake.encoders import registry
 from slidemake.failures import RunError
-from slidemake.yaml_files import MOST, check_yaml_files, problems_of, read_yaml
+from slidemake.yaml_files import MOST, check_command, check_yaml_files, problems_of, read_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,3 +93,36 @@ def test_an_encoder_given_twice_is_an_error(tmp_path):
     path.write_text("encoders:\n  x: {}\n  x: {}\n")
     with pytest.raises(RunError, match=r"line 3: x is there already \(line 2\)"):
         registry([path])
+
+
+def said(arguments: list[str]) -> str:
+    """The message that ends a command; empty where it goes on."""
+    try:
+        check_command(arguments)
+    except SystemExit as ended:
+        return str(ended.code)
+    return ""
+
+
+def test_configuration_files_of_a_command_are_looked_at_before_snakemake_reads_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("good.yaml").write_text("sheet: slides.csv\n")
+    Path("good.json").write_text('{\n\t"sheet": "slides.csv"\n}')
+    Path("latin.yaml").write_bytes("sheet: Präparate.csv".encode("latin-1"))
+    Path("list.yaml").write_text("- sheet")
+    Path("twice.yaml").write_text("a: &x 1\nb: &x 2\n")
+    for good in (
+        ["--cores", "1"],
+        ["--config", "latin.yaml=1"],
+        ["tiles", "--configfile", "good.yaml", "good.json", "-n"],
+    ):
+        assert said(good) == "", good
+    assert "absent" not in said(["--configfile", "absent.yaml"]), "Snakemake says so itself"
+    for words in (
+        ["--configfile", "latin.yaml"],
+        ["-n", "--configfile=latin.yaml"],
+        ["--configfiles", "good.yaml", "latin.yaml", "-n"],
+    ):
+        assert "latin.yaml is not UTF-8 (line 1). Save it as UTF-8" in said([*words, "--cores", "1"]), words
+    assert "list.yaml is not as it should be:\n  it has no keys at its top level" in said(["--configfile", "list.yaml"])
+    assert "found duplicate anchor" in said(["--configfile", "twice.yaml"])

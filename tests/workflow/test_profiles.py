@@ -31,7 +31,9 @@ STAND_INS = {
 
 
 def profile(name: str) -> dict[str, Any]:
-    return yaml.safe_load((REPO / "profiles" / name / "profile.yaml").read_text())
+    """Options of a profile, without the template's own words."""
+    found = yaml.safe_load((REPO / "profiles" / name / "profile.yaml").read_text())
+    return {key: value for key, value in found.items() if not key.startswith("__")}
 
 
 @pytest.fixture
@@ -58,6 +60,26 @@ def test_profiles_that_replace_the_default_keep_what_it_is_for():
     default = profile("default")
     for name in set(PROFILES) - set(OVERLAYS):
         assert {key: profile(name).get(key) for key in kept} == {key: default[key] for key in kept}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("default", b"sheet: s.csv\nremote: &r {a: *r}", "line 2: *r holds itself"),
+        ("gpu", b"a: " + b"[" * 5000, "nested more than 50 deep"),
+        ("slurm", "sheet: Präparate.csv".encode("latin-1"), "mine.yaml is not UTF-8 (line 1). Save it as UTF-8"),
+    ],
+)
+def test_configuration_is_looked_at_before_snakemake_reads_it(name: str, content: bytes, says: str, tmp_path: Path):
+    """Which would end in a traceback."""
+    (tmp_path / "mine.yaml").write_bytes(content)
+    command = ["snakemake", "--snakefile", str(REPO / "Snakefile"), "--configfile", "mine.yaml", "--cores", "1"]
+    command += ["--workflow-profile", str(REPO / "profiles" / name)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "slidemake cannot start." in done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", PROFILES)
