@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.shortcuts import NULLS, P, Slides, label_null, reduce_vectors
+from slidemake.linear_probe import reduce_vectors
+from slidemake.shortcut_words import P
+from slidemake.shortcuts import NULLS, Slides, label_null
 
 
 def background_control(

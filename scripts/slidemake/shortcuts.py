@@ -18,33 +18,27 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 
 from slidemake.bags import Bags
 from slidemake.bootstrap import bootstrap_weights, percentile_interval
 from slidemake.embedding_robustness import embedding_robustness
-from slidemake.metrics import auroc_auprc
+from slidemake.linear_probe import FOLDS, held_out_scores, logistic_probe, macro_auroc, random_folds, reduce_vectors
 from slidemake.near_duplicates import slide_means
+from slidemake.shortcut_words import findings
 from slidemake.split_site_preserved import assign_sites
 from slidemake.verdict import cramers_v
 
-FOLDS = 5
-COMPONENTS = 32  # principal components that probes see: more than enough for a handful of sites, and fast
 MOST = 2000  # slides that probes look at
 RARE = 4  # slides below which a site or scanner takes no part in a probe
 NULLS = 50  # permutations of a probe and of the labels
 DRAWS = 1000  # bootstrap draws of the linear model's AUROC
-P = 0.05
-TOLD = 0.01  # association's p below which the label follows the site
 
 
 @dataclass(frozen=True)
@@ -90,17 +84,6 @@ def probe_shortcuts(slides: Slides, seed: int = 0, nulls: int = NULLS) -> dict[s
     return result
 
 
-def reduce_vectors(vectors: np.ndarray) -> np.ndarray:
-    """(S, K) principal components of the standardised vectors; fitted on all slides, without labels.
-
-    They keep their spread: a linear model then sees what it would see in the vectors themselves. With all components
-    made equal, as many of noise as there are slides hide the few in which site or label show.
-    """
-    scaled = StandardScaler().fit_transform(vectors)
-    count = max(1, min(COMPONENTS, len(vectors) - 1, vectors.shape[1]))
-    return PCA(count, svd_solver="full").fit_transform(scaled)
-
-
 def _about_column(slides: Slides, reduced: np.ndarray, values: Sequence[str], seed: int, nulls: int) -> dict[str, Any]:
     stated = Counter(value for value in values if value)
     common = sorted(value for value, count in stated.items() if count >= RARE)
@@ -128,29 +111,8 @@ def _about_column(slides: Slides, reduced: np.ndarray, values: Sequence[str], se
     }
 
 
-def logistic_probe() -> Any:
-    return LogisticRegression(C=0.1, class_weight="balanced", max_iter=300)
-
-
 def _nearest() -> Any:
     return KNeighborsClassifier(5, metric="cosine")
-
-
-def held_out_scores(
-    make: Callable[[], Any], x: np.ndarray, y: np.ndarray, fold: np.ndarray, classes: int
-) -> np.ndarray:
-    """(S, C) probabilities of slides whose fold was held out; NaN where the training side lacks a second class."""
-    scores = np.full((len(y), classes), np.nan)
-    for f in np.unique(fold):
-        train, test = fold != f, fold == f
-        if len(np.unique(y[train])) < 2:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a probe that has not converged is a probe all the same
-            model = make().fit(x[train], y[train])
-        scores[test] = 0.0
-        scores[np.ix_(test, model.classes_)] = model.predict_proba(x[test])
-    return scores
 
 
 def _balanced(y: np.ndarray, scores: np.ndarray) -> float:
@@ -255,12 +217,6 @@ def _patient_level(reduced: np.ndarray, slides: Slides) -> tuple[np.ndarray, np.
     return x, y, names.tolist(), sites
 
 
-def macro_auroc(y: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(B,) AUROC, one-versus-rest for more than two classes."""
-    classes = [1] if scores.shape[1] == 2 else range(scores.shape[1])
-    return np.mean([auroc_auprc(y == c, scores[:, c], weights)[0] for c in classes], axis=0)
-
-
 def label_null(reduced: np.ndarray, slides: Slides, seed: int, nulls: int = NULLS) -> dict[str, Any]:
     """AUROC of the linear model on mean embeddings with an interval, and with labels permuted `nulls` times."""
     x, y, names, _ = _patient_level(reduced, slides)
@@ -339,67 +295,3 @@ def _dealt_within(y: np.ndarray, fold: np.ndarray, rng: np.random.Generator) -> 
         members = np.flatnonzero(y == c)
         dealt[members] = fold[rng.permutation(members)]
     return dealt
-
-
-def random_folds(y: np.ndarray, seed: int, count: int) -> np.ndarray:
-    fold = np.zeros(len(y), int)
-    rng = np.random.default_rng(seed)
-    for c in np.unique(y):
-        members = rng.permutation(np.flatnonzero(y == c))
-        fold[members] = (np.arange(len(members)) + rng.integers(count)) % count
-    return fold
-
-
-def findings(result: dict[str, Any]) -> list[dict[str, str]]:
-    """What a reader should conclude: {level, code, text}."""
-    said = []
-    for column, found in result["columns"].items():
-        one, within, association = found["probe"], found["within_class"], found["association"]
-        if one is None:
-            continue
-        text = (
-            f"The embeddings tell the {column} of held-out patients with a balanced accuracy of "
-            f"{one['balanced_accuracy']:.2f} (by chance {one['null']:.2f}, and up to {one['null_high']:.2f})"
-        )
-        told = one["p"] <= P and (within is None or within["balanced_accuracy"] > within["null_high"])
-        follows = association is not None and association["p"] < TOLD
-        if told and follows:
-            text += (
-                f", and the label follows the {column} (Cramér's V {association['cramers_v']:.2f}): a model can score "
-                f"by recognising the {column}. Believe figures under folds that keep sites whole, or on another cohort."
-            )
-            said.append({"level": "warning", "code": f"shortcut_{column}", "text": text})
-        elif told:
-            text += (
-                f", but the label is not shown to follow the {column}: in this cohort the knowledge is of little use."
-            )
-            said.append({"level": "note", "code": f"tells_{column}", "text": text})
-        elif one["p"] <= P:
-            text += f", but not of patients of the same class: no more of the {column} than the label tells is shown."
-            said.append({"level": "note", "code": f"tells_{column}", "text": text})
-        else:
-            text += ": not shown to be more than chance."
-            said.append({"level": "note", "code": f"blind_to_{column}", "text": text})
-    gain = result["optimism"]
-    if gain["difference"] is not None and gain["p"] <= P:
-        text = (
-            f"A linear model on the mean embeddings has AUROC {gain['preserved']:.2f} when sites are kept whole, and "
-            f"{gain['random']:.2f} in folds of the same sizes and classes that mix the sites (p {gain['p']:.2g}): the "
-            f"difference, {gain['difference']:.2f}, is what it gains by having seen the site."
-        )
-        said.append({"level": "warning", "code": "optimism", "text": text})
-    null = result["null"]
-    if null["auroc"] is not None and null["p"] > P:
-        below = null["auroc"] < null["null_low"]
-        how = "worse than" if below else "not shown to be better than"
-        why = (
-            "are labels inverted, or folds too small?"
-            if below
-            else "there may be nothing to learn, or too few patients."
-        )
-        text = (
-            f"A linear model on the mean embeddings has AUROC {null['auroc']:.2f}, {how} with permuted labels "
-            f"({null['null_low']:.2f} to {null['null_high']:.2f}): {why}"
-        )
-        said.append({"level": "note", "code": "no_signal", "text": text})
-    return said

@@ -15,16 +15,9 @@ import numpy as np
 
 from slidemake import isolation
 from slidemake.bootstrap import bootstrap_weights, percentile_interval
+from slidemake.linear_probe import FOLDS, held_out_scores, logistic_probe, macro_auroc, random_folds, reduce_vectors
 from slidemake.provenance import fingerprint, read_json_if_whole, write_json
-from slidemake.shortcuts import (
-    DRAWS,
-    FOLDS,
-    held_out_scores,
-    logistic_probe,
-    macro_auroc,
-    random_folds,
-    reduce_vectors,
-)
+from slidemake.shortcuts import DRAWS
 
 if TYPE_CHECKING:
     from slidemake.embedding_engine import Forward, SlideJob
