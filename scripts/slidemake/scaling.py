@@ -30,7 +30,7 @@ COMPONENTS = {"principal": 128, "whitened": 32}  # where the settings name no nu
 TILES = 512  # per patient, evenly spaced, that scaling is estimated on
 SCALED_BYTES = 1 << 28  # of a fold's scaled tiles: a thousand tiles of 500 patients on 128 components
 COMPONENT_TILES = 20_000  # in all that components are estimated on, at least 16 of every patient
-NOISE = 1e-9  # share of the largest variance below which a direction is rounding error
+NOISE = 1e-6  # share of the largest variance below which a direction is rounding error: products are of float32
 
 Change = Callable[[np.ndarray, str], np.ndarray]  # (tiles, patient) -> tiles as the model sees them
 

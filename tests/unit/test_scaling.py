@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mil_cohort import planted
+from mil_cohort import ENCODER, STAIN, planted
 from sklearn.decomposition import PCA
 from slidemake import scaling
 from slidemake.aggregators import build_aggregator, leave_one_out, predict_bag
+from slidemake.bags import make_bags
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.objectives import class_objective
 from slidemake.scaling import Components, Scaling, fit_scaling, scaled_bags
@@ -76,6 +77,20 @@ def test_components_beyond_the_rank_are_nothing(cohort):
     found = fit_scaling(few, people[:1], {"scaling": "whitened", "components": 6})
     assert found.axes.shape == (20, 6)
     assert (np.abs(found.axes).max(0) > 0).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("dim", [20, 400])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_rounding_errors_are_not_whitened(dim, dtype):
+    """200 tiles that vary in five directions alone: what rounding adds to them is no sixth, and is not made large."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(200, 5)) @ rng.normal(size=(5, dim)) + 3).astype(dtype)
+    x[:, 0] = 7  # a constant feature
+    bags = make_bags(x, ["a"], ["a"], [200], ENCODER, STAIN)
+    found = Components.fit(bags, ["a"], 12)
+    assert (found.variance > 0).tolist() == [True] * 5 + [False] * 7
+    for how in ("whitened", "principal"):
+        assert not found.scaling(how, 12).apply(bags.bag("a"))[:, 5:].any()
 
 
 @pytest.mark.parametrize("aggregator", ["abmil_gated", "instance_linear", "max_pool", "dsmil"])
