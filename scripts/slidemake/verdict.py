@@ -124,12 +124,13 @@ def against_controls(
     figure: dict[str, Any],
     rivals: dict[str, Any],
     figure_of: Callable[[str], dict[str, Any]],
-    which: str = "The best control",
+    but_linear: bool = False,
 ) -> list[dict[str, str]]:
     """Is this model better than the best of the controls that could have worked?
 
     figure: the model's {value, low, high}; rivals: {control: the difference from it {difference, low, high, p_holm}};
     figure_of: the figure of a control. A model that was compared with nothing but a null model is above chance at best.
+    but_linear: the control `instance_linear`, which it is not shown to be better than, was left out of the rivals.
     """
     if not rivals:
         text = f"{name}: {title} {interval(figure)}; there is no control to compare it with."
@@ -138,12 +139,15 @@ def against_controls(
     found, alone = rivals[best], set(rivals) <= set(NULLS)
     if best == INSTANCE_LINEAR and len(rivals) > 1 and found["low"] <= 0 <= found["high"]:
         others = {control: rival for control, rival in rivals.items() if control != INSTANCE_LINEAR}
-        text = f"{name} is not shown to be better than a linear score per tile: the control {best} reaches {title} "
-        text += f"{interval(figure_of(best))}, the difference is {interval(found, 'difference')}. A model that can be "
-        text += "read tile by tile does as well."
-        said = against_controls(name, title, figure, others, figure_of, "Of the other controls the best")
+        text = f"{name} is not shown to be better than linear scores per tile: the control {best} reaches {title} "
+        text += f"{interval(figure_of(best))}, the difference is {interval(found, 'difference')}."
+        said = against_controls(name, title, figure, others, figure_of, but_linear=True)
         return [*said, say("note", "as_good_as_linear", text)]
-    rival = f"The only comparison is with chance: {best} has" if alone else f"{which}, {best}, reaches"
+    if alone:
+        rival = "By chance" if but_linear else "The only comparison is with chance:"
+        rival += f" {best} has"
+    else:
+        rival = f"{'Of the other controls the best' if but_linear else 'The best control'}, {best}, reaches"
     text = f"{name}: {title} {interval(figure)}. {rival} {interval(figure_of(best))}; the difference is "
     text += interval(found, "difference")
     if found["low"] <= 0 <= found["high"]:
@@ -153,13 +157,15 @@ def against_controls(
         end = "below chance: are the labels inverted?" if alone else "worse than the control."
         return [say("warning", "worse_than_control", f"{text}: {end}")]
     if alone:
-        text += ", which excludes 0: above chance. Whether a simpler model would do as well was not tested here."
+        text += ", which excludes 0: above chance."
+        text += "" if but_linear else " Whether a simpler model would do as well was not tested here."
         return [say("note", "above_chance", text)]
     p = max((c["p_holm"] for c in rivals.values() if c["p_holm"] is not None), default=0.0)
     if p >= 0.05:
         text += f", but p is {p:.2g} once corrected for all comparisons of the task: not shown to be better."
         return [say("warning", "not_better", text)]
-    return [say("good", "better_than_controls", f"{text}, which excludes 0: better than the controls in this cohort.")]
+    which = "the other controls" if but_linear else "the controls"
+    return [say("good", "better_than_controls", f"{text}, which excludes 0: better than {which} in this cohort.")]
 
 
 def rivals_of(name: str, result: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -174,29 +180,47 @@ def rivals_of(name: str, result: dict[str, Any], metric: str) -> dict[str, Any]:
     }
 
 
-def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    def figure_of(model: str) -> dict[str, Any]:
-        return dict(result["models"][model]["scopes"]["pooled"]["metrics"]["auroc"])
+def pooled(result: dict[str, Any], name: str, metric: str) -> dict[str, Any] | None:
+    """The figure of a model over all patients; None where it was not trained or has no such metric."""
+    entry = result["models"].get(name)
+    return entry["scopes"]["pooled"]["metrics"].get(metric) if entry else None
 
-    figure = figure_of(name)
-    if figure["value"] is None:
-        return [say("warning", "undefined", f"{name}: no AUROC ({figure['reason']}).")]
-    said = against_controls(name, "AUROC", figure, rivals_of(name, result, "auroc"), figure_of)
-    if figure["value"] == 1 and said[0]["code"] != "no_comparison":
-        note = (
-            f"{name} ranks every patient correctly; resampling cannot show errors that this sample lacks, so the width "
-        )
-        said.append(say("note", "perfect", note + "of its interval means nothing."))
+
+def beats_controls(name: str, result: dict[str, Any], metric: str, title: str) -> list[dict[str, str]]:
+    """`against_controls` of a model of the task in a metric."""
+    found = pooled(result, name, metric)
+    if found is None or found["value"] is None:
+        return [say("warning", "undefined", f"{name}: no {title} ({found['reason'] if found else 'missing'}).")]
+
+    def figure_of(control: str) -> dict[str, Any]:
+        figure = pooled(result, control, metric)
+        assert figure is not None
+        return figure
+
+    return against_controls(name, title, found, rivals_of(name, result, metric), figure_of)
+
+
+def about_shuffled(result: dict[str, Any], metric: str, title: str, chance: float) -> list[dict[str, str]]:
+    m = pooled(result, SHUFFLED, metric)
+    return [] if m is None or m["low"] is None else shuffled_control(title, m, chance)
+
+
+def about_intervals(result: dict[str, Any]) -> list[dict[str, str]]:
+    if result["repeats"] == 1:
+        return []
+    text = "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "
+    return [say("note", "intervals", text + "is the spread over repeats.")]
+
+
+def _about_auroc(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    said = beats_controls(name, result, "auroc", "AUROC")
+    if (
+        result["models"][name]["scopes"]["pooled"]["metrics"]["auroc"]["value"] == 1
+        and said[0]["code"] != "no_comparison"
+    ):
+        text = f"{name} ranks every patient correctly; resampling cannot show errors that this sample lacks, so the "
+        said.append(say("note", "perfect", text + "width of its interval means nothing."))
     return said
-
-
-def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
-    if SHUFFLED not in result["models"]:
-        return []
-    m = result["models"][SHUFFLED]["scopes"]["pooled"]["metrics"]["auroc"]
-    if m["low"] is None:
-        return []
-    return shuffled_control("AUROC", m, 0.5)
 
 
 def shuffled_control(title: str, figure: dict[str, Any], chance: float) -> list[dict[str, str]]:
@@ -229,14 +253,14 @@ def about_sites_split(method: str | None) -> tuple[str, str]:
 
 def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
     said, known = [], result["confounding"]
-    site = result["models"].get(SITE_ONLY, {}).get("scopes", {}).get("pooled", {}).get("metrics", {}).get("auroc")
+    site = pooled(result, SITE_ONLY, "auroc")
     association = known["association"]
     predictive = bool(site and site["low"] is not None and site["low"] > 0.5)
     if predictive or (association and association["p"] < 0.05):
         text = "The label follows the site"
         if association:
             text += f" (Cramér's V {association['cramers_v']:.2f}, permutation p {association['p']:.2g})"
-        if predictive:
+        if site and predictive:
             text += f"; the site alone predicts it with AUROC {interval(site)}"
         level, advice = about_sites_split(result.get("split"))
         said.append(say(level, "site_predicts_label", f"{text}. {advice}"))
@@ -317,14 +341,9 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]
     for name in names:
-        said += _against_controls(name, result)
-    said += _about_shuffled(result) + _about_sites(result)
+        said += _about_auroc(name, result)
+    said += about_shuffled(result, "auroc", "AUROC", 0.5) + _about_sites(result)
     for name in names:
         said += about_calibration(name, result["models"][name]["calibration"])
         said += about_groups(name, result) + _about_coverage(name, result)
-    if result["repeats"] > 1:
-        text = (
-            "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "
-        )
-        said.append(say("note", "intervals", text + "is the spread over repeats."))
-    return said
+    return said + about_intervals(result)

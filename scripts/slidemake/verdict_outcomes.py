@@ -7,17 +7,18 @@ from typing import Any
 from slidemake.verdict import (
     GAP,
     REFERENCE,
-    SHUFFLED,
     SITE_ONLY,
     SMALL,
     about_calibration,
     about_groups,
+    about_intervals,
+    about_shuffled,
     about_sites_split,
-    against_controls,
+    beats_controls,
     interval,
+    pooled,
     rivals_of,
     say,
-    shuffled_control,
 )
 
 FEW_EVENTS = 5  # expected events below which nothing is said of the calibration of survival
@@ -37,11 +38,6 @@ TITLES = {
 }
 
 
-def _pooled(result: dict[str, Any], name: str, metric: str) -> dict[str, Any] | None:
-    entry = result["models"].get(name)
-    return entry["scopes"]["pooled"]["metrics"].get(metric) if entry else None
-
-
 def _about_size(result: dict[str, Any]) -> list[dict[str, str]]:
     count, what = result["few"]
     if count >= SMALL:
@@ -53,32 +49,9 @@ def _about_size(result: dict[str, Any]) -> list[dict[str, str]]:
     return [say("warning", "small_sample", text)]
 
 
-def _against_controls(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    """Is this model better than the best of the controls that could have worked?"""
-    metric = result["primary"]
-    title, found = TITLES[metric], _pooled(result, name, metric)
-    if found is None or found["value"] is None:
-        return [say("warning", "undefined", f"{name}: {title} {found['reason'] if found else 'missing'}.")]
-
-    def figure_of(control: str) -> dict[str, Any]:
-        figure = _pooled(result, control, metric)
-        assert figure is not None
-        return figure
-
-    return against_controls(name, title, found, rivals_of(name, result, metric), figure_of)
-
-
-def _about_shuffled(result: dict[str, Any]) -> list[dict[str, str]]:
-    metric, chance = result["check"], result["chance"]
-    m = _pooled(result, SHUFFLED, metric)
-    if m is None or m["low"] is None:
-        return []
-    return shuffled_control(TITLES[metric], m, chance)
-
-
 def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
     said, metric = [], result["check"]
-    site = _pooled(result, SITE_ONLY, metric)
+    site = pooled(result, SITE_ONLY, metric)
     if site and site["low"] is not None and site["low"] > result["chance"]:
         level, advice = about_sites_split(result.get("split"))
         text = f"The site alone predicts the label with {TITLES[metric]} {interval(site)}. {advice}"
@@ -108,7 +81,7 @@ def _about_risk_groups(name: str, result: dict[str, Any]) -> list[dict[str, str]
 
 def _about_brier(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     """Survival: are the predicted probabilities worth more than the cohort's own curve?"""
-    own, curve = _pooled(result, name, "ibs"), _pooled(result, "kaplan_meier", "ibs")
+    own, curve = pooled(result, name, "ibs"), pooled(result, "kaplan_meier", "ibs")
     if not own or not curve or own["value"] is None or curve["value"] is None:
         return []
     text = f"{name}: integrated Brier score {interval(own)}; the Kaplan-Meier curve of the whole cohort has "
@@ -186,8 +159,8 @@ def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dic
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]
     for name in names:
-        said += _against_controls(name, result)
-    said += _about_shuffled(result) + _about_sites(result)
+        said += beats_controls(name, result, result["primary"], TITLES[result["primary"]])
+    said += about_shuffled(result, result["check"], TITLES[result["check"]], result["chance"]) + _about_sites(result)
     for name in names if result["type"] == "survival" else ():
         said += _about_risk_groups(name, result) + _about_brier(name, result) + _about_expected(name, result)
     for name in names if result["type"] == "ordinal" else ():
@@ -196,9 +169,4 @@ def outcome_verdict(result: dict[str, Any], contaminated: list[str]) -> list[dic
         said += _about_labels(name, result)
     for name in names:
         said += about_groups(name, result, result["primary"], TITLES[result["primary"]])
-    if result["repeats"] > 1:
-        text = (
-            "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "
-        )
-        said.append(say("note", "intervals", text + "is the spread over repeats."))
-    return said
+    return said + about_intervals(result)
