@@ -25,17 +25,18 @@ with job(snakemake) as sm:  # noqa: F821
     torch.set_num_threads(1)
     results, trained, options = Path(sm.params.results), Path(sm.input.trained).parent, dict(sm.params.options)
     record = EncoderRecord.from_dict(dict(sm.params.encoder))
-    patient_of = {r["slide_id"]: r["patient_id"] for r in read_table(sm.input.slides) if r["status"] == "ok"}
+    rows = {row["slide_id"]: row for row in read_table(sm.input.slides) if row["status"] == "ok"}
     slides: dict = {}
     for found in read_manifests(sm.input.tiles, "tiles"):
-        if found["slide_id"] in patient_of and found["status"] == "ok":
-            slides.setdefault(patient_of[found["slide_id"]], []).append(found)
+        if found["slide_id"] in rows and found["status"] == "ok":
+            slides.setdefault(rows[found["slide_id"]]["patient_id"], []).append(found)
     with claimed_device(sm.params.embedding["device"]) as device:
         precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
         known = identity(record, weights_sha256(resolve_weights(record)), precision)
         target = read_json(sm.input.target)
         make_job = partial(make_slide_job, results, record, known, sm.params.stain, target, "float32")
-        patients = tested_patients(read_splits(sm.input.splits), slides, trained, make_job, known, options["patients"])
+        splits, most = read_splits(sm.input.splits), options["patients"]
+        patients = tested_patients(splits, slides, trained, make_job, known, most, rows)
         probabilities = stress_cohort(
             patients,
             partial(warm_encoder, record, device, precision),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,16 @@ COLUMNS = ("corruption", "severity", "amount", "metric", "value", "low", "high",
 
 @dataclass(frozen=True)
 class Patient:
-    """A tested patient: truth as the outcome encodes it, the model of its fold, and its slides."""
+    """A tested patient: truth as the outcome encodes it, the model of its fold, and its slides.
+
+    domains: {slide_id: scanner or site} where the model harmonises features by it (`Bundle.domain`).
+    """
 
     patient_id: str
     label: Any
     bundle: Bundle
     slides: tuple[SlideJob, ...]
+    domains: Mapping[str, str] = field(default_factory=dict)
 
 
 def levels(kinds: Sequence[str]) -> list[tuple[str, int]]:
@@ -66,7 +70,7 @@ def stress_patient(
 ) -> dict[str, list[float]]:
     """{"<corruption> <severity>": values (P,)} of one patient, as its outcome defines them; empty without tiles."""
     features: dict[str, list[np.ndarray]] = {}
-    sizes = []
+    sizes, domains = [], []
     for job, indices in sample_tiles(patient, count, seed):
         with isolation.working_on(job.slide_id):
             source = Source(job)
@@ -76,6 +80,7 @@ def stress_patient(
             finally:
                 source.close()
             sizes.append(len(tiles))
+            domains.append(patient.domains.get(job.slide_id, ""))
             hook = stain_hook(job.stain)
             for kind, severity in levels(kinds):
                 changed = corrupt(tiles, kind, severity, mpp)
@@ -83,7 +88,8 @@ def stress_patient(
                 with isolation.unhurried():
                     parts = [forward(changed[i : i + forward.batch], hook) for i in starts]
                 features.setdefault(f"{kind} {severity}", []).extend(parts)
-    found = {key: predict(patient.bundle, np.concatenate(parts), sizes) for key, parts in features.items()}
+    bags = {key: np.concatenate(parts) for key, parts in features.items()}
+    found = {key: predict(patient.bundle, bag, sizes, domains) for key, bag in bags.items()}
     return {key: prediction.values.tolist() for key, prediction in found.items()}
 
 
@@ -105,7 +111,7 @@ def stress_cohort(
             "stress",
             bundle=patient.bundle.info["fingerprint"],
             encoder=identity,
-            slides=[[job.slide_id, job.fingerprint] for job in patient.slides],
+            slides=[[job.slide_id, job.fingerprint, patient.domains.get(job.slide_id)] for job in patient.slides],
             options=dict(options),
         )
         for patient in patients

@@ -25,11 +25,12 @@ def tested_patients(
     make_job: Callable[[dict[str, Any]], SlideJob],
     identity: Mapping[str, Any],
     most: int | None,
+    rows: Mapping[str, Mapping[str, str]],
 ) -> list[Patient]:
     """The patients that the first repeat tests, with the models of their folds; at most `most`, evenly spaced.
 
-    slides: {patient: records of the tiling stage}. RunError when encoder or stain are not those that a model was
-    trained on.
+    slides: {patient: records of the tiling stage}; rows: {slide_id: row of slides.csv}. RunError when encoder or stain
+    are not those that a model was trained on.
     """
     repeat = min(splits.folds)
     folds = {p: f for p, f in sorted(splits.folds[repeat].items()) if f not in (TRAIN, VAL) and slides.get(p)}
@@ -45,7 +46,9 @@ def tested_patients(
         jobs = tuple(make_job(record) for record in slides[patient])
         for job in jobs:
             check_features(bundle.info, identity, job.stain_info, f"slide {job.slide_id}")
-        patients.append(Patient(patient, bundle.outcome.encode(splits.labels[patient]), bundle, jobs))
+        by = bundle.domain
+        domains = {job.slide_id: rows[job.slide_id].get(by) or "" for job in jobs} if by else {}
+        patients.append(Patient(patient, bundle.outcome.encode(splits.labels[patient]), bundle, jobs, domains))
     return patients
 
 

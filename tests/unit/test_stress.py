@@ -63,6 +63,26 @@ def test_the_sample_is_of_all_slides_without_repetition(cohort):
     assert sample_tiles(cohort[5], 10, seed=0) == []
 
 
+def test_a_model_that_harmonises_knows_the_scanners_of_the_slides(cohort):
+    """The second slide's scanner is 100 too bright, and the model takes that off; other scanners stay as they are."""
+    import torch
+    from slidemake.tiles import TileStore
+
+    patient, bundle = cohort[0], brightness_model(129.0)
+    (model,) = bundle.groups[0].members
+    model.set_domains(torch.ones((2, DIM)), torch.tensor([0.0, -100.0])[:, None].expand(2, DIM))
+    bundle = replace(bundle, info={**bundle.info, "harmonised": {"column": "scanner", "names": ["good", "bright"]}})
+    red = [
+        TileStore(job.tiles).read_tiles(range(n))[..., 0].astype(float)
+        for job, n in zip(patient.slides, (7, 9), strict=True)
+    ]
+    for second, off in (("bright", 100), ("unknown", 0)):
+        asked = replace(patient, bundle=bundle, domains={"s0": "good", "t0": second})
+        mean = np.concatenate([red[0].mean((1, 2)), red[1].mean((1, 2)) - off]).mean()
+        found = stress_patient(asked, forward(), [], 100, seed=0)["none 0"]
+        assert found[1] == pytest.approx(1 / (1 + np.exp(0.5 * (mean - 129.0))), abs=1e-4)
+
+
 def test_probabilities_are_those_of_the_changed_tiles(cohort):
     """The mean red value after dimming is known, and so is the model's answer to it."""
     found = stress_patient(cohort[2], forward(), ["brightness"], 100, seed=0)
