@@ -1,4 +1,4 @@
-"""`aggregator: auto`: several models of a fold, mixed by what they are worth on patients that they were not fitted to.
+"""`aggregator: auto` and `auto_linear`: several models of a fold, mixed by what each is worth on held-out patients.
 
 Every candidate is trained on the members of the fold's plan, so that each training patient is predicted by a member
 that did not see it. A candidate's outputs O_c are brought to one scale by the factor s_c that minimises the loss of
@@ -24,7 +24,6 @@ import numpy as np
 from slidemake.outcomes import Outcome, best_temperature
 from slidemake.outcomes_survival import CoxOutcome
 
-AUTO = "auto"
 LEAST = 0.02
 
 # A fixed number of epochs: a handful of validation patients chooses one by chance, and a candidate whose epoch they
@@ -39,13 +38,16 @@ INSTANCE_LINEAR: dict[str, Any] = {
     "learning_rate": 0.03,
     "tile_fraction": 1.0,
 }
-LSE = {**INSTANCE_LINEAR, "pooling": "lse", "sharpness": 3.0, "evidence": "both"}  # the control `instance_linear`
-# name -> what differs from the model's settings; the names are in bundles
-CANDIDATES: dict[str, dict[str, Any]] = {
+LSE = {**INSTANCE_LINEAR, "pooling": "lse", "sharpness": 3.0}
+# Candidates: name -> what differs from the model's settings; the names are in bundles
+LINEAR: dict[str, dict[str, Any]] = {
     # which class is called positive is often the alphabet's choice: validation finds out for which tiles speak
     "lse": {**LSE, "evidence": "higher"},
     "lse_lower": {**LSE, "evidence": "lower"},
     "mean": {**INSTANCE_LINEAR, "pooling": "mean"},
+}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    **LINEAR,
     "abmil": {
         "aggregator": "abmil_gated",
         "scaling": "principal",
@@ -54,6 +56,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         "min_epochs": 20,
     },
 }
+AUTO, AUTO_LINEAR = "auto", "auto_linear"
+MIXTURES = {AUTO: CANDIDATES, AUTO_LINEAR: LINEAR}
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,9 @@ def heaviest(parts: Sequence[Part]) -> slice:
 
 def candidates(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """{name: settings} of what a model with these settings is made of; of a single model the name is empty."""
-    if settings["aggregator"] != AUTO:
+    if settings["aggregator"] not in MIXTURES:
         return {"": dict(settings)}
-    return {name: {**settings, **changes} for name, changes in CANDIDATES.items()}
+    return {name: {**settings, **changes} for name, changes in MIXTURES[settings["aggregator"]].items()}
 
 
 def mixture(

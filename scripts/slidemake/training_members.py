@@ -1,4 +1,4 @@
-"""The models of one fold: members of one aggregator, or of the candidates of `aggregator: auto`."""
+"""The models of one fold: members of one aggregator, or of the candidates of a mixture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.aggregators import Aggregator, predict_bag
-from slidemake.automatic import AUTO, Part, candidates, mixture
+from slidemake.automatic import MIXTURES, Part, candidates, mixture
 from slidemake.bags import Bags
 from slidemake.fitting import fit_member
 from slidemake.invariance import active
@@ -46,7 +46,7 @@ def train_fold_models(work: Work, fold: Fold, plan: Plan, scale: Mapping[str, An
     wanted = {name: resolved(settings, work.outcome) for name, settings in candidates(work.settings).items()}
     scaled = FoldBags(work, fold, max(s["components"] or 0 for s in wanted.values()))
     trained = {name: train_members(work, fold, plan, scale, s, *scaled.of(s)) for name, s in wanted.items()}
-    if work.settings["aggregator"] != AUTO:
+    if work.settings["aggregator"] not in MIXTURES:
         (only,) = trained.values()
         return FoldModels(only.models, (), only.outputs, only.curves, _figures(only))
     patients = sorted(next(iter(trained.values())).outputs)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.aggregators import AGGREGATORS
-from slidemake.automatic import AUTO, LSE
+from slidemake.automatic import AUTO_LINEAR, MIXTURES
 from slidemake.bags import Bags
 from slidemake.failures import RunError
 from slidemake.fitting import DEFAULTS
@@ -104,11 +104,11 @@ def prepare(
     kind = control if control in ("mean_pool_lr", "site_only") else "aggregator"
     if control == "instance_linear":
         shared = ("validation", "members", "max_tiles", "class_weights", "seed", "device")
-        settings = {**DEFAULTS, **{key: settings[key] for key in shared}, **LSE}
+        settings = {**DEFAULTS, **{key: settings[key] for key in shared}, "aggregator": AUTO_LINEAR}
     if kind == "aggregator" and settings["aggregator"] == "mean_pool_lr":
         kind = "mean_pool_lr"
-    elif kind == "aggregator" and settings["aggregator"] not in (AUTO, *AGGREGATORS):
-        known = ", ".join([AUTO, *AGGREGATORS, "mean_pool_lr"])
+    elif kind == "aggregator" and settings["aggregator"] not in (*MIXTURES, *AGGREGATORS):
+        known = ", ".join([*MIXTURES, *AGGREGATORS, "mean_pool_lr"])
         raise RunError(f"Unknown aggregator {settings['aggregator']!r}; one of {known}.")
     check_leakage(split_rows(splits), dict(zip(bags.slides, bags.patients, strict=True)))
     if kind == "aggregator" and active(settings):

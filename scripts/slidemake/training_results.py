@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.aggregators import model_parameters
-from slidemake.automatic import AUTO, candidates
+from slidemake.automatic import candidates
 from slidemake.bundle import Bundle, is_complete, save_bundle
 from slidemake.invariance import domain_names, options_of
 from slidemake.outcomes import ClassOutcome, MultilabelOutcome, Outcome, RegressionOutcome, number
@@ -65,7 +65,7 @@ def _about_aggregator(work: Work, domains: int) -> dict[str, Any]:
             "name": settings["aggregator"],
             "parameters": {**parameters, **({"domains": domains} if domains else {})},
         }
-    about = kinds.get("", {"name": AUTO, "parameters": {}, "candidates": kinds})
+    about = kinds.get("", {"name": work.settings["aggregator"], "parameters": {}, "candidates": kinds})
     return {**about, "features": work.bags.dim}
 
 
@@ -125,9 +125,7 @@ def _findings(
 ) -> list[dict[str, str]]:
     """What training says about itself, in words; logged, too."""
     curves = [bundle.info["training"]["curves"] if bundle else [] for bundle in bundles]
-    settings = dict(work.settings)
-    if work.settings["aggregator"] == AUTO:  # the curves are the heaviest candidate's, and may be of several
-        settings["epochs"] = settings["min_epochs"] = 0
+    settings = {**work.settings, **({"aggregator": work.kind} if work.kind != "aggregator" else {})}
     found = training_findings([result["figures"] for result in results], curves, settings)
     for finding in found:
         level = logging.WARNING if finding["level"] == "warning" else logging.INFO

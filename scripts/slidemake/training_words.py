@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
+from slidemake.automatic import AUTO, MIXTURES
 from slidemake.baselines import C_GRID
 from slidemake.calibration import TEMPERATURE_BOUNDS
 
@@ -27,12 +28,12 @@ def training_findings(
     settings: Mapping[str, Any],
 ) -> list[Finding]:
     """folds: figures of each fold as in train.json; curves: [fold][member] -> points of `fitting`, none of models
-    that have no epochs; settings: those that the members of `curves` were trained with."""
+    that have no epochs; settings: those of the model, `aggregator` being mean_pool_lr for the linear control, too."""
     found = [
-        _temperatures(folds),
+        _temperatures(folds, settings),
         _penalties(folds),
         *_epochs(folds, curves, settings),
-        _agreement(folds),
+        _agreement(folds, settings),
     ]
     return [finding for finding in found if finding]
 
@@ -57,23 +58,50 @@ def _of(count: int, total: int, what: str = "folds") -> str:
     return f"in all {total} {what}" if count == total else f"in {count} of {total} {what}"
 
 
-def _temperatures(folds: Sequence[Mapping[str, Any]]) -> Finding | None:
+def _simpler(settings: Mapping[str, Any]) -> str:
+    """What to try, among what this model's aggregator reads, where too much is learned of too few patients."""
+    aggregator = settings["aggregator"]
+    if aggregator == "instance_linear":
+        return "Try fewer components, another encoder, or more patients."
+    if not _trains_freely(settings):
+        return "Try another encoder, or more patients."
+    return f"Try aggregator: {AUTO}, fewer weights (hidden, attention), another encoder, or more patients."
+
+
+def _trains_freely(settings: Mapping[str, Any]) -> bool:
+    """Whether the model reads `epochs` and `learning_rate`: mixtures and the linear control have their own."""
+    return settings["aggregator"] not in (*MIXTURES, "mean_pool_lr")
+
+
+def _divisor(fold: Mapping[str, Any]) -> np.ndarray | None:
+    """What the outputs of a fold's model are divided by: of a mixture those of its heaviest candidate, whose scale has
+    done a part of it already."""
+    if fold.get("temperature") is None:
+        return None
+    mixed = fold.get("mixture", {}).values()
+    scale = max(mixed, key=lambda part: part["weight"])["scale"] if mixed else 1.0
+    return np.atleast_1d(fold["temperature"]) / scale
+
+
+def _temperatures(folds: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Finding | None:
     low, high = TEMPERATURE_BOUNDS
-    values = [np.atleast_1d(fold["temperature"]) for fold in folds if fold.get("temperature") is not None]
+    values = [divisor for fold in folds if (divisor := _divisor(fold)) is not None]
     top = sum(bool((v > high / EDGE).any()) for v in values)
     bottom = sum(bool((v < low * EDGE).any()) for v in values)
     if values and top >= OFTEN * len(values):
         text = (
             f"The temperature is at its upper limit ({high:g}) {_of(top, len(values))}: what the model says of "
-            "patients it was not fitted to hardly tells the classes apart, and its probabilities are near the "
-            "prevalence. Try aggregator: auto or instance_linear, fewer weights (hidden, attention), or more patients."
+            "patients it was not fitted to hardly follows their labels, and its probabilities are drawn together. "
+            f"{_simpler(settings)}"
         )
         return _note("temperature_high", text, "warning")
     if values and bottom >= OFTEN * len(values):
         text = (
             f"The temperature is at its lower limit ({low:g}) {_of(bottom, len(values))}: outputs are far too small "
-            "for how well they separate. Try more epochs or a higher learning_rate."
+            "for how well they separate."
         )
+        if _trains_freely(settings):
+            text += " Try more epochs or a higher learning_rate."
         return _note("temperature_low", text)
     return None
 
@@ -81,8 +109,11 @@ def _temperatures(folds: Sequence[Mapping[str, Any]]) -> Finding | None:
 def _penalties(folds: Sequence[Mapping[str, Any]]) -> Finding | None:
     values = [fold["c"] for fold in folds if fold.get("c") is not None]
     for edge, says in (
-        (C_GRID[0], "strongest penalty: next to nothing of the mean tile is used. Its mean tile may tell nothing"),
-        (C_GRID[-1], "weakest penalty: a still weaker one might do better. The mean tile tells the label almost alone"),
+        (C_GRID[0], "strongest penalty: next to nothing of the mean tile is used, and it may tell nothing"),
+        (
+            C_GRID[-1],
+            "weakest penalty: a still weaker one might do better, and so small a grid makes this model easy to beat",
+        ),
     ):
         count = sum(np.isclose(c, edge) for c in values)
         if values and count >= OFTEN * len(values):
@@ -111,11 +142,10 @@ def _epochs(
     if risen >= OFTEN * n:
         text = (
             f"The validation loss was lowest after the first epoch {_of(risen, n, 'members')} and never fell again: "
-            "what is learned of the training patients does not hold for others. Try a lower learning_rate, fewer "
-            "weights (hidden, attention), aggregator: auto or instance_linear."
+            f"what is learned of the training patients does not hold for others. {_simpler(settings)}"
         )
         said.append(_note("never_falls", text, "warning"))
-    if settings["min_epochs"] >= settings["epochs"]:
+    if not _trains_freely(settings) or settings["min_epochs"] >= settings["epochs"]:
         return said
     first = sum(epoch == settings["min_epochs"] for _, epoch in members)
     last = sum(epoch == settings["epochs"] for _, epoch in members)
@@ -134,13 +164,13 @@ def _epochs(
     return said
 
 
-def _agreement(folds: Sequence[Mapping[str, Any]]) -> Finding | None:
+def _agreement(folds: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Finding | None:
     values = [fold["agreement"] for fold in folds if fold.get("agreement") is not None]
     if not values or np.mean(values) >= AGREE:
         return None
     text = (
         f"Members disagree: the rank correlation of their scores for the same tested patients is {np.mean(values):.2f} "
-        "on average, though they share most of their training patients: what is learned depends on which. Try "
-        "aggregator: auto or instance_linear, more members (validation: 0.1), or more patients."
+        "on average: what is learned depends on the training patients that each of them saw, and on chance. "
+        f"{_simpler(settings)} More members (a smaller validation) average more of it away."
     )
     return _note("members_disagree", text, "warning")

@@ -9,8 +9,9 @@ import pytest
 from mil_cohort import planted
 from scipy.special import log_softmax
 from slidemake.aggregators import leave_one_out, predict_bag
-from slidemake.automatic import CANDIDATES, LEAST, mixture
+from slidemake.automatic import CANDIDATES, LEAST, LINEAR, mixture
 from slidemake.bundle import bundle_leave_one_out, load_bundle, predict
+from slidemake.fitting import DEFAULTS
 from slidemake.outcomes import ClassOutcome
 from slidemake.outcomes_survival import CoxOutcome
 from slidemake.training import train_model
@@ -117,3 +118,15 @@ def test_refit_is_one_model_of_all_training_patients(tmp_path):
     first = record["folds"][0]
     assert first["refitted_epochs"] == int(np.median(first["epochs"]))
     assert len(load_bundle(tmp_path / "bundles" / "repeat0_fold0").groups[0].members) == 1
+
+
+def test_the_linear_control_is_the_mixture_without_attention(tmp_path):
+    """Whatever the task's model is: tiles that speak for either class are scored."""
+    bags, splits = planted(12, slides=1)
+    options = {**FEW, "aggregator": "abmil_gated", "learning_rate": 1.0, "control": "instance_linear"}
+    train_model({"label": "label"}, options, bags, splits, tmp_path)
+    about = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert about["aggregator"]["name"] == "auto_linear"
+    assert set(about["aggregator"]["candidates"]) == set(LINEAR)
+    assert {kind["name"] for kind in about["aggregator"]["candidates"].values()} == {"instance_linear"}
+    assert about["settings"]["learning_rate"] == DEFAULTS["learning_rate"]
