@@ -21,15 +21,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-# A user's --configfile replaces the demo's configuration; it is not merged over it. Nor are slides of a user's own, or a
-# bundle, that the command line names: the demo's tasks, labels and title are not theirs.
-if not workflow.config_settings.configfiles and not {
+# A user's --configfile replaces the demo's configuration; it is not merged over it. Values of the command line alone are
+# not laid over the demo's either: its tasks, labels and title are not those of a user's slides or bundle.
+if not workflow.config_settings.configfiles and not config:
+
+    configfile: str(BASE / "config" / "config.yaml")
+
+elif not workflow.config_settings.configfiles and not {
     "sheet",
     "slides_folder",
     "bundle",
 } & set(config):
-
-    configfile: str(BASE / "config" / "config.yaml")
+    sys.exit(
+        f"\nslidemake cannot start.\nThe command sets {', '.join(sorted(config))} and names no slides. Add a "
+        "configuration, --configfile mine.yaml (the demo's is "
+        f"{os.path.relpath(BASE)}/config/config.yaml), or a sheet, --config sheet=slides.csv.\n"
+    )
 
 
 # With --software-deployment-method apptainer (profiles/apptainer); rules name the environment for conda. Not otherwise,

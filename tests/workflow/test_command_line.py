@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,18 @@ def test_slides_named_on_the_command_line_are_not_the_demo(new_project: Callable
     assert found.jobs()["embed_tiles"] == 1
     assert not {"draw_demo_slides", "train_aggregator"} & set(found.jobs())
     assert "draw_demo_slides" in plan(project.folder, "--dry-run").jobs(), "nothing named: the demo"
+
+
+def test_values_alone_are_not_laid_over_the_demo(tmp_path: Path):
+    found = plan(tmp_path, "--dry-run", "--config", "output=elsewhere", "rack_size=2")
+    assert found.code != 0
+    assert "Traceback" not in found.text
+    assert "The command sets output, rack_size and names no slides." in found.text
+    demo = f"{os.path.relpath(REPO, tmp_path)}/config/config.yaml"
+    assert f"(the demo's is {demo})" in found.text
+    assert (
+        "draw_demo_slides" in plan(tmp_path, "--dry-run", "--config", "output=elsewhere", "--configfile", demo).jobs()
+    )
 
 
 def test_command_of_the_readme_for_prediction_knows_no_demo(finished: Project, tmp_path: Path):
