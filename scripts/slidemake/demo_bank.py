@@ -8,26 +8,23 @@ from functools import lru_cache
 import numpy as np
 from scipy.spatial import cKDTree
 
+from slidemake.demo_glands import crypt, malignant_gland, reactive_gland, vessel
 from slidemake.demo_sprites import (
     DENSITY,
     TEXTURE,
     Stamp,
     apoptosis,
     cell_stamp,
-    crypt,
     eosinophil,
     lymphocyte,
     malignant_cell,
-    malignant_gland,
     mitosis,
     nucleus,
     plasma_cell,
     reactive_cell,
-    reactive_gland,
     red_cell,
     spectral_noise,
     spindle,
-    vessel,
 )
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from slidemake.demo_bank import Bank, sprite_bank, tumour_glands
-from slidemake.demo_plan import CELL, Plan, make_plan
-from slidemake.demo_sprites import TEXTURE, Stamp, lay, walk
+from slidemake.demo_glands import walk
+from slidemake.demo_plan import CELL, MakeUp, Plan, make_plan
+from slidemake.demo_sprites import TEXTURE, Stamp, lay
 
 BLOCK = 512
 Mix = tuple[tuple[str, ...], tuple[float, ...]]  # kinds of cells and their shares
@@ -299,25 +300,15 @@ def _red_pools(rng: np.random.Generator, planes: np.ndarray, plan: Plan, bank: B
             lay(planes, stamps[int(rng.integers(len(stamps)))], int(cy + dy), int(cx + dx))
 
 
-def draw_tissue(
-    rng: np.random.Generator,
-    side: int,
-    tumour_share: float,
-    pieces: int,
-    cover: float,
-    lymphoid: float,
-    reactive_share: float = 0.0,
-    atypia: float = 1.0,
-) -> Drawing:
+def draw_tissue(rng: np.random.Generator, side: int, made_of: MakeUp, atypia: float = 1.0) -> Drawing:
     """Draw a slide's tissue as stain densities.
 
-    `side` px (a multiple of 16), `tumour_share`, `lymphoid` and `reactive_share`: shares of the tissue, `atypia`: share
-    of a tumour's epithelial cells that look malignant (the others look reactive), `cover`: tissue's share of the
-    slide. Returns planes in units of 1/`DENSITY` natural-log optical density, with truth masks at 1/16 scale: tissue
-    is where a section lies on the glass (lumina and fat included, tears not).
+    `side` px (a multiple of 16), `atypia`: share of a tumour's epithelial cells that look malignant (the others look
+    reactive). Returns planes in units of 1/`DENSITY` natural-log optical density, with truth masks at 1/16 scale:
+    tissue is where a section lies on the glass (lumina and fat included, tears not).
     """
     bank = sprite_bank()
-    plan = make_plan(rng, side, tumour_share, pieces, cover, lymphoid, reactive_share)
+    plan = make_plan(rng, side, made_of)
     planes = np.zeros((side, side, 2), np.uint8)
     tissue = np.zeros_like(plan.depth, bool)
     _paint_ground(planes, tissue, plan, bank)

@@ -13,6 +13,17 @@ from scipy import ndimage
 CELL = 16  # px of the slide per cell of the plan, which is also the scale of the truth masks
 
 
+@dataclass(frozen=True)
+class MakeUp:
+    """How much of what a slide has; shares of the tissue, but `cover`, which is the tissue's share of the slide."""
+
+    pieces: int
+    cover: float
+    tumour: float = 0.0
+    lymphoid: float = 0.0  # about the share in follicles
+    reactive: float = 0.0  # granulation tissue and regenerating glands; less where tumour takes their place
+
+
 @dataclass
 class Plan:
     """The map of a slide, every field (m, m) float32 with m = side / 16."""
@@ -101,30 +112,21 @@ def _focus(rng: np.random.Generator, mask: np.ndarray, depth: np.ndarray, reach:
     return _signed_distance(focus)
 
 
-def make_plan(
-    rng: np.random.Generator,
-    side: int,
-    tumour_share: float,
-    pieces: int,
-    cover: float,
-    lymphoid: float,
-    reactive_share: float = 0.0,
-) -> Plan:
-    """Decide where everything is. `tumour_share` of the tissue is tumour, `lymphoid` about the share in follicles,
-    `reactive_share` that of reactive tissue (less where tumour takes its place)."""
+def make_plan(rng: np.random.Generator, side: int, made_of: MakeUp) -> Plan:
+    """Decide where everything is on a slide of `side` px."""
     m = side // CELL
-    mask, axis, angle = _outline(rng, m, pieces, cover)
+    mask, axis, angle = _outline(rng, m, made_of.pieces, made_of.cover)
     depth = _signed_distance(mask)
-    reach = side * np.sqrt(cover / np.pi / pieces)
+    reach = side * np.sqrt(made_of.cover / np.pi / made_of.pieces)
     layer = axis - rng.uniform(0.0, 0.35) * reach + 70 * _noise(rng, m, 420) + 25 * _noise(rng, m, 120)
     y, x = np.mgrid[:m, :m].astype(np.float32) * CELL
 
-    tumour = _focus(rng, mask, depth, reach, tumour_share)
-    reactive = np.minimum(_focus(rng, mask, depth, reach, reactive_share), -tumour - 40)
+    tumour = _focus(rng, mask, depth, reach, made_of.tumour)
+    reactive = np.minimum(_focus(rng, mask, depth, reach, made_of.reactive), -tumour - 40)
 
     follicles = np.zeros_like(mask)
     seeds = np.argwhere((depth > 90) & (layer > -420) & (layer < 260))
-    while len(seeds) and follicles.sum() < lymphoid * mask.sum():
+    while len(seeds) and follicles.sum() < made_of.lymphoid * mask.sum():
         fy, fx = seeds[int(rng.integers(len(seeds)))] * CELL
         long, short, tilt = rng.uniform(110, 230), rng.uniform(85, 150), rng.uniform(0, np.pi)
         a = (x - fx) * np.cos(tilt) + (y - fy) * np.sin(tilt)

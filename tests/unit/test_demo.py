@@ -10,6 +10,7 @@ import numpy as np
 import openslide
 import pytest
 from PIL import Image
+from slidemake import demo
 from slidemake.demo import (
     DEMO,
     EASY,
@@ -22,6 +23,7 @@ from slidemake.demo import (
     slides_folder,
     write_demo_sheet,
 )
+from slidemake.demo_plan import MakeUp, make_plan
 from slidemake.demo_scanner import SITES, scan, unit_vectors
 from slidemake.demo_sprites import DENSITY
 from slidemake.failures import RunError
@@ -171,7 +173,7 @@ def test_truth_masks_agree_with_pixels_and_record(drawn):
         assert record["tissue_fraction"] == pytest.approx(tissue.mean(), abs=1e-4)
         assert record["tumour_fraction"] == pytest.approx(tumour.sum() / tissue.sum(), abs=1e-4)
         if record["diagnosis"] == "tumour":
-            assert 0.03 <= record["tumour_fraction"] <= 0.25
+            assert 0.8 * DEMO.tumour[0] <= record["tumour_fraction"] <= 1.2 * DEMO.tumour[1]
         else:
             assert record["tumour_fraction"] == 0
         saturation = np.ptp(read(folder, slide_id).astype(int), axis=-1)
@@ -180,28 +182,26 @@ def test_truth_masks_agree_with_pixels_and_record(drawn):
         assert (cells[~tissue] > 20).mean() < 0.05
 
 
-def test_full_size_tumour_shares_stay_in_range():
-    """The plan alone, at full size, at both ends of what is asked for: 3 to 25 % of the tissue."""
-    from slidemake.demo_plan import make_plan
-
+@pytest.mark.parametrize("difficulty", [DEMO, EASY], ids=["demo", "easy"])
+def test_full_size_tumour_shares_stay_in_range(difficulty):
+    """The plan alone, at full size, at both ends of what is asked for."""
     for number in range(4):
-        rng = np.random.default_rng(number)
-        asked = (0.06, 0.20)[number % 2]
-        plan = make_plan(rng, 6144, asked, 1 + number % 3, 0.25 + 0.03 * (number % 4), 0.05)
+        asked = difficulty.tumour[number % 2]
+        made_of = MakeUp(1 + number % 3, 0.25 + 0.03 * (number % 4), asked, lymphoid=0.05)
+        plan = make_plan(np.random.default_rng(number), demo.SIDE, made_of)
         tissue = plan.depth > 0
-        assert 0.03 <= ((plan.tumour > 0) & tissue).sum() / tissue.sum() <= 0.25
+        assert 0.85 * asked <= ((plan.tumour > 0) & tissue).sum() / tissue.sum() <= 1.15 * asked
 
 
 def test_reactive_tissue_makes_up_for_tumour():
     """Of as much abnormal tissue, tumour is a part in one class and none in the other; the two never overlap."""
-    from slidemake.demo_plan import make_plan
-
     for number in range(3):
-        plan = make_plan(np.random.default_rng(number), SIDE, 0.06, 1, 0.3, 0.05, reactive_share=0.1)
+        made_of = MakeUp(1, 0.3, tumour=0.06, lymphoid=0.05, reactive=0.1)
+        plan = make_plan(np.random.default_rng(number), SIDE, made_of)
         tissue = plan.depth > 0
         assert 0.03 < (plan.reactive > 0)[tissue].mean() <= 0.12
         assert not ((plan.reactive > 0) & (plan.tumour > 0)).any()
-        without = make_plan(np.random.default_rng(number), SIDE, 0.0, 1, 0.3, 0.05)
+        without = make_plan(np.random.default_rng(number), SIDE, MakeUp(1, 0.3, lymphoid=0.05))
         assert without.reactive.max() < 0
 
 
