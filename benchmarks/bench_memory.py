@@ -14,10 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
-
-from measure import Row  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from measure import Row
 
 BAR_MB = 1536
 STAGES = ("screen", "tissue", "tile", "embed")

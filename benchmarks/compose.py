@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from labelled_tiles import SPOILT_SHARE, LabelledTiles, Supply, deal
 from PIL import Image
-from skimage.color import hed_from_rgb, rgb_from_hed
+from slidemake.corruptions import restained
 from slidemake.demo_scanner import write_slide
 from slidemake.failures import RunError
 from slidemake.provenance import (
@@ -34,22 +34,14 @@ from slidemake.provenance import (
     write_text,
 )
 
-VERSION = 1  # raised when the same settings compose other slides
+VERSION = 2  # raised when the same settings compose other slides
 CELL = 16  # px of the slide per px of the truth masks
 TILE_UM = 112.0  # of the default encoder: `across` counts these
 MARGIN = 2  # tiles of glass around the tissue
 SHEET = ("slide_id", "path", "patient_id", "site", "scanner", "label")
-# Gains of haematoxylin and eosin, beside the site's own. `mixed`: another kind for each patient, `sites`: for each site
-STAINS: dict[str, tuple[float, float] | None] = {
-    "as-is": (1.0, 1.0),
-    "purple": (1.35, 0.25),
-    "pink": (0.55, 1.5),
-    "pale": (0.5, 0.5),
-    "dark": (1.6, 1.4),
-    "mixed": None,
-    "sites": None,
-}
-PLAIN_STAINS = [name for name, gains in STAINS.items() if gains]
+# Gains of haematoxylin and eosin, beside the site's own
+GAINS = {"as-is": (1.0, 1.0), "purple": (1.35, 0.25), "pink": (0.55, 1.5), "pale": (0.5, 0.5), "dark": (1.6, 1.4)}
+STAINS = (*GAINS, "mixed", "sites")  # `mixed`: another kind for each patient, `sites`: for each site
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ def draw_recipe(seed: int, number: int, patients: int = 30, **given: Any) -> Rec
     Kinds of stain are dealt like cards, so that as many cohorts as there are kinds see each of them once.
     """
     rng = np.random.default_rng([seed, number, 1])
-    kinds = np.random.default_rng([seed, number // len(STAINS), 2]).permutation(list(STAINS))
+    kinds = np.random.default_rng([seed, number // len(STAINS), 2]).permutation(STAINS)
     low = rng.uniform(0.08, 0.13)
     drawn = Recipe(
         patients=patients,
@@ -92,9 +84,10 @@ def draw_recipe(seed: int, number: int, patients: int = 30, **given: Any) -> Rec
         jitter=round(float(rng.uniform(0, 0.25)), 3),
         focus=(round(float(low), 3), round(float(low + rng.uniform(0.03, 0.08)), 3)),
     )
-    if drawn.stain == "sites" and given.get("sites") is None:
-        drawn = replace(drawn, sites=max(drawn.sites, 2))
-    return checked(replace(drawn, **{name: value for name, value in given.items() if value is not None}))
+    recipe = replace(drawn, **{name: value for name, value in given.items() if value is not None})
+    if given.get("sites") is None and (recipe.stain == "sites" or recipe.confound != 0.5):
+        recipe = replace(recipe, sites=max(recipe.sites, 2))
+    return checked(recipe)
 
 
 def checked(recipe: Recipe) -> Recipe:
@@ -108,6 +101,10 @@ def checked(recipe: Recipe) -> Recipe:
         (not 0 <= recipe.jitter < 1, f"jitter is {recipe.jitter:g}; it must be 0 or more and below 1"),
         (not 0 < low <= high <= 0.45, f"focus is {low:g} to {high:g}; two radii above 0 and up to 0.45, least first"),
         (not 0 <= recipe.confound <= 1, f"confound is {recipe.confound:g}; it must be 0 to 1"),
+        (
+            recipe.confound != 0.5 and recipe.sites < 2,
+            "label and site are confounded where there are two sites or more",
+        ),
     ):
         if wrong:
             raise RunError(what)
@@ -130,26 +127,20 @@ def draw_looks(recipe: Recipe, sites: Sequence[int], rng: np.random.Generator) -
     of_site = []
     for _ in range(recipe.sites):
         h, e = np.exp(rng.normal(0, 0.18, 2))
-        kind = str(rng.choice(PLAIN_STAINS)) if recipe.stain == "sites" else recipe.stain
+        kind = str(rng.choice(list(GAINS))) if recipe.stain == "sites" else recipe.stain
         glass = tuple(int(v) for v in rng.integers(235, 248, 3))
         of_site.append((kind, Look(h, e, glass, int(rng.integers(75, 92)), float(rng.uniform(1, 3)))))
     if recipe.stain == "sites" and recipe.sites > 1:  # dealt: sites stain alike only where there are many
-        kinds = [PLAIN_STAINS[i % len(PLAIN_STAINS)] for i in rng.permutation(max(recipe.sites, len(PLAIN_STAINS)))]
+        plain = list(GAINS)
+        kinds = [plain[i % len(plain)] for i in rng.permutation(max(recipe.sites, len(plain)))]
         of_site = [(kind, look) for kind, (_, look) in zip(kinds, of_site, strict=False)]
     looks = []
     for site in sites:
         kind, look = of_site[site]
-        h, e = STAINS[kind] or STAINS[str(rng.choice(PLAIN_STAINS))] or (1.0, 1.0)
+        h, e = GAINS[kind if kind in GAINS else str(rng.choice(list(GAINS)))]
         a, b = rng.uniform(1 - recipe.jitter, 1 + recipe.jitter, 2)
         looks.append(replace(look, haematoxylin=float(look.haematoxylin * h * a), eosin=float(look.eosin * e * b)))
     return looks
-
-
-def restained(rgb: np.ndarray, look: Look) -> np.ndarray:
-    """(h, w, 3) uint8 with its haematoxylin and eosin multiplied; what is neither of them stays as it is."""
-    density = -np.log((rgb.astype(np.float32) + 1) / 256) @ hed_from_rgb.astype(np.float32)
-    density *= np.array([look.haematoxylin, look.eosin, 1], np.float32)
-    return np.clip(256 * np.exp(-density @ rgb_from_hed.astype(np.float32)) - 1, 0, 255).astype(np.uint8)
 
 
 def _blob(m: int, centre: tuple[float, float], radius: float, rng: np.random.Generator) -> np.ndarray:
@@ -197,7 +188,8 @@ def compose_slide(
     laid = np.zeros_like(inside)
     for y, x in corners:
         is_tumour = (y, x) in chosen
-        tile = np.rot90(restained((tumour if tumour and is_tumour else benign).take(), look), rng.integers(4))
+        tile = (tumour if tumour and is_tumour else benign).take()
+        tile = np.rot90(restained(tile, look.haematoxylin, look.eosin), rng.integers(4))
         here = np.s_[max(y, 0) : y + size, max(x, 0) : x + size]
         part = tile[max(-y, 0) :, max(-x, 0) :][: rgb[here].shape[0], : rgb[here].shape[1]]
         rgb[here] = np.where(inside[here][..., None], part, rgb[here])

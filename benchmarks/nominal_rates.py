@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from slidemake.calibration_survival import expected_events, poisson_ratio
 from slidemake.drift import Sample, judge
 from slidemake.reference import sketched

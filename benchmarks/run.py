@@ -22,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import tables
+from peers import find
 
-import tables  # noqa: E402
-from peers import find  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 PACKAGES = ("numpy", "torch", "timm", "zarr", "imagecodecs", "openslide-python", "openslide-bin", "pyvips-binary")
 FULL: dict[str, Any] = {

@@ -24,11 +24,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from stand_ins import slide_records, stand_in_rows, touch_slides, write_sheet
+
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
-sys.path[:0] = [str(HERE), str(REPO / "scripts")]
-
-from stand_ins import slide_records, stand_in_rows, touch_slides, write_sheet  # noqa: E402
 
 CONFIG = """\
 sheet: slides.csv

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from compose import GAINS
+from slidemake.corruptions import restained
 
 TILE = 224  # px, at 0.5 um per px
-# stain: gains of haematoxylin and eosin
-STAINS = {"as it is": (1, 1), "purple": (1.35, 0.25), "pink": (0.55, 1.5), "pale": (0.5, 0.5), "dark": (1.6, 1.4)}
 GLASS = ((243, 241, 244), (246, 243, 238), (236, 240, 243), (240, 236, 240))  # RGB of clear glass of each site
 LARGE = 5  # the first cohorts have more patients and tiles
 QUALITY = (85, 75, 90, 80)  # JPEG quality of each site's scanner
@@ -53,18 +53,18 @@ def designs() -> list[Design]:
     one = [
         Design(f"same-{i}", "one stain everywhere", 200 + i, (stain,) * 3, tumour)
         for i, (stain, tumour) in enumerate(
-            [("as it is", (2, 4)), ("purple", (2, 5)), ("pale", (2, 5)), ("pink", (3, 6)), ("purple", (1, 3))]
+            [("as-is", (2, 4)), ("purple", (2, 5)), ("pale", (2, 5)), ("pink", (3, 6)), ("purple", (1, 3))]
         )
     ]
     by_site = [
         Design(f"site-{i}", "stain by site", 300 + i, stains, tumour)
         for i, (stains, tumour) in enumerate(
             [
-                (("as it is", "purple", "pale"), (2, 5)),
-                (("pink", "purple", "as it is", "dark"), (2, 4)),
+                (("as-is", "purple", "pale"), (2, 5)),
+                (("pink", "purple", "as-is", "dark"), (2, 4)),
                 (("pale", "pink"), (2, 5)),
                 (("purple", "dark", "pink"), (3, 6)),
-                (("as it is", "dark", "pale", "pink"), (1, 4)),
+                (("as-is", "dark", "pale", "pink"), (1, 4)),
                 (("purple", "pale"), (2, 4)),
             ]
         )
@@ -73,11 +73,11 @@ def designs() -> list[Design]:
         Design(f"label-{i}", "stain by site and label", 400 + i, stains, tumour, skew=skew)
         for i, (stains, tumour, skew) in enumerate(
             [
-                (("purple", "as it is", "pink"), (2, 5), 0.75),
+                (("purple", "as-is", "pink"), (2, 5), 0.75),
                 (("pale", "dark"), (2, 5), 0.75),
-                (("as it is", "pink", "purple", "pale"), (2, 4), 0.7),
+                (("as-is", "pink", "purple", "pale"), (2, 4), 0.7),
                 (("pink", "purple"), (3, 6), 0.8),
-                (("dark", "as it is", "purple"), (2, 4), 0.75),
+                (("dark", "as-is", "purple"), (2, 4), 0.75),
             ]
         )
     ]
@@ -101,20 +101,10 @@ def compose(design: Design, folder: Path, benign: str, tumour: str) -> list[Pati
         count = int(rng.integers(design.tumour[0], design.tumour[1] + 1)) if label else 0
         paths = _pick(pools[tumour][i], count, rng) + _pick(pools[benign][i], design.tiles - count, rng)
         tiles = np.stack([_read(path) for path in paths])
-        gains = np.asarray(STAINS[design.stains[site]]) * rng.uniform(1 - design.jitter, 1 + design.jitter, 2)
+        gains = np.asarray(GAINS[design.stains[site]]) * rng.uniform(1 - design.jitter, 1 + design.jitter, 2)
         scanned = _scan(restained(tiles, *gains), QUALITY[site], rng)
         cohort.append(Patient(int(site), int(label), scanned, np.arange(design.tiles) < count, GLASS[site]))
     return cohort
-
-
-def restained(tiles: np.ndarray, haematoxylin: float, eosin: float) -> np.ndarray:
-    """Tiles (n, H, W, 3) uint8 with both stains' amounts multiplied."""
-    from skimage.color import hed_from_rgb, rgb_from_hed
-
-    amounts = -np.log((tiles.astype(np.float32) + 1) / 256) @ hed_from_rgb.astype(np.float32)
-    amounts[..., 0] *= haematoxylin
-    amounts[..., 1] *= eosin
-    return np.rint(np.exp(-amounts @ rgb_from_hed.astype(np.float32)) * 256 - 1).clip(0, 255).astype(np.uint8)
 
 
 def _pools(folder: Path, label: str, patients: int, rng: np.random.Generator) -> list[list[Path]]:

@@ -32,6 +32,7 @@ from PIL import Image
 from slidemake.aggregators import predict_bag
 from slidemake.automatic import CANDIDATES, mixture
 from slidemake.bags import make_bags
+from slidemake.corruptions import restained
 from slidemake.encoder_loading import load_encoder
 from slidemake.encoders import load_record, registry
 from slidemake.fitting import DEFAULTS
@@ -41,18 +42,10 @@ from slidemake.training_members import FoldBags, train_members
 from slidemake.training_plan import fold_seed, make_fold, member_plan, prepare, resolved
 
 BENIGN, TUMOUR = "colon_n", "colon_aca"
-HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # Ruifrok's vectors and a residual
 STAINS = {"plain": (1, 1), "purple": (1.35, 0.25), "pink": (0.55, 1.5), "pale": (0.5, 0.5), "dark": (1.6, 1.4)}
 TASK = {"label": "label", "type": "binary", "positive": "Y"}
 BEFORE = {"aggregator": "abmil_gated", "scaling": "each"}
 FOLDS = 3
-
-
-def stained(rgb: np.ndarray, gains: tuple[float, float]) -> np.ndarray:
-    """(H, W, 3) uint8 with haematoxylin and eosin made stronger or weaker."""
-    density = -np.log10((rgb.reshape(-1, 3).astype(np.float32) + 1) / 256) @ np.linalg.inv(HE)
-    density[:, :2] *= gains
-    return np.clip(256 * 10 ** -(density @ HE) - 1, 0, 255).astype(np.uint8).reshape(rgb.shape)
 
 
 def embed(out: Path, tiles: Path, looks: int) -> None:
@@ -72,7 +65,7 @@ def embed(out: Path, tiles: Path, looks: int) -> None:
             for row in rows[start : start + 16]:
                 pixels = np.asarray(Image.open(tiles / row["path"]).convert("RGB").resize((224, 224)))
                 kept = io.BytesIO()
-                turned = np.ascontiguousarray(np.rot90(stained(pixels, gains), rng.integers(4)))
+                turned = np.ascontiguousarray(np.rot90(restained(pixels, *gains), rng.integers(4)))
                 Image.fromarray(turned).save(kept, "JPEG", quality=int(rng.integers(75, 91)))
                 batch.append(np.asarray(Image.open(kept)))
             features.append(encoder(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)).numpy())

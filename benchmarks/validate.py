@@ -21,16 +21,15 @@ from typing import Any
 
 import yaml
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parent
-sys.path[:0] = [str(HERE), str(REPO / "scripts")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from cohort_measures import TASK, measure_cohort
+from compose import STAINS, Recipe, compose_cohort, draw_recipe
+from labelled_tiles import LabelledTiles, read_labelled_tiles
+from slidemake.failures import RunError
+from slidemake.provenance import read_json, versions, write_json, write_text
+from validation_table import cohort_table, difference_table, verdicts
 
-from cohort_measures import TASK, measure_cohort  # noqa: E402
-from compose import STAINS, Recipe, compose_cohort, draw_recipe  # noqa: E402
-from labelled_tiles import LabelledTiles, read_labelled_tiles  # noqa: E402
-from slidemake.failures import RunError  # noqa: E402
-from slidemake.provenance import read_json, versions, write_json, write_text  # noqa: E402
-from validation_table import cohort_table, difference_table, verdicts  # noqa: E402
+REPO = Path(__file__).resolve().parents[1]
 
 DEFAULTS: dict[str, Any] = {
     "sheet": "slides.csv",
@@ -181,7 +180,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--against", type=Path, help="validation.json of an earlier run of the same seed: is it worse now?")
     add("--across", type=int, help="diameter of the tissue, tiles of 112 um (drawn: 9 to 12)")
     add("--sites", type=int, help="drawn: 1 to 4")
-    add("--stain", choices=list(STAINS), help="mixed: by patient, sites: by site (dealt in turn)")
+    add("--stain", choices=STAINS, help="mixed: by patient, sites: by site (dealt in turn)")
     add("--jitter", type=float, help="share by which patients' stains differ from their site's (drawn: 0 to 0.25)")
     add("--focus", type=float, nargs=2, metavar=("LOW", "HIGH"), help="radius of foci, of the diameter (drawn)")
     add("--confound", type=float, help="share of tumour patients from the first site (0.5: independent)")

@@ -61,12 +61,17 @@ def _separation() -> tuple[np.ndarray, np.ndarray]:
     return hed_from_rgb.astype(np.float32), rgb_from_hed.astype(np.float32)
 
 
-def _stain(tiles: np.ndarray, share: float, mpp: float) -> np.ndarray:
+def restained(rgb: np.ndarray, haematoxylin: float, eosin: float) -> np.ndarray:
+    """(..., 3) uint8 with the amounts of both stains multiplied, in optical density; what is neither stays as it is."""
     to_stains, to_density = _separation()
-    amounts = -np.log((tiles.astype(np.float32) + 1) / 256) @ to_stains
-    amounts[..., 0] *= 1 + share
-    amounts[..., 1] *= 1 - share
+    amounts = -np.log((rgb.astype(np.float32) + 1) / 256) @ to_stains
+    amounts[..., 0] *= haematoxylin
+    amounts[..., 1] *= eosin
     return np.rint(np.exp(-amounts @ to_density) * 256 - 1).clip(0, 255).astype(np.uint8)
+
+
+def _stain(tiles: np.ndarray, share: float, mpp: float) -> np.ndarray:
+    return restained(tiles, 1 + share, 1 - share)
 
 
 def _scale(tiles: np.ndarray, factor: float, mpp: float) -> np.ndarray:

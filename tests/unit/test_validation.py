@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from slidemake.corruptions import restained
 from slidemake.failures import RunError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from cohort_measures import stain_judgement
-from compose import CELL, PLAIN_STAINS, STAINS, Look, Recipe, compose_cohort, draw_looks, draw_recipe, restained
+from compose import CELL, GAINS, STAINS, Look, Recipe, compose_cohort, draw_looks, draw_recipe
 from labelled_tiles import Supply, deal, is_benign_name, read_labelled_tiles
 from validate import parse, validate
 from validation_table import cohort_table, difference_table, mean_interval, paired, verdicts
@@ -177,13 +178,11 @@ def test_restaining_multiplies_optical_densities():
     """A pixel of pure haematoxylin (Ruifrok and Johnston's vector) of density 0.5 becomes one of density 1."""
     vector = np.array([0.65, 0.70, 0.29])
     pixel = lambda density: np.rint(256 * np.exp(-density * vector) - 1).astype(np.uint8)[None, None]  # noqa: E731
-    look = Look(2.0, 1.0, (240, 240, 240), 80, 0.0)
-    assert np.abs(restained(pixel(0.5), look).astype(int) - pixel(1.0)).max() <= 2
+    assert np.abs(restained(pixel(0.5), 2.0, 1.0).astype(int) - pixel(1.0)).max() <= 2
     grey = np.full((1, 1, 3), 255, np.uint8)
-    assert np.array_equal(restained(grey, look), grey)
-    same = Look(1.0, 1.0, (240, 240, 240), 80, 0.0)
+    assert np.array_equal(restained(grey, 2.0, 1.0), grey)
     noise = np.random.default_rng(0).integers(20, 250, (9, 9, 3)).astype(np.uint8)
-    assert np.abs(restained(noise, same).astype(int) - noise).max() <= 1
+    assert np.abs(restained(noise, 1.0, 1.0).astype(int) - noise).max() <= 1
 
 
 def test_stains_by_site_are_those_of_the_site():
@@ -192,7 +191,7 @@ def test_stains_by_site_are_those_of_the_site():
     assert looks[:3] == looks[3:]
     assert len({(look.haematoxylin, look.eosin) for look in looks}) == 3
     mixed = draw_looks(Recipe(stain="mixed", sites=1, jitter=0.0), [0] * 40, np.random.default_rng(0))
-    assert len({(look.haematoxylin, look.eosin) for look in mixed}) == len(PLAIN_STAINS)
+    assert len({(look.haematoxylin, look.eosin) for look in mixed}) == len(GAINS)
 
 
 @pytest.fixture(scope="module")
