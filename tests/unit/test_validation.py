@@ -17,7 +17,7 @@ from slidemake.failures import RunError
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from cohort_measures import stain_judgement
-from compose import CELL, GAINS, STAINS, Look, Recipe, compose_cohort, draw_looks, draw_recipe
+from compose import CELL, GAINS, STAINS, Recipe, compose_cohort, draw_looks, draw_recipe
 from labelled_tiles import Supply, deal, is_benign_name, read_labelled_tiles
 from validate import parse, validate
 from validation_table import cohort_table, difference_table, mean_interval, paired, verdicts
