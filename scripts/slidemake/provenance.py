@@ -29,7 +29,7 @@ from slidemake.failures import SlideFailure, damaged
 STAGE_VERSIONS: dict[str, int] = {
     "demo": 2,
     "fetch": 1,
-    "screen": 3,
+    "screen": 4,
     "tissue": 4,
     "stain": 2,
     "tiles": 4,

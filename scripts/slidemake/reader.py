@@ -320,7 +320,8 @@ def choose_reader(path: str | Path) -> str:
     # OpenSlide takes an OME-TIFF for a generic TIFF: it misses the sub-resolutions, the channels and the mpp.
     ome = index is not None and index.is_ome
     other = "tifffile" if index is not None and index.pages and (ome or index.pages[0].tiled) else "tiatoolbox"
-    name = "openslide" if problem is None and not ome else other
+    turned = index is not None and index.mirrored_by_openslide
+    name = "openslide" if problem is None and not ome and not turned else other
     if index is not None and vips_may_read(index, ome) and (name == "openslide" or ome):
         with open_slide(path, name) as reference:
             if reference.vendor in ("aperio", "generic-tiff", "ome-tiff") and _vips_agrees(file, reference):

@@ -12,25 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from slidemake.failures import SlideFailure
-from slidemake.reader_tiff import TiffIndex
+from slidemake.reader_tiff import UM_PER_UNIT, TiffIndex
 
 LONGEST_XML = 64 << 20  # characters
 FLUORESCENCE = re.compile(r"DAPI|Hoechst|FITC|Cy[357]\b|EmissionWavelength=|<Fluor|Fluor=", re.IGNORECASE)
 NOT_THE_SLIDE = re.compile(r"\b(label|macro|overview|thumbnail|barcode)\b", re.IGNORECASE)
-# Units of length in OME-XML and OME-NGFF, and spellings that leave no doubt. "pixel" and "reference frame" say nothing.
-UM_PER_UNIT = {
-    **dict.fromkeys(("\u00b5m", "um", "\u03bcm", "micrometer", "micrometre", "micron", "microns"), 1.0),
-    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1e-3),
-    **dict.fromkeys(("pm", "picometer", "picometre"), 1e-6),
-    **dict.fromkeys(("\u00c5", "\u212b", "angstrom"), 1e-4),
-    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e3),
-    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e4),
-    **dict.fromkeys(("dm", "decimeter", "decimetre"), 1e5),
-    **dict.fromkeys(("m", "meter", "metre"), 1e6),
-    **dict.fromkeys(("in", "inch"), 25400.0),
-    "thou": 25.4,
-    "pt": 25400.0 / 72,
-}
 
 
 @dataclass(frozen=True)

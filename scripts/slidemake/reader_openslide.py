@@ -11,6 +11,7 @@ import openslide
 
 from slidemake.failures import SlideFailure
 from slidemake.reader import Level, Mpp, SlideReader
+from slidemake.reader_tiff import is_imagej, read_tiff_index
 
 CACHE_BYTES = 32 << 20  # decoded tiles kept per slide
 
@@ -44,11 +45,12 @@ class OpenSlideReader(SlideReader):
         slide = self._slide
         sizes = zip(slide.level_dimensions, slide.level_downsamples, strict=True)
         properties = dict(sorted(slide.properties.items()))
+        description = properties.get("tiff.ImageDescription", "")
         super().__init__(
             path,
             tuple(Level(w, h, float(downsample), number) for number, ((w, h), downsample) in enumerate(sizes)),
             mpp=mpp,
-            file_mpp=_file_mpp(properties),
+            file_mpp=_imagej_mpp(path) if is_imagej(description) else _file_mpp(properties),
             vendor=properties.get("openslide.vendor", ""),
             properties=properties,
             bounds=_bounds(properties),
@@ -106,6 +108,12 @@ def _open(path: Path) -> openslide.OpenSlide:
 
 def _level0(position: int, downsample: float) -> int:
     return int(np.floor(position * downsample + 0.5))
+
+
+def _imagej_mpp(path: Path) -> tuple[float, float] | None:
+    """um per px by ImageJ's own unit, which OpenSlide does not read."""
+    index = read_tiff_index(path)
+    return index.pages[0].resolution if index is not None and index.pages else None
 
 
 def _file_mpp(properties: dict[str, str]) -> tuple[float, float] | None:

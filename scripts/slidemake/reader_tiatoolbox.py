@@ -20,8 +20,8 @@ from slidemake.failures import SlideFailure
 from slidemake.reader import Mpp, SlideReader, make_levels
 from slidemake.reader_arrays import ArrayReader, open_arrays
 from slidemake.reader_dicom import is_dicom, slide_series
-from slidemake.reader_ome import FLUORESCENCE, UM_PER_UNIT
-from slidemake.reader_tiff import read_tiff_index
+from slidemake.reader_ome import FLUORESCENCE
+from slidemake.reader_tiff import UM_PER_UNIT, read_tiff_index
 from slidemake.reader_tifffile import check_rgb_or_planes, open_tifffile
 
 MAX_DECODED_BYTES = 512 << 20  # a plain image is held in memory as a whole: 13,000 x 13,000 px

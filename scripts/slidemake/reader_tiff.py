@@ -6,6 +6,7 @@ pixels are compressed, how many channels there are. TIFF 6.0 and BigTIFF; NDPI a
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ _WANTED = {
     262,
     270,
     273,
+    274,
     277,
     279,
     282,
@@ -40,6 +42,21 @@ _WANTED = {
     338,
     347,
     65420,
+}
+# Units of length in OME-XML, OME-NGFF and ImageJ's descriptions, and spellings that leave no doubt. "pixel" and
+# "reference frame" say nothing.
+UM_PER_UNIT = {
+    **dict.fromkeys(("\u00b5m", "um", "\u03bcm", "micrometer", "micrometre", "micron", "microns"), 1.0),
+    **dict.fromkeys(("nm", "nanometer", "nanometre"), 1e-3),
+    **dict.fromkeys(("pm", "picometer", "picometre"), 1e-6),
+    **dict.fromkeys(("\u00c5", "\u212b", "angstrom"), 1e-4),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 1e3),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 1e4),
+    **dict.fromkeys(("dm", "decimeter", "decimetre"), 1e5),
+    **dict.fromkeys(("m", "meter", "metre"), 1e6),
+    **dict.fromkeys(("in", "inch"), 25400.0),
+    "thou": 25.4,
+    "pt": 25400.0 / 72,
 }
 
 
@@ -62,6 +79,7 @@ class TiffPage:
     counts: np.ndarray
     tile: tuple[int, int] = (0, 0)
     jpeg_tables: bytes = b""
+    orientation: int = 1  # how a viewer of photographs would turn it (TIFF 6.0, p. 36); 1: not at all
     reduced: bool = False  # marked as a smaller copy of another image
     subpages: tuple[TiffPage, ...] = ()
 
@@ -83,6 +101,14 @@ class TiffIndex:
     @property
     def all_pages(self) -> list[TiffPage]:
         return [p for page in self.pages for p in (page, *page.subpages)]
+
+    @property
+    def mirrored_by_openslide(self) -> bool:
+        """Whether OpenSlide would show every tile mirrored in itself: where a tag of orientation turns the picture,
+        it lets libtiff turn each tile (JPEG and JPEG 2000 it decodes by itself, as they lie).
+        """
+        own = (7, 33003, 33005)
+        return any(page.orientation > 1 and page.compression not in own for page in self.all_pages)
 
 
 @dataclass
@@ -172,6 +198,7 @@ def _make_page(tags: dict[int, np.ndarray], subpages: tuple[TiffPage, ...]) -> T
     def number(tag: int, default: int) -> int:
         return int(tags[tag][0]) if tag in tags and len(tags[tag]) else default
 
+    text = _text(tags[270].tobytes()) if 270 in tags else ""
     offsets, counts = (tags.get(a, tags.get(b, np.zeros(0))).astype(np.int64) for a, b in ((324, 273), (325, 279)))
     return TiffPage(
         width=number(256, 0),
@@ -183,12 +210,13 @@ def _make_page(tags: dict[int, np.ndarray], subpages: tuple[TiffPage, ...]) -> T
         bits=int(tags[258].max()) if 258 in tags else 1,
         planar=number(284, 1) == 2,
         alpha=number(338, 0) in (1, 2),
-        description=_text(tags[270].tobytes()) if 270 in tags else "",
-        resolution=_resolution(tags, number(296, 2)),
+        description=text,
+        resolution=_resolution(tags, _unit(text, number(296, 2))),
         offsets=offsets,
         counts=counts,
         tile=(number(322, 0), number(323, 0)),
         jpeg_tables=tags[347].tobytes() if 347 in tags else b"",
+        orientation=number(274, 1),
         reduced=bool(number(254, 0) & 1),
         subpages=subpages,
     )
@@ -203,8 +231,23 @@ def _text(data: bytes) -> str:
         return data.decode("latin-1")
 
 
-def _resolution(tags: dict[int, np.ndarray], unit: int) -> tuple[float, float] | None:
-    um = {2: 25400.0, 3: 10000.0}.get(unit)
+def _unit(description: str, unit: int) -> float | None:
+    """um of the unit that resolution tags count in; None where they say no size.
+
+    ImageJ and Fiji put theirs into the description, and mean it whatever the tag says
+    (https://imagej.net/ij/docs/guide/146-28.html, "Set Scale").
+    """
+    if is_imagej(description) and (given := re.search(r"^unit=(.*)$", description, re.MULTILINE)):
+        return UM_PER_UNIT.get(re.sub(r"\\u00b5", "\u00b5", given[1].strip(), flags=re.IGNORECASE))
+    return {2: 25400.0, 3: 10000.0}.get(unit)
+
+
+def is_imagej(description: str) -> bool:
+    """Whether a TIFF's description is one that ImageJ writes."""
+    return description.startswith("ImageJ=")
+
+
+def _resolution(tags: dict[int, np.ndarray], um: float | None) -> tuple[float, float] | None:
     if um is None or 282 not in tags or 283 not in tags:
         return None
     values = [tags[t][0] for t in (282, 283)]

@@ -164,6 +164,9 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
         if index.pages and not index.is_ome:
             check_rgb(index.pages[0], path.name)
     name = options.get("reader") or "auto"
+    if name == "openslide" and index is not None and index.mirrored_by_openslide:
+        why = f"{path.name} has a tag of orientation, by which OpenSlide mirrors every tile in itself"
+        raise SlideFailure("unsupported", why, "Set reader: auto, which takes another reader for it.")
     with open_slide(path, choose_reader(path) if name == "auto" else name, row.mpp) as slide:
         width, height = slide.dimensions
         if width * height > MOST_PIXELS:
@@ -174,6 +177,7 @@ def _examine(row: SlideRow, path: Path, options: dict[str, Any], pictures: list[
         xy = (square_mpp(slide.file_mpp) if source == "file" else None) or (mpp, mpp)
         slide.levels, changed = aligned_levels(slide, index)
         flags += ["levels_not_aligned"] if changed else []
+        flags += ["orientation_not_applied"] if index and index.pages and index.pages[0].orientation > 1 else []
         picture = slide.thumbnail(THUMBNAIL)
         flags += _check_light(picture, path.name)
         write_image(pictures[0], Image.fromarray(picture), format="JPEG", quality=85)

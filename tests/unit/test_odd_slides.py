@@ -133,6 +133,22 @@ def padded(path: Path, image: np.ndarray) -> None:
     pages(path, levels, [resolution(0.5 * f) for f in (1, 2, 4)])
 
 
+def imagej(path: Path, unit: str, per_unit: float = 2, **how: Any) -> None:
+    """As ImageJ saves a picture with a scale: the unit in its description, and none in the tag."""
+    text = f"ImageJ=1.54f\nunit={unit}\nloop=false\n"
+    own = {"description": text, "resolution": (per_unit, per_unit), "resolutionunit": "NONE", **how}
+    pages(path, [IMAGE], [own])
+
+
+def turned(path: Path, turn: int, how: str = "zlib") -> None:
+    """With a tag that says how the picture is to be turned, which tifffile and libvips read back."""
+    pages(path, [IMAGE], [resolution(0.5) | {"extratags": [(274, 3, 1, turn, True)]}], compression=how)
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.pages[0].tags["Orientation"].value == turn
+    upright = pyvips.Image.new_from_file(str(path)).autorot().numpy().astype(int)
+    assert np.abs(upright - {1: IMAGE, 2: IMAGE[:, ::-1], 6: np.rot90(IMAGE, -1)}[turn]).mean() < 1.5
+
+
 IMAGE = picture()
 LITTLE = half(IMAGE, 8)
 Write = Callable[[Path], Any]
@@ -198,6 +214,18 @@ RIGHT: dict[str, tuple[Write, tuple[float, float], list[str], np.ndarray | None]
                         [resolution(0.5)] * 2),
         (0.5, 0.5), [], None,
     ),
+    "imagej.tiff": (lambda p: imagej(p, "um", tile=None), (0.5, 0.5), [], None),
+    "imagej_tiled.tiff": (lambda p: imagej(p, "\\u00B5m", compression="jpeg"), (0.5, 0.5), [], None),
+    "imagej_nm.tiff": (lambda p: imagej(p, "nm", 1e-3 * 2), (0.5, 0.5), [], None),
+    "imagej_inch_tag.tiff": (lambda p: imagej(p, "micron", resolutionunit="INCH"), (0.5, 0.5), [], None),
+    **{
+        f"turned{turn}_{how}.tiff": (
+            lambda p, turn=turn, how=how: turned(p, turn, how), (0.5, 0.5), ["orientation_not_applied"], None,
+        )
+        for turn in (2, 6)
+        for how in ("zlib", "jpeg")
+    },
+    "upright.tiff": (lambda p: turned(p, 1), (0.5, 0.5), [], None),
     "palette.tiff": (
         lambda p: pages(p, [np.asarray(FEW)], [resolution(0.5)], photometric="palette", colormap=PALETTE),
         (0.5, 0.5), [], np.asarray(Image.fromarray(IMAGE).quantize(256).convert("RGB")),
@@ -270,6 +298,7 @@ WRONG: dict[str, tuple[Write, str]] = {
     "screen.tiff": (lambda p: vips(p, IMAGE, 25400 / 72), "implausible_mpp"),
     "print.tiff": (lambda p: vips(p, IMAGE, 25400 / 600), "implausible_mpp"),
     "overview.tiff": (lambda p: vips(p, IMAGE, 28.97), "too_coarse"),
+    "imagej_pixel.tiff": (lambda p: imagej(p, "pixel"), "no_mpp"),
     "no_unit.tiff": (lambda p: pages(p, [IMAGE], [{"resolution": (2, 2), "resolutionunit": "NONE"}]), "no_mpp"),
     "none.ome.tiff": (lambda p: ome(p, [(IMAGE, "slide", None), (LITTLE, "roi", 0.25)]), "no_mpp"),
     "bomb.ome.tiff": (
@@ -317,7 +346,7 @@ def test_all_readers_give_the_same_place(tmp_path: Path) -> None:
 # What becomes of the slides of the shared tool whose outcome is not "read as the picture it was made of, at 0.5 um/px".
 SPECIAL = {
     "rgba_unspecified": "not_brightfield", "grey": "not_brightfield", "rgb16": "not_brightfield", "appmag": "no_mpp",
-    "imagej": "no_mpp", "ome_pixelunit": "no_mpp", "ome_second_mpp": "no_mpp", "no_mpp_first_then_roi": "no_mpp",
+    "ome_pixelunit": "no_mpp", "ome_second_mpp": "no_mpp", "no_mpp_first_then_roi": "no_mpp",
     "aniso": (0.25, 0.5), "aniso5": (0.475, 0.525), "macro04_first": (0.25, 0.25),
 }  # fmt: skip
 
@@ -355,3 +384,26 @@ def test_the_odd_slides_of_the_test_data(tmp_path: Path) -> None:
         except AssertionError as error:
             wrong[name] = error.args
     assert not wrong, wrong
+
+
+def test_a_reader_that_would_mirror_tiles_is_refused(tmp_path: Path) -> None:
+    """OpenSlide turns every tile in itself; if a release of it no longer does, this tells."""
+    from slidemake.reader_openslide import OpenSlideReader
+
+    turned(tmp_path / "a.tiff", 2)
+    with OpenSlideReader(tmp_path / "a.tiff") as slide:
+        assert np.array_equal(slide.read(0, 0, 0, 128, 128), IMAGE[:128, :128][:, ::-1])
+    with pytest.raises(SlideFailure, match="mirrors every tile"):
+        screen_slide(SlideRow.for_screening("s", str(tmp_path / "a.tiff")), {"reader": "openslide"}, tmp_path)
+
+
+def test_imagej_and_tifffile_agree_on_the_scale(tmp_path: Path) -> None:
+    """What tifffile writes for ImageJ is read, and what it reads of a file that we take the scale of is the same."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, imagej=True, resolution=(4, 4), metadata={"unit": "um", "axes": "YXS"})
+    record = screen_slide(SlideRow.for_screening("s", str(path)), {"reader": "auto"}, tmp_path / "results")
+    with tifffile.TiffFile(path) as tiff:
+        assert tiff.imagej_metadata["unit"] == "um"
+        per_um = tiff.pages[0].tags["XResolution"].value
+    assert record["mpp"] == pytest.approx(per_um[1] / per_um[0]) == pytest.approx(0.25)
+    assert record["mpp_source"] == "file"
