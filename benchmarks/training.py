@@ -1,8 +1,8 @@
 """Models of the trainer on cohorts composed of real tiles in feature space: which default is best where users are?
 
     python benchmarks/training.py embed OUT --tiles DIR [--looks 8]     # tiles.csv there: path, label, group
-    python benchmarks/training.py run OUT FIRST LAST                    # cohorts by number, one JSON each; resumes
-    python benchmarks/training.py table OUT                             # the table of docs/training.md
+    python benchmarks/training.py run OUT FIRST LAST [--type T]         # cohorts by number, one JSON each; resumes
+    python benchmarks/training.py table OUT [--type T]                  # the tables of docs/training.md
 
 Tiles of two labels are embedded once by the default encoder, without stain normalisation, each in several *looks*
 (strength of haematoxylin and eosin, JPEG quality, turns). A cohort is drawn from these features: patients are grids of
@@ -13,6 +13,11 @@ sites, prevalence, width of the features (random projections) and how alike tumo
 the features of a benign tile into every tumour tile) are drawn from the cohort's number. Every candidate of
 `aggregator: auto` and the gated attention that was the default before are trained on the same members of the same
 folds by the trainer's own code.
+
+Types other than binary: `classes`, no tumour or one of two kinds of it, told apart by the first principal component of
+their source regions' mean features; `grades`, no focus, one of the size drawn, one of twice its radius; `survival`, a
+focus of any size up to that, the hazard growing with its radius by a factor of 20 in all, half of the patients
+censored.
 """
 
 from __future__ import annotations
@@ -23,19 +28,23 @@ import io
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.special import softmax
 from slidemake.aggregators import predict_bag
 from slidemake.automatic import CANDIDATES, mixture
 from slidemake.bags import make_bags
+from slidemake.calibration import auroc
 from slidemake.corruptions import restained
 from slidemake.encoder_loading import load_encoder
 from slidemake.encoders import load_record, registry
 from slidemake.fitting import DEFAULTS
+from slidemake.outcomes import ClassOutcome
 from slidemake.splits import make_splits
 from slidemake.targets import strata
 from slidemake.training_members import FoldBags, train_members
@@ -43,9 +52,16 @@ from slidemake.training_plan import fold_seed, make_fold, member_plan, prepare, 
 
 BENIGN, TUMOUR = "colon_n", "colon_aca"
 STAINS = {"plain": (1, 1), "purple": (1.35, 0.25), "pink": (0.55, 1.5), "pale": (0.5, 0.5), "dark": (1.6, 1.4)}
-TASK = {"label": "label", "type": "binary", "positive": "Y"}
+TASKS: dict[str, dict[str, Any]] = {
+    "binary": {"label": "label", "type": "binary", "positive": "Y"},
+    "classes": {"label": "label", "type": "multiclass"},
+    "grades": {"label": "label", "type": "ordinal", "order": ["0", "1", "2"]},
+    "survival": {"label": "os", "type": "survival"},
+}
 BEFORE = {"aggregator": "abmil_gated", "scaling": "each"}
 FOLDS = 3
+FEW = 60  # patients, up to which a cohort counts as small
+PREFIX = {kind: "cohort" if kind == "binary" else kind for kind in TASKS}  # of the names of results
 
 
 def embed(out: Path, tiles: Path, looks: int) -> None:
@@ -100,8 +116,11 @@ def blob(centre: tuple[float, float], radius: float, rng: np.random.Generator, y
     return np.hypot(y - centre[0], x - centre[1]) < np.interp(at, np.r_[angles, 2 * np.pi], np.r_[rough, rough[0]])
 
 
-def patient(features: np.ndarray, benign: Any, tumour: Any, about: dict[str, Any], rng: np.random.Generator) -> Any:
-    """(N, D) tiles of a patient; tumour: indices of its source tiles, None for a negative patient."""
+def patient(
+    features: np.ndarray, benign: Any, tumour: Any, about: dict[str, Any], rng: np.random.Generator, times: float = 1.0
+) -> Any:
+    """(N, D) tiles of a patient; tumour: indices of its source tiles, None for a negative patient; times: the radius
+    of the focus drawn."""
     side = about["across"] + int(rng.integers(4)) + 4
     y, x = np.mgrid[0 : side + 1, 0 : side + 1] + 0.5
     offset = rng.uniform(0, 1, 2)
@@ -110,7 +129,7 @@ def patient(features: np.ndarray, benign: Any, tumour: Any, about: dict[str, Any
     if tumour is not None:
         angle, away = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.2) * (side - 4)
         centre = side / 2 + away * np.cos(angle), side / 2 + away * np.sin(angle)
-        sick = blob(centre, rng.uniform(*about["focus"]) * (side - 4), rng, y - offset[0], x - offset[1])
+        sick = blob(centre, times * rng.uniform(*about["focus"]) * (side - 4), rng, y - offset[0], x - offset[1])
     source = np.zeros(y.shape, int)
     for pool, inside in ((benign, ~sick), (tumour, sick)):
         if inside.any():
@@ -121,7 +140,47 @@ def patient(features: np.ndarray, benign: Any, tumour: Any, about: dict[str, Any
     return sum(share * features[source[rows + dy, columns + dx]] for dy, dx, share in corners)
 
 
-def compose(folder: Path, number: int) -> tuple[Any, Any, dict[str, Any]]:
+def truths(kind: str, about: dict[str, Any], number: int) -> tuple[np.ndarray, np.ndarray, list[dict[str, str]]]:
+    """(kind of tumour or -1, radius of the focus over the one drawn, cells of the sheet) of every patient."""
+    n, rng = about["patients"], np.random.default_rng([13, number])
+    if kind == "binary":
+        sick = np.arange(n) < round(about["positive"] * n)
+        return np.where(sick, 0, -1), np.ones(n), [{"label": "NY"[int(s)]} for s in sick]
+    level = np.arange(n) % 3
+    if kind == "classes":
+        return level - 1, np.ones(n), [{"label": "ABC"[k]} for k in level]
+    if kind == "grades":
+        return np.minimum(level, 1) - 1, np.where(level == 2, 2.0, 1.0), [{"label": str(k)} for k in level]
+    radius = rng.uniform(0, 2, n)
+    until = rng.exponential(20 ** (-radius / 2))
+    leaves = rng.exponential(1.5 * np.median(until), n)
+    seen = until <= leaves
+    cells = [
+        {"os_time": f"{1000 * min(t, c) + 1:.3f}", "os_event": str(int(e))}
+        for t, c, e in zip(until, leaves, seen, strict=True)
+    ]
+    return np.where(radius < 0.3, -1, 0), radius, cells
+
+
+def source_pools(
+    label: np.ndarray, group: np.ndarray, features: np.ndarray, about: dict[str, Any], kinds: int, rng: Any
+) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+    """Tiles of each patient's own source regions: benign [patient], tumour [kind][patient]."""
+
+    def dealt(name: str, groups: np.ndarray) -> list[np.ndarray]:
+        parts = np.array_split(rng.permutation(groups), about["patients"])
+        return [np.flatnonzero(np.isin(group, part) & (label == name)) for part in parts]
+
+    benign, regions = dealt(BENIGN, np.unique(group[label == BENIGN])), np.unique(group[label == TUMOUR])
+    if kinds == 1:
+        return benign, [dealt(TUMOUR, regions)]
+    means = np.array([features[(group == region) & (label == TUMOUR)].mean(0) for region in regions])
+    axis = np.linalg.svd(means - means.mean(0), full_matrices=False)[2][0]
+    high = means @ axis > np.median(means @ axis)
+    return benign, [dealt(TUMOUR, regions[~high]), dealt(TUMOUR, regions[high])]
+
+
+def compose(folder: Path, number: int, kind: str = "binary") -> tuple[Any, Any, dict[str, Any]]:
     """(bags, splits, settings) of a cohort."""
     about, rng = settings_of(number), np.random.default_rng([12, number])
     known = json.loads((folder / "tiles.json").read_text())
@@ -129,14 +188,10 @@ def compose(folder: Path, number: int) -> tuple[Any, Any, dict[str, Any]]:
     group = np.array([row["group"] for row in known["rows"]])
     looks = [np.load(folder / f"features{k}.npy").astype(np.float32) for k in range(len(known["styles"]))]
     pool = [k for k, style in enumerate(known["styles"]) if about["style"] in ("mixed", style)]
-    pools = {}
-    for name in (BENIGN, TUMOUR):
-        names = rng.permutation(np.unique(group[label == name]))
-        parts = np.array_split(names, about["patients"])
-        pools[name] = [np.flatnonzero(np.isin(group, part) & (label == name)) for part in parts]
+    which, times, cells = truths(kind, about, number)
+    benign, tumour = source_pools(label, group, looks[0], about, which.max() + 1, rng)
     turn = rng.normal(size=(looks[0].shape[1], about["width"])).astype(np.float32) / np.sqrt(looks[0].shape[1])
     of_site = rng.choice(pool, about["sites"])
-    positive = np.arange(about["patients"]) < round(about["positive"] * about["patients"])
     rows, bags = [], []
     for i in range(about["patients"]):
         site = i % about["sites"]
@@ -144,52 +199,86 @@ def compose(folder: Path, number: int) -> tuple[Any, Any, dict[str, Any]]:
         share = rng.uniform(0.7, 1)
         features = share * looks[first] + (1 - share) * looks[rng.choice(pool)]
         sick = label == TUMOUR
-        mixed_in = rng.choice(pools[BENIGN][i], int(sick.sum()))
+        mixed_in = rng.choice(benign[i], int(sick.sum()))
         features[sick] += about["blend"] * (features[mixed_in] - features[sick])
-        x = patient(features, pools[BENIGN][i], pools[TUMOUR][i] if positive[i] else None, about, rng)
+        x = patient(features, benign[i], tumour[which[i]][i] if which[i] >= 0 else None, about, rng, times[i])
         x = x + 0.02 * rng.standard_normal(x.shape)
         bags.append((x @ turn if about["width"] != x.shape[1] else x).astype(np.float32))
         name = f"P{i:03d}"
-        rows.append({"slide_id": name, "patient_id": name, "site": f"s{site}", "label": "NY"[int(positive[i])]})
+        rows.append({"slide_id": name, "patient_id": name, "site": f"s{site}", **cells[i]})
     names = [row["slide_id"] for row in rows]
     packed = make_bags(np.concatenate(bags), names, names, [len(x) for x in bags], {"key": "x"}, {"method": "none"})
-    splits = make_splits(rows, "label", {"folds": FOLDS, "repeats": 1, "seed": number})
+    splits = make_splits(rows, TASKS[kind], {"folds": FOLDS, "repeats": 1, "seed": number})
     return packed, splits, about | {"tiles": int(np.median([len(x) for x in bags]))}
 
 
-def run_cohort(folder: Path, number: int) -> dict[str, Any]:
-    """AUROC and seconds of processor of every model on cohort `number`; pairs are compared within folds."""
-    bags, splits, about = compose(folder, number)
-    models = {**CANDIDATES, "before": BEFORE, "lse, refit": {**CANDIDATES["lse"], "refit": True}}
-    pairs: dict[str, list[np.ndarray]] = {name: [] for name in (*models, "auto")}
-    seconds, weights = dict.fromkeys(models, 0.0), []
-    for fold_name in splits.tested(0):
-        held_out, tested, truth, shared = {}, {}, np.empty(0, int), None
-        for name, changes in models.items():
-            began = time.process_time()
-            work = prepare(TASK, {**DEFAULTS, **changes}, bags, splits, folder, None, name)
-            fold, settings = make_fold(work, 0, fold_name), resolved(work.settings, work.outcome)
-            seed, scale = fold_seed(0, 0, fold_name), work.scale(fold)
-            plan = member_plan(fold.train, fold.val, strata(splits.labels, work.outcome.kind), 0.25, seed)
-            if shared is None:  # as in training: components are estimated once for all candidates, the first pays
-                shared = FoldBags(work, fold, max(c.get("components") or 0 for c in CANDIDATES.values()))
-            found = train_members(work, fold, plan, scale, settings, *shared.of(settings))
-            seconds[name] += time.process_time() - began
-            held_out[name] = np.array([found.outputs[p] for p in sorted(found.outputs)])
-            tested[name] = np.array(
-                [np.mean([predict_bag(m, bags.bag(p))[0] for m in found.models], 0) for p in fold.test]
-            )
-            truth = np.array([work.labels[p] for p in fold.test])
-            labels = [work.labels[p] for p in sorted(found.outputs)]
-        mixed = mixture({c: held_out[c] for c in CANDIDATES}, work.outcome, labels, scale)
-        tested["auto"] = sum(weight * factor * tested[c] for c, (weight, factor, _) in mixed.items())
-        weights.append({c: weight for c, (weight, _, _) in mixed.items()})
-        for name, outputs in tested.items():
-            score = outputs[:, 1] - outputs[:, 0]
-            apart = score[truth == 1][:, None] - score[truth == 0]
-            pairs[name].append(((apart > 0) + 0.5 * (apart == 0)).ravel())
+@dataclass(frozen=True)
+class FoldOutputs:
+    """Of one tested fold: outputs (T, C) of the tested patients by model, their encoded labels, what it took."""
+
+    outcome: Any
+    outputs: dict[str, np.ndarray]
+    truth: list[Any]
+    seconds: dict[str, float]  # of processor, by model
+    weights: dict[str, float]  # of the candidates of `auto`
+
+
+def train_fold(
+    task: dict[str, Any], bags: Any, splits: Any, repeat: int, name: str, models: dict[str, Any]
+) -> FoldOutputs:
+    """Every model on the same members of fold `name`; all of CANDIDATES must be among `models`."""
+    held_out, tested, seconds, shared = {}, {}, {}, None
+    for model, changes in models.items():
+        began = time.process_time()
+        work = prepare(task, {**DEFAULTS, **changes}, bags, splits, Path("unused"), None, model)
+        fold, settings = make_fold(work, repeat, name), resolved(work.settings, work.outcome)
+        seed, scale = fold_seed(0, repeat, name), work.scale(fold)
+        kind = work.outcome.kind
+        by = strata(splits.labels, kind)
+        plan = member_plan(fold.train, fold.val, by, 0.25, seed, type(work.outcome) is ClassOutcome)
+        if shared is None:  # as in training: components are estimated once for all candidates, the first pays
+            shared = FoldBags(work, fold, max(c.get("components") or 0 for c in CANDIDATES.values()))
+        found = train_members(work, fold, plan, scale, settings, *shared.of(settings))
+        seconds[model] = time.process_time() - began
+        held_out[model] = np.array([found.outputs[p] for p in sorted(found.outputs)])
+        tested[model] = np.array(
+            [np.mean([predict_bag(m, bags.bag(p))[0] for m in found.models], 0) for p in fold.test]
+        )
+        labels = [work.labels[p] for p in sorted(found.outputs)]
+    mixed = mixture({c: held_out[c] for c in CANDIDATES}, work.outcome, labels, scale)
+    tested["auto"] = sum(weight * factor * tested[c] for c, (weight, factor, _) in mixed.items())
     seconds["auto"] = sum(seconds[c] for c in CANDIDATES)
-    auroc = {name: float(np.mean(np.concatenate(values))) for name, values in pairs.items()}
+    weights = {c: weight for c, (weight, _, _) in mixed.items()}
+    return FoldOutputs(work.outcome, tested, [work.labels[p] for p in fold.test], seconds, weights)
+
+
+def figures(outcome: Any, outputs: np.ndarray, truth: list[Any]) -> np.ndarray:
+    """What is averaged over the folds: for two classes whether each pair of patients is in the right order (their mean
+    is the AUROC within folds), else one figure: AUROC of each class against the others, C-index of grade or risk."""
+    if outcome.kind == "binary":
+        score, of = outputs[:, 1] - outputs[:, 0], np.array(truth)
+        apart = score[of == 1][:, None] - score[of == 0]
+        return ((apart > 0) + 0.5 * (apart == 0)).ravel()
+    if outcome.kind != "multiclass":
+        return np.array([value for value in [outcome.score_of(outputs, truth)] if value is not None])
+    p = softmax(outputs, axis=1)
+    found = [auroc(p[:, k], np.array(truth) == k) for k in range(outcome.outputs)]
+    return np.array([np.mean([value for value in found if value is not None])])
+
+
+def run_cohort(folder: Path, number: int, kind: str) -> dict[str, Any]:
+    """Figure (`auroc`: see `figures`) and seconds of every model on cohort `number`."""
+    bags, splits, about = compose(folder, number, kind)
+    models = {**CANDIDATES, "before": BEFORE}
+    if kind == "binary":
+        models["lse, refit"] = {**CANDIDATES["lse"], "refit": True}
+    folds = [train_fold(TASKS[kind], bags, splits, 0, name, models) for name in splits.tested(0)]
+    names = list(folds[0].outputs)
+    auroc = {
+        m: float(np.mean(np.concatenate([figures(f.outcome, f.outputs[m], f.truth) for f in folds]))) for m in names
+    }
+    seconds = {m: sum(fold.seconds[m] for fold in folds) for m in names}
+    weights = [fold.weights for fold in folds]
     return {"number": number, "about": about, "auroc": auroc, "seconds": seconds, "weights": weights}
 
 
@@ -199,12 +288,11 @@ def interval(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ({np.quantile(draws, 0.025):.3f} to {np.quantile(draws, 0.975):.3f})"
 
 
-def table(folder: Path) -> None:
-    """Markdown of all cohorts that were run."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("cohort*.json"))]
+def table(found: list[dict[str, Any]], title: str) -> None:
+    """Markdown of cohorts that were run."""
     names = list(found[0]["auroc"])
     auroc = {name: np.array([row["auroc"][name] for row in found]) for name in names}
-    print(f"| model | AUROC, mean of {len(found)} cohorts | minus before | least of these | processor time |")
+    print(f"\n| model | {title}, mean of {len(found)} cohorts | minus before | least of these | processor time |")
     print("|---|---|---|---|---|")
     for name in names:
         apart, cost = auroc[name] - auroc["before"], [row["seconds"][name] / row["seconds"]["before"] for row in found]
@@ -216,6 +304,7 @@ def main() -> None:
     parser.add_argument("what", choices=("embed", "run", "table"))
     parser.add_argument("out", type=Path)
     parser.add_argument("numbers", type=int, nargs="*", help="first cohort, and one past the last")
+    parser.add_argument("--type", choices=list(TASKS), default="binary")
     parser.add_argument("--tiles", type=Path)
     parser.add_argument("--looks", type=int, default=8)
     asked = parser.parse_args()
@@ -223,12 +312,15 @@ def main() -> None:
     if asked.what == "embed":
         embed(asked.out, asked.tiles, asked.looks)
     elif asked.what == "table":
-        table(asked.out)
+        found = [json.loads(path.read_text()) for path in sorted(asked.out.glob(f"{PREFIX[asked.type]}*.json"))]
+        for title, few in (("60 patients and fewer", True), ("more than 60 patients", False)):
+            table([row for row in found if (row["about"]["patients"] <= FEW) is few], title)
+        table(found, "all")
     else:
         for number in range(*asked.numbers):
-            path = asked.out / f"cohort{number:03d}.json"
+            path = asked.out / f"{PREFIX[asked.type]}{number:03d}.json"
             if not path.exists():
-                result = run_cohort(asked.out, number)
+                result = run_cohort(asked.out, number, asked.type)
                 path.write_text(json.dumps(result))
                 print(json.dumps(result), file=sys.stdout, flush=True)
 
