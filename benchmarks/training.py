@@ -238,7 +238,7 @@ def train_fold(
         plan = member_plan(fold.train, fold.val, by, 0.25, seed, type(work.outcome) is ClassOutcome)
         if shared is None:  # as in training: components are estimated once for all candidates, the first pays
             shared = FoldBags(work, fold, max(c.get("components") or 0 for c in CANDIDATES.values()))
-        found = train_members(work, fold, plan, scale, settings, *shared.of(settings))
+        found = train_members(plan, scale, settings, shared)
         seconds[model] = time.process_time() - began
         held_out[model] = np.array([found.outputs[p] for p in sorted(found.outputs)])
         tested[model] = np.array(

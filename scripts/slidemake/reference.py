@@ -253,8 +253,10 @@ def read_reference(bundle: str | Path) -> dict[str, Any]:
     except SlideFailure as failure:
         raise RunError(f"{failure}. Copy the bundle again, or delete {path} to predict without drift.") from failure
     if reference.get("format") != FORMAT or reference.get("format_version") != FORMAT_VERSION:
+        found = f"{reference.get('format')!r} version {reference.get('format_version')!r}"
         raise RunError(
-            f"{path} is no {FORMAT} of version {FORMAT_VERSION}. Delete it, or use the slidemake that wrote it."
+            f"{path} is {found}; this slidemake reads {FORMAT} version {FORMAT_VERSION}. Delete it to predict without "
+            "drift, train the model again, or use the slidemake that wrote it."
         )
     if reference["bundle"] != owner.get("fingerprint"):
         raise RunError(f"{path} belongs to another bundle. Copy the whole folder again, or delete {path}.")

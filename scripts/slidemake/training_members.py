@@ -45,7 +45,7 @@ def train_fold_models(work: Work, fold: Fold, plan: Plan, scale: Mapping[str, An
     """Train every member of `plan`; scale: `Outcome.scale` of the fold."""
     wanted = {name: resolved(settings, work.outcome) for name, settings in candidates(work.settings).items()}
     scaled = FoldBags(work, fold, max(s["components"] or 0 for s in wanted.values()))
-    trained = {name: train_members(work, fold, plan, scale, s, *scaled.of(s)) for name, s in wanted.items()}
+    trained = {name: train_members(plan, scale, s, scaled) for name, s in wanted.items()}
     if work.settings["aggregator"] not in MIXTURES:
         (only,) = trained.values()
         return FoldModels(only.models, (), only.outputs, only.curves, _figures(only))
@@ -67,16 +67,10 @@ def train_fold_models(work: Work, fold: Fold, plan: Plan, scale: Mapping[str, An
     return FoldModels(models, parts, of_patient, best.curves, _figures(best) | {"mixture": shares})
 
 
-def train_members(
-    work: Work,
-    fold: Fold,
-    plan: Plan,
-    scale: Mapping[str, Any],
-    settings: dict[str, Any],
-    bags: Bags,
-    scaling: Scaling | None,
-) -> Members:
-    """One aggregator on every (training, validation) pair of `plan`; bags, scaling: of `fit_member`."""
+def train_members(plan: Plan, scale: Mapping[str, Any], settings: dict[str, Any], scaled: FoldBags) -> Members:
+    """One aggregator on every (training, validation) pair of `plan`."""
+    work, fold = scaled.work, scaled.fold
+    bags, scaling = scaled.of(settings)
     models, curves, epochs, guards = [], [], [], []
     outputs: dict[str, list[np.ndarray]] = {}
     for i, (train, val) in enumerate(plan):
@@ -121,7 +115,8 @@ class FoldBags:
     """
 
     def __init__(self, work: Work, fold: Fold, most: int):
-        self.work, self.patients, self.most = work, sorted({*fold.train, *fold.val}), most
+        self.work, self.fold, self.most = work, fold, most
+        self.patients = sorted({*fold.train, *fold.val})
         self.components: Components | None = None
         self.ready: dict[tuple[str, int], tuple[Bags, Scaling]] = {}
 

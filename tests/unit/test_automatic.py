@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from mil_cohort import planted
+from mil_cohort import ENCODER, STAIN, planted
 from scipy.special import log_softmax
 from slidemake.aggregators import leave_one_out, predict_bag
 from slidemake.automatic import CANDIDATES, LEAST, LINEAR, mixture
+from slidemake.bags import make_bags
 from slidemake.bundle import bundle_leave_one_out, load_bundle, predict
 from slidemake.fitting import DEFAULTS
 from slidemake.outcomes import ClassOutcome
 from slidemake.outcomes_survival import CoxOutcome
+from slidemake.splits import VAL, make_splits
 from slidemake.training import train_model
 
 TWO = ClassOutcome(["N", "Y"])
@@ -130,3 +133,74 @@ def test_the_linear_control_is_the_mixture_without_attention(tmp_path):
     assert set(about["aggregator"]["candidates"]) == set(LINEAR)
     assert {kind["name"] for kind in about["aggregator"]["candidates"].values()} == {"instance_linear"}
     assert about["settings"]["learning_rate"] == DEFAULTS["learning_rate"]
+
+
+def test_a_mixture_of_models_that_harmonise_and_attend_to_slides(tmp_path):
+    """ComBat and attention over slides go into every candidate; the group is still their weighted sum."""
+    bags, splits = planted(16, slides=3, signal=6)
+    scanner = {name: "AB"[int(patient[1:]) // 2 % 2] for name, patient in zip(bags.slides, bags.patients, strict=True)}
+    options = {**FEW, "slides": "attention", "invariance": {"combat": True}}
+    train_model({"label": "label"}, options, bags.with_domains(scanner), splits, tmp_path)
+    bundle = load_bundle(tmp_path / "bundles" / "repeat0_fold0")
+    assert bundle.info["harmonised"]["names"] == ["A", "B"]
+    (group,) = bundle.groups
+    assert all(m.slide_scores is not None and m.domain_scale.shape == (3, bags.dim) for m in group.members)
+    patient = next(p for p, (first, last) in bags.where.items() if last - first == 3)
+    x, sizes = bags.bag(patient), bags.sizes(patient)
+    outputs = {}
+    for name, number in (("A", 0), ("B", 1), ("unknown", -1)):
+        each = [predict_bag(m, x, sizes, [number] * 3)[0] for m in group.members]
+        outputs[name] = predict(bundle, x, sizes, [name] * 3).logits
+        np.testing.assert_allclose(outputs[name], group.factors @ np.array(each), atol=1e-5)
+    assert np.abs(outputs["A"] - outputs["B"]).max() > 1e-6
+    assert np.isfinite(bundle_leave_one_out(bundle, x, "A")).all()
+
+
+def small(labels, tiles, features=6, constant=False, folds=2):
+    """Bags and splits of patients with these labels, `tiles` each; constant: of features that do not vary."""
+    rng = np.random.default_rng(0)
+    names = [f"P{i:02d}" for i in range(len(labels))]
+    x = np.ones((len(labels) * tiles, features)) if constant else rng.normal(size=(len(labels) * tiles, features))
+    bags = make_bags(x.astype(np.float32), names, names, [tiles] * len(labels), ENCODER, STAIN)
+    rows = [
+        {"slide_id": name, "patient_id": name, "site": "s", "label": label}
+        for name, label in zip(names, labels, strict=True)
+    ]
+    return bags, make_splits(rows, "label", {"folds": folds, "repeats": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "held_out"),
+    [
+        ({"labels": "NYNY", "tiles": 4}, False),  # one patient of each class to train on: nothing can be held out
+        ({"labels": "NNNNNNYYYYYY", "tiles": 1}, True),
+        ({"labels": "NNNNNNYYYYYY", "tiles": 3, "constant": True}, True),
+        ({"labels": "NNNNNNYYYYYY", "tiles": 2, "features": 200}, True),
+    ],
+)
+def test_what_little_there_is(tmp_path, given, held_out):
+    """Two training patients, one tile each, features that are constant or more than there are tiles: a model, and
+    probabilities that are numbers; without held-out patients all candidates weigh the same."""
+    bags, splits = small(**given)
+    record = train_model({"label": "label"}, FEW, bags, splits, tmp_path)
+    for fold in record["folds"]:
+        weights = {name: part["weight"] for name, part in fold["mixture"].items()}
+        assert sum(weights.values()) == pytest.approx(1)
+        assert (set(weights.values()) == {1 / len(CANDIDATES)}) is not held_out or given.get("constant")
+    bundle = load_bundle(tmp_path / "bundle")
+    values = np.array([predict(bundle, bags.bag(p)).values for p in bags.where])
+    np.testing.assert_allclose(values.sum(1), 1, atol=1e-6)
+    if given.get("constant"):
+        assert np.ptp(values, 0).max() < 1e-6  # nobody can be told from anybody
+
+
+def test_given_validation_patients_of_one_class(tmp_path):
+    """They can tell little; that they are of one class must not make a weight or temperature that is no number."""
+    bags, splits = planted(12, slides=1)
+    one_class = [p for p, label in splits.labels.items() if label == "Y"][:2]
+    splits = replace(splits, folds={0: {**splits.folds[0], **dict.fromkeys(one_class, VAL)}})
+    record = train_model({"label": "label"}, FEW, bags, splits, tmp_path)
+    assert all(np.isfinite([p["loss"] for p in fold["mixture"].values()]).all() for fold in record["folds"])
+    assert all(0.1 <= fold["temperature"] <= 10 for fold in record["folds"])
+    values = predict(load_bundle(tmp_path / "bundle"), bags.bag("P00")).values
+    assert np.isfinite(values).all()

@@ -302,6 +302,54 @@ def test_bundles_with_impossible_numbers_are_refused(tmp_path, change, says):
     assert "bundle.json" in str(caught.value) or "of_theirs" in str(caught.value)
 
 
+PART = {"candidate": "one", "members": 1, "weight": 0.5, "scale": 2.0}
+KIND = {"name": "abmil_gated", "parameters": {"hidden": 16, "attention": 8}}
+
+
+def mixed(folder, parts, candidates=("one", "two")):
+    """A bundle of one group of two members that calls them parts of a mixture."""
+    about = {"name": "auto", "features": 8, "parameters": {}, "candidates": dict.fromkeys(candidates, KIND)}
+    if not candidates:
+        about = {**KIND, "features": 8}
+    group = Group("a", {"temperature": 1.0, **({"parts": parts} if parts else {})}, members(0, 1))
+    save_bundle(folder, {**INFO, "aggregator": about}, [group])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weight": 0.4}, "the weights of a do not sum to 1"),
+        ({"weight": 0}, "weight"),
+        ({"weight": -0.5}, "weight"),
+        ({"weight": "0.5"}, "weight"),
+        ({"scale": 0}, "scale"),
+        ({"scale": -1.0}, "scale"),
+        ({"scale": 1e9}, "scale"),
+        ({"members": 2}, "do not have its 2 members"),
+        ({"members": 0}, "members"),
+        ({"candidate": "three"}, "parts of three, which are no candidates"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_mixtures_that_do_not_add_up_are_refused(tmp_path, change, says):
+    other = {**PART, "candidate": "two"}
+    good = load_bundle(mixed(tmp_path / "good", [PART, other]))
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    np.testing.assert_allclose(
+        predict(good, x).logits, np.mean([2 * predict_bag(m, x)[0] for m in members(0, 1)], 0), atol=1e-5
+    )
+    with pytest.raises(RunError, match=says):
+        load_bundle(mixed(tmp_path / "bad", [{**PART, **change}, other]))
+
+
+def test_parts_and_candidates_belong_together(tmp_path):
+    with pytest.raises(RunError, match="has no parts, and the aggregator 2 candidates"):
+        load_bundle(mixed(tmp_path / "a", []))
+    with pytest.raises(RunError, match="has parts, and the aggregator 0 candidates"):
+        load_bundle(mixed(tmp_path / "b", [PART, {**PART, "candidate": "two"}], ()))
+
+
 def test_a_bundle_without_a_checksum_is_refused(tmp_path):
     path = theirs(tmp_path / "b") / "bundle.json"
     info = json.loads(path.read_text())

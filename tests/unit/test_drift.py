@@ -253,6 +253,12 @@ def test_a_reference_is_made_written_and_bound_to_its_bundle(tmp_path):
     write_json(tmp_path / "bundle" / "bundle.json", {"fingerprint": "two"})
     with pytest.raises(RunError, match="belongs to another bundle"):
         read_reference(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "reference.json"
+    write_json(
+        path, {**{k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}, "format_version": 1}
+    )
+    with pytest.raises(RunError, match=r"is 'slidemake-reference' version 1; .* reads .* version 2\. Delete it"):
+        read_reference(tmp_path / "bundle")
 
 
 def test_the_reference_is_of_the_training_patients(tmp_path):
