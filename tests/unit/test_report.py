@@ -6,7 +6,7 @@ import re
 import pytest
 from slidemake.cohort_table import FAILURE_COLUMNS
 from slidemake.provenance import write_json
-from slidemake.report import _environment, slide_cards, stage_times, write_report
+from slidemake.report import _environment, slide_cards, stage_times, training_section, write_report
 from slidemake.report_timeline import POINTS, busy_times, running, timeline_section, working_time
 from slidemake.tables import write_table
 from slidemake.timings import job_runs
@@ -62,6 +62,19 @@ def test_nothing_is_fetched(results):
     assert addresses
     assert all(address.startswith(("data:", "#")) for address in addresses)
     assert not re.search(r"url\((?!data:)", page)
+
+
+def test_what_models_say_of_their_training_is_told_once(tmp_path):
+    """Models that say the same share a sentence; the control on shuffled labels, which must fail, says nothing."""
+    same = {"level": "note", "code": "epoch_last", "text": "The last epoch was kept."}
+    own = {"level": "warning", "code": "never_falls", "text": f"It never fell {HOSTILE}."}
+    for model, findings in (("a", [same]), ("b", [own, same]), ("shuffled_label", [own])):
+        write_json(tmp_path / model / "train.json", {"findings": findings})
+    found = training_section(tmp_path, ["a", "b", "shuffled_label", "untrained"])
+    assert [(line["level"], line["text"]) for line in found] == [
+        ("note", "Training of a, b: The last epoch was kept."),
+        ("warning", f"Training of b: It never fell {HOSTILE}."),
+    ]
 
 
 def test_slides_found_finished_do_not_count_as_work(results):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from html import escape
 
 import pytest
 from snakemake_run import ENCODER, GRID, PER_SLIDE, Project
@@ -15,6 +16,12 @@ SPOILT = {"P03-B": "no_mpp", "P06-B": "no_tissue", "P07-B": "truncated"}
 def test_run_ends_in_a_report_that_names_every_slide(finished: Project):
     page = (finished.results / "report" / "index.html").read_text()
     assert all(row["slide_id"] in page for row in finished.rows())
+
+
+def test_what_training_says_of_itself_is_in_the_report(finished: Project):
+    page = (finished.results / "report" / "index.html").read_text()
+    said = [line["text"] for line in finished.json("tasks/tumour/abmil/train.json")["findings"]]
+    assert all(escape(text).replace("&#x27;", "&#39;") in page for text in said)
 
 
 def test_every_rule_ran(finished: Project):
