@@ -4,7 +4,8 @@
 
 Three kinds of truth. Real sections with outlines drawn by hand (tests/outlines). Slides composed of real tiles, with
 the mask they were composed by (a folder of `<slide>.tiff` and `<slide>_tissue16.png`). Pictures drawn here by
-Beer-Lambert with one trouble each: a halo of eosin, ink, fat, a fold, a bubble, dust, faint IHC.
+Beer-Lambert with one trouble each: a halo of eosin, ink beside and on tissue, fat, a fold, a bubble, dust, scratches,
+the edge of a label, faint IHC, pale and greenish tissue.
 
 Prints a Markdown table: IoU, surplus (share of the mask that is no tissue) and loss (share of the tissue that is not in
 the mask), mean over the pictures.
@@ -25,7 +26,23 @@ from slidemake.tissue import detect_tissue
 from slidemake.tissue_geometry import polygons_mask
 
 MPP = 8.0
-STAINS = {"h": (0.65, 0.70, 0.29), "e": (0.07, 0.99, 0.11), "dab": (0.27, 0.57, 0.78)}
+STAINS = {"h": (0.65, 0.70, 0.29), "e": (0.07, 0.99, 0.11), "dab": (0.27, 0.57, 0.78), "green": (1.0, 0.72, 0.93)}
+MIXES = {
+    "faint IHC": {"h": 0.06, "dab": 0.03},
+    "pale, greenish": {"green": 0.025},
+    "teal on dense purple": {"h": 0.65, "e": 0.15},
+}
+INKS = {  # (145, 210, 201) is the ink of the real green ring
+    "light ink": (145, 210, 201),
+    "dark ink": (40, 95, 90),
+    "teal on dense purple": (43, 94, 96),
+    "light ink on tissue": (145, 210, 201),
+}
+LABELS = {"cream label": (232, 226, 205), "pink label": (238, 190, 200), "green label": (196, 222, 190)}
+DRAWN = (
+    *("plain", "halo", "light ink", "dark ink", "light ink on tissue", "teal on dense purple", "fat", "fold", "bubble"),
+    *("dust", "scratches", *LABELS, "faint IHC", "pale, greenish"),
+)
 OUTLINES = Path(__file__).parents[1] / "tests" / "outlines"
 Case = tuple[str, np.ndarray, float, np.ndarray, np.ndarray]  # kind, rgb, mpp, truth, where it is scored
 
@@ -65,7 +82,7 @@ def composed_cases(folder: Path) -> Iterator[Case]:
 
 def drawn_cases(seeds: range) -> Iterator[Case]:
     for seed in seeds:
-        for kind in ("plain", "halo", "light ink", "dark ink", "fat", "fold", "bubble", "dust", "faint IHC"):
+        for kind in DRAWN:
             rgb, truth = draw(kind, np.random.default_rng([seed, len(kind)]))
             yield f"drawn: {kind}", rgb, MPP, truth, np.ones_like(truth)
 
@@ -77,7 +94,7 @@ def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     angle, radius = np.arctan2(y - 350, x - 330), np.hypot((y - 350) / 200, (x - 330) / 240)
     wave = sum(rng.normal(0, 0.05) * np.cos(k * angle + rng.uniform(0, 6.28)) for k in range(2, 8))
     truth = radius < 1 + wave
-    mix = {"h": 0.06, "dab": 0.03} if kind == "faint IHC" else {"h": rng.uniform(0.1, 0.3), "e": rng.uniform(0.1, 0.3)}
+    mix = MIXES.get(kind) or {"h": rng.uniform(0.1, 0.3), "e": rng.uniform(0.1, 0.3)}
     grain = ndi.gaussian_filter(rng.standard_normal((high, wide)), 1.2)
     grain = np.clip(1 + 0.4 * grain / grain.std(), 0.15, None) * truth
     od = sum((amount * grain)[..., None] * np.asarray(STAINS[name]) for name, amount in mix.items())
@@ -91,11 +108,10 @@ def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     if kind == "fold":
         od[np.abs(y - 300 - 0.3 * x) * truth + 99 * ~truth < 8] *= 2.3
     rgb = np.asarray((244, 242, 243)) * 10**-od
-    if "ink" in kind:
-        line = np.abs(x - 560 - 80 * np.sin(y / 110)) < 16
+    if kind in INKS:
+        line = np.abs(x - (300 if "on " in kind else 560) - 80 * np.sin(y / 110)) < 16
         soft = ndi.gaussian_filter(line.astype(float), 2.5)[..., None]
-        ink = np.asarray((145, 210, 201) if kind == "light ink" else (40, 95, 90)) / 244
-        rgb *= ink**soft
+        rgb *= (np.asarray(INKS[kind]) / 244) ** soft
         truth = truth & ~(soft[..., 0] > 0.1)
     if kind == "bubble":
         rgb[np.abs(np.hypot(y - 150, x - 680) - 70) < 4] *= 0.62
@@ -105,8 +121,36 @@ def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         for _ in range(6):
             slope, offset = rng.normal(0, 1), rng.uniform(0, high)
             rgb[np.abs(y - offset - slope * x) < 1] *= 0.85
+    if kind == "scratches":
+        _scratch(rgb, rng)
+    if kind in LABELS:
+        _label(rgb, LABELS[kind], rng)
     rgb += rng.normal(0, 1.2, rgb.shape)
     return np.clip(rgb, 0, 255).astype(np.uint8), truth
+
+
+def _scratch(rgb: np.ndarray, rng: np.random.Generator) -> None:
+    """Forty scratches along much the same direction, dark with a bright rim, over glass and tissue alike."""
+    y, x = np.mgrid[: rgb.shape[0], : rgb.shape[1]].astype(float)
+    for _ in range(40):
+        slope, width = rng.normal(0.5, 0.25), rng.uniform(0.6, 1.6)
+        away = (y - rng.uniform(-300, 900) - slope * x) / np.hypot(1, slope) / width
+        here = (x > rng.uniform(0, 500)) & (x < rng.uniform(500, 800))
+        rgb *= (1 - rng.uniform(0.1, 0.45) * np.exp(-(away**2)) * here)[..., None]
+        rgb += (rng.uniform(0, 25) * np.exp(-((away - 2) ** 2)) * here)[..., None]
+
+
+def _label(rgb: np.ndarray, colour: tuple[int, int, int], rng: np.random.Generator) -> None:
+    """The edge of a printed label at the right border, with its shadow on the glass."""
+    y, x = np.mgrid[: rgb.shape[0], : rgb.shape[1]].astype(float)
+    beside = 720 + 4 * np.sin(y / 90) - x
+    paper = np.asarray(colour) * (1 + 0.036 * ndi.gaussian_filter(rng.standard_normal(x.shape), 1)[..., None])
+    for top in range(60, 640, 36):
+        for left in range(738, 800, 14):
+            if rng.random() < 0.8:
+                paper[top : top + 22, left : left + rng.integers(3, 9)] = (45, 45, 50)
+    rgb *= (1 - 0.45 * np.exp(-np.clip(beside, 0, None) / 5))[..., None]
+    rgb[beside < 0] = paper[beside < 0]
 
 
 def _membranes(rng: np.random.Generator, area: np.ndarray, cell: int) -> np.ndarray:

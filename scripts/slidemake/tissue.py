@@ -26,6 +26,7 @@ from slidemake.tissue_artefacts import PEN_COLOURS, bubble_mask, fold_mask
 from slidemake.tissue_density import THRESHOLD_RANGE, Found, Layers, density_mask, measure, strong_threshold
 from slidemake.tissue_models import MODELS, model_mask
 from slidemake.tissue_pixels import (
+    channel_range,
     close_gaps,
     component_areas,
     dilate,
@@ -138,7 +139,7 @@ def _scanned(rgb: np.ndarray, mpp: float) -> tuple[slice, slice] | None:
     """
     if rgb.ndim != 3 or rgb.size == 0 or rgb[[0, 0, -1, -1], [0, -1, 0, -1]].min(1).max() < 255:
         return None  # no white corner: a quick no for most slides
-    seen = rgb.min(2) < 255
+    seen = channel_range(rgb)[0] < 255
     rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
     if rows.size == 0:
         return (slice(0, 1), slice(0, 1)) if seen.size > 1 else None

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage as ndi
 
-from slidemake.tissue_pixels import box_mean, component_areas, dilate, grow, keep_components, shrink, thinned
+from slidemake.tissue_pixels import (
+    box_mean,
+    channel_range,
+    component_areas,
+    dilate,
+    grow,
+    keep_components,
+    shrink,
+    thinned,
+)
 
 PEN_COLOURS = ("green", "blue", "red", "black")
 MIN_PEN_UM2 = 20_000.0  # a stroke is a large coherent thing; single dark or blue pixels are nuclei
@@ -24,7 +33,7 @@ def black_areas(rgb: np.ndarray, mpp: float) -> np.ndarray:
 
     Black is max(R, G, B) <= 12 in a piece that touches the border, or exactly 0, 0, 0 in a piece above 0.02 mm^2.
     """
-    top = rgb.max(2)
+    top = channel_range(rgb)[1]
     if not (top <= 12).any():
         return np.zeros(top.shape, bool)
     labels, count = ndi.label(top <= 12)

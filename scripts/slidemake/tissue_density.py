@@ -90,7 +90,7 @@ def measure(rgb: np.ndarray, mpp: float, pens: list[str], pen_margin_um: float) 
     level = local[0] + local[1] + local[2]
     chroma = np.maximum(np.maximum(local[0], local[1]), local[2])
     chroma -= np.minimum(np.minimum(local[0], local[1]), local[2])
-    shade = hsv(smooth)
+    shade = hsv(smooth, vivid=60)  # no pen is less saturated
     pen = pen_mask(od, shade, ~black, mpp, pens)
     wide = dilate(pen, pen_margin_um / mpp) if pen.any() else pen
     fine_od = optical_density(rgb, glass.white, -1.0)  # lines of one pixel do not outlive a median

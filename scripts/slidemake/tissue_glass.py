@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from slidemake.tissue_pixels import local_texture
+from slidemake.tissue_pixels import channel_range, local_texture
 
 ASSUMED = 245.0  # where tissue fills the whole overview
 FLAT = 2.5  # spread of grey values over 40 um, of what is one colour; the palest tissue has more
@@ -36,16 +36,14 @@ def find_glass(rgb: np.ndarray, usable: np.ndarray, mpp: float) -> Glass:
     pixels = rgb[::step, ::step][usable[::step, ::step]]
     if len(pixels) == 0:
         return Glass(np.full(3, ASSUMED), "none")
-    channels = [pixels[:, c] for c in range(3)]
-    darkest = np.minimum(np.minimum(channels[0], channels[1]), channels[2])
-    brightest = np.maximum(np.maximum(channels[0], channels[1]), channels[2])
+    darkest, brightest = channel_range(pixels)
     # Stained tissue keeps a colour; glass is at most tinted.
     bright = pixels[(darkest >= 180) & (brightest - darkest <= 24)]
     painted = bright.min(1) == 255 if len(bright) else np.zeros(0, bool)
     if (~painted).sum() >= 0.01 * len(pixels):
         bright = bright[~painted]
     elif painted.sum() >= 0.01 * len(pixels):
-        wrong = _flat_colour(rgb, usable & (rgb.min(2) < 255), mpp, 0.4 * usable.sum())
+        wrong = _flat_colour(rgb, usable & (channel_range(rgb)[0] < 255), mpp, 0.4 * usable.sum())
         return wrong if wrong is not None and wrong.kind == "implausible" else Glass(np.full(3, 255.0), "glass")
     if len(bright) < 0.002 * len(pixels) or len(bright) < 16:
         return _flat_colour(rgb, usable, mpp, 0.05 * usable.sum()) or Glass(np.full(3, ASSUMED), "none")

@@ -36,13 +36,27 @@ def optical_density(rgb: np.ndarray, white: np.ndarray, floor: float = 0.0) -> l
     return [densities[c][rgb[..., c]] for c in range(3)]
 
 
-def hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue (0..360, -180..180 wrapped to 0..360), saturation (0..255), value (0..255) of (h, w, 3) uint8, float32."""
-    r, g, b = (rgb[..., c].astype(np.float32) for c in range(3))
-    top, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
-    spread = np.maximum(top - low, np.float32(1e-6))
-    hue = np.where(top == r, (g - b) / spread, np.where(top == g, 2 + (b - r) / spread, 4 + (r - g) / spread)) * 60
-    return (hue % 360).astype(np.float32), (255 * (top - low) / np.maximum(top, 1)).astype(np.float32), top
+def channel_range(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest of the three channels, (h, w) each; several times as fast as min and max over the last axis."""
+    r, g, b = (rgb[..., c] for c in range(3))
+    return np.minimum(np.minimum(r, g), b), np.maximum(np.maximum(r, g), b)
+
+
+def hsv(rgb: np.ndarray, vivid: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hue (0..360), saturation (0..255) and value (0..255) of (h, w, 3) uint8, float32.
+
+    The hue is that of pixels of a saturation above `vivid`, and 0 elsewhere: most of an overview is glass.
+    """
+    low, top = channel_range(rgb)
+    saturation = (255 * (top - low).astype(np.float32)) / np.maximum(top, 1)
+    hue = np.zeros(top.shape, np.float32)
+    chosen = saturation > vivid
+    value = top[chosen].astype(np.float32)
+    r, g, b = (rgb[..., c][chosen].astype(np.float32) for c in range(3))
+    spread = np.maximum(value - low[chosen], np.float32(1e-6))
+    turn = np.where(value == r, (g - b) / spread, np.where(value == g, 2 + (b - r) / spread, 4 + (r - g) / spread))
+    hue[chosen] = turn * 60 % 360
+    return hue, saturation, top.astype(np.float32)
 
 
 def box_mean(values: np.ndarray, size: float) -> np.ndarray:
@@ -107,7 +121,16 @@ def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
         return mask.copy()
     if radius < 4:
         return grow(mask, radius)
-    return ndi.distance_transform_edt(~mask) <= radius
+    out, margin = np.zeros_like(mask), int(radius) + 1
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    window = tuple(slice(max(0, int(found[0]) - margin), int(found[-1]) + 1 + margin) for found in (rows, columns))
+    nearest = ndi.distance_transform_edt(~mask[window], return_distances=False, return_indices=True)
+    down, across = np.ogrid[: nearest.shape[1], : nearest.shape[2]]
+    nearest[0] -= down
+    nearest[1] -= across
+    nearest *= nearest
+    out[window] = nearest[0] + nearest[1] <= radius * radius
+    return out
 
 
 def close_gaps(mask: np.ndarray, width: float) -> np.ndarray:
