@@ -19,6 +19,16 @@ QUICK = {
 }
 
 
+INFO = {
+    "fingerprint": "f",
+    "encoder": ENCODER,
+    "stain_of_features": STAIN,
+    "aggregator": {"name": "abmil_gated", "parameters": {"hidden": 16, "attention": 8}, "features": 8},
+    "classes": ["N", "Y"],
+    "threshold": 0.4,
+}
+
+
 def planted(
     n: int = 24, dim: int = 8, signal: float = 4.0, seed: int = 0, mean_shift: float = 0.0, slides: int = 3
 ) -> tuple[Bags, Splits]:

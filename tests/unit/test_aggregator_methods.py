@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mil_cohort import ENCODER, QUICK, planted
+from mil_cohort import ENCODER, INFO, QUICK, planted
 from scipy.special import softmax
 from slidemake.aggregators import AGGREGATORS, Batch, build_aggregator, leave_one_out, log_odds, predict_bag
 from slidemake.aggregators.clam import BAG_WEIGHT, smooth_svm
@@ -18,8 +18,7 @@ from slidemake.calibration import auroc
 from slidemake.fitting import DEFAULTS, fit_member
 from slidemake.objectives import class_objective
 from slidemake.prediction import predict_bags
-from test_aggregators import SMALL, model_of, tiles
-from test_bundle import INFO
+from small_models import SMALL, model_of, tiles
 
 DIM = 12
 

@@ -13,7 +13,7 @@ from slidemake.background_control import background_control
 from slidemake.embedding_engine import Forward
 from slidemake.grid import parse_grid, plan_window, tile_positions
 from slidemake.provenance import read_json, write_json
-from test_embedding import ToyEncoder
+from toy_encoder import ToyEncoder
 
 pyvips = pytest.importorskip("pyvips")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from mil_cohort import ENCODER, QUICK, STAIN, planted
+from mil_cohort import ENCODER, INFO, QUICK, STAIN, planted
 from scipy.special import softmax
 from slidemake.aggregators import build_aggregator, leave_one_out, predict_bag
 from slidemake.bags import load_bags, make_bags, open_bags, pack_bags
@@ -26,15 +26,6 @@ from slidemake.outcomes import decide
 from slidemake.prediction import apply_bundle_to_stores
 from slidemake.provenance import file_sums, write_json
 from slidemake.training import train_model
-
-INFO = {
-    "fingerprint": "f",
-    "encoder": ENCODER,
-    "stain_of_features": STAIN,
-    "aggregator": {"name": "abmil_gated", "parameters": {"hidden": 16, "attention": 8}, "features": 8},
-    "classes": ["N", "Y"],
-    "threshold": 0.4,
-}
 
 
 def members(*seeds):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulated_outcomes import table, written
 from sklearn.metrics import roc_auc_score
 from slidemake.conformal import conformal_limit
 from slidemake.evaluation_outcomes import evaluate_tables
@@ -15,7 +16,6 @@ from slidemake.external import evaluate_external, external_predictions, true_lab
 from slidemake.failures import RunError
 from slidemake.report import _environment, external_section
 from slidemake.targets import label_task
-from test_evaluation_outcomes import table, written
 
 BUNDLE = {
     "classes": ["benign", "tumour"],

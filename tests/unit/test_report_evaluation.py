@@ -7,11 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from simulated import by_group, simulate
 from slidemake.evaluation import evaluate_models
 from slidemake.report import _environment, titles
 from slidemake.report_evaluation import evaluation_section
 from slidemake.splits import make_splits
-from test_subgroups import by_group, simulate
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -11,7 +11,7 @@ from slidemake.aggregators import build_aggregator
 from slidemake.bundle import Bundle, Group
 from slidemake.embedding_engine import Forward
 from slidemake.stress import Patient, conclusion, judge, levels, sample_tiles, stress_cohort, stress_patient, table_rows
-from test_embedding import DIM, ToyEncoder, job, make_tiles
+from toy_encoder import DIM, ToyEncoder, job, make_tiles
 
 OPTIONS = {"tiles": 10, "corruptions": ["brightness"], "seed": 0, "patients": None}
 EVALUATION = {"bootstrap": 100, "seed": 0, "level": 0.95, "stratify": True, "ece_bins": 5}
