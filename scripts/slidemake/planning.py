@@ -155,16 +155,12 @@ def because(why: str) -> Any:
     """A reason of Snakemake's for a job to run, in our words."""
     from snakemake.jobs import Reason
 
-    class Because(Reason):  # type: ignore[misc]
-        __slots__ = ()
-
-        def __str__(self) -> str:
-            return f"Finished (was: {why})" if self.finished else why
-
-        def get_names(self) -> Iterable[str]:
-            yield "not current"
-
-    reason = Because()
+    own = {
+        "__slots__": (),
+        "__str__": lambda self: f"Finished (was: {why})" if self.finished else why,
+        "get_names": lambda self: iter(["not current"]),
+    }
+    reason = type("Because", (Reason,), own)()
     reason.forced, reason.derived = True, False
     return reason
 

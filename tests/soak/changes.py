@@ -2,12 +2,13 @@
 
     python tests/soak/changes.py --sequences 200 --seed 0
 
-A sequence starts from a finished run and draws some of: another configuration, sheet, slide or mask (older than the
-results), a deleted or overwritten file of the results, Snakemake's memory deleted, times of all results made
-meaningless, a run from another folder, under another spelling or only up to the embeddings, a run that is killed. At
-its end stands a state of which there is a fresh run, and a run that is not disturbed. All files of the fresh run must
-be there with the same content. (The paths of slides are part of the results, so all runs are in one folder, one after
-the other.) Runs are real; only the interpreter is not started anew (tests/workflow/warm.py).
+A sequence starts from a finished run and draws some of: another configuration (a sweep among them), sheet, slide, mask
+or weights (older than the results), a deleted or overwritten file of the results, Snakemake's memory deleted, times of
+all results made meaningless, a run from another folder, under another spelling or only up to the embeddings, a run that
+is killed. At its end stands a state of which there is a fresh run, and a run that is not disturbed. All files of the
+fresh run must be there with the same content. (The paths of slides are part of the results, so all runs are in one
+folder, one after the other.) One slide is at an address and fetched. Runs are real; only the interpreter is not started
+anew (tests/workflow/warm.py), and the encoder is a toy.
 """
 
 from __future__ import annotations
@@ -28,20 +29,26 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cohort import EXCEPT_FILES, _same, make_project, rows
-from snakemake_run import ENCODER, GRID, REPO, Project
+from cohort import EXCEPT_FILES, LOOPBACK, TOY_RECORD, _same, make_project, rows, slide_site, write_toy_weights
+from snakemake_run import CONFIG, GRID, REPO, Project
+from storage_servers import Site
 from warm import Warm
 
+ENCODER = "toy"
+SMALL = {**CONFIG["models"]["abmil"], "encoder": ENCODER}
 # What may be set to what; the first is what the sequence starts from.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "model": [{"models": {"abmil": {"hidden": 16}}}, {"models": {"abmil": {"hidden": 24}}}],
     "tissue": [{"tissue": {"focus_samples": 8}}, {"tissue": {"focus_samples": 6}}],
-    "stain": [{"stain": {"method": "auto"}}, {"stain": {"method": "reinhard"}}],
+    "stain": [{"stain": {"method": "macenko"}}, {"stain": {"method": "reinhard"}}],
     "tiles": [{"tiling": {"min_tissue": 0.5}}, {"tiling": {"min_tissue": 0.7}}],
     "evaluation": [{"evaluation": {"bootstrap": 100}}, {"evaluation": {"bootstrap": 120}}],
     "explain": [{"explain": {"top_tiles": 3}}, {"explain": {"top_tiles": 2}}],
+    "sweep": [{"sweeps": None}, {"sweeps": {"rates": {**SMALL, "learning_rate": [1e-3, 1e-4]}}}],
 }
-FILES = {"slide": "slides/P03-A.tiff", "mask": "slides/truth/P01-A_tumour16.png"}
+FILES = {"slide": "slides/P03-A.tiff", "mask": "slides/truth/P01-A_tumour16.png", "weights": "toy.pt"}
+LONGEST = 25.0  # s after which a run that is to be killed is, unless it has ended
+REMOTE = "P04-A"  # the slide that is fetched
 SHEETS = ("as it was", "labels", "excluded", "shorter")
 FINAL = (  # states that a sequence may end with
     {},
@@ -50,6 +57,7 @@ FINAL = (  # states that a sequence may end with
     {"tissue": 1, "mask": 1},
     {"tiles": 1, "sheet": "excluded"},
     {"evaluation": 1, "explain": 1, "sheet": "shorter"},
+    {"sweep": 1, "weights": 1},
 )
 NOT_COMPARED = (*EXCEPT_FILES, "digests/", "plan.json", "slidemake.json", ".snakemake")
 DELETABLE = (
@@ -87,12 +95,16 @@ class Sequence:
 class Stage:
     """The one folder in which everything happens, and the fresh runs of its states."""
 
-    def __init__(self, base: Path, warm: Warm):
-        self.base, self.warm = base, warm
+    def __init__(self, base: Path, warm: Warm, site: Site):
+        self.base, self.warm, self.site = base, warm, site
         self.project = Project(base / "project")
         self.terminal = base / "terminal.txt"
         self.state: dict[str, Any] = {}
         self.sheet: list[dict[str, str]] = []
+        self.drawn = base / "drawn"
+        self.drawn.mkdir(exist_ok=True)
+        self.rows = rows(self.drawn)
+        site.files[f"/{REMOTE}.tiff"] = (self.drawn / f"{REMOTE}.tiff").read_bytes()
 
     def fresh(self, state: dict[str, Any]) -> Path:
         """A run of a state from the beginning, made when it is first asked for."""
@@ -110,12 +122,18 @@ class Stage:
     def _draw(self) -> None:
         """A project that has not run, with slides of its own and, for two files, another to take their place."""
         shutil.rmtree(self.project.folder, ignore_errors=True)
-        drawn = self.base / "drawn"
-        drawn.mkdir(exist_ok=True)
-        sheet = rows(drawn)
-        make_project(self.project.folder, [row | {"path": f"slides/{Path(row['path']).name}"} for row in sheet])
-        subprocess.run(["cp", "-a", str(drawn), str(self.project.folder / "slides")], check=True)
+        places = {row["slide_id"]: f"slides/{Path(row['path']).name}" for row in self.rows}
+        places[REMOTE] = f"{self.site.address}/{REMOTE}.tiff"
+        sheet = [row | {"path": places[row["slide_id"]]} for row in self.rows]
+        models = {"abmil": {"encoder": ENCODER}}
+        # to a toy all slides look alike
+        tasks = {"tumour": {"splits": {"near_duplicate": 1.0}}}
+        project = make_project(self.project.folder, sheet, encoders_file="toy.yaml", models=models, tasks=tasks)
+        (project.folder / "toy.yaml").write_text(json.dumps({"encoders": {ENCODER: TOY_RECORD}}))
+        subprocess.run(["cp", "-a", str(self.drawn), str(project.folder / "slides")], check=True)
         self._others()
+        for choices in SETTINGS.values():
+            project.configure(**choices[0])
         self._begin()
 
     def _others(self) -> None:
@@ -123,6 +141,8 @@ class Stage:
 
         folder = self.project.folder / "others"
         folder.mkdir()
+        for name, seed in ((self.project.folder / FILES["weights"], 0), (folder / "1-toy.pt", 1)):
+            write_toy_weights(name, seed)
         for name in FILES.values():
             shutil.copy2(self.project.folder / name, folder / f"0-{Path(name).name}")
         slide = (self.project.folder / FILES["slide"]).read_bytes()
@@ -177,7 +197,7 @@ class Stage:
         elif spelling == "other":
             extra = ["--config", f"output={folder}/./results/"]
         command = [*arguments, "--snakefile", str(REPO / "Snakefile"), "--cores", "1", "--configfile", config, *extra]
-        return self.warm.run(folder, command, self.terminal, kill_after)
+        return self.warm.run(folder, command, self.terminal, kill_after, **LOOPBACK)
 
     def compare(self, fresh: Path, sequence: Sequence) -> None:
         """All files of the fresh run, with the same content."""
@@ -230,7 +250,7 @@ def step(stage: Stage, rng: np.random.Generator, sequence: Sequence) -> None:
     else:
         spelling = str(rng.choice(["usual", "usual", "other", "elsewhere"]))
         target = ["embeddings"] if kind == "part" else []
-        after = float(rng.uniform(3, 45)) if kind == "killed run" else None
+        after = float(rng.uniform(1, LONGEST)) if kind == "killed run" else None
         code = stage.run(*target, spelling=spelling, kill_after=after)
         sequence.killed += code is None
         kind = f"{kind} ({spelling}{'' if after is None else f', {after:.0f} s'}): {code}"
@@ -273,15 +293,16 @@ def run(
     with Warm() as warm:
         base = folder / "changes"
         base.mkdir(parents=True, exist_ok=True)
-        stage = Stage(base.resolve(), warm)
-        for number in range(first, first + sequences):
-            sequence = run_sequence(stage, number, seed, finals)
-            done.append(sequence)
-            with open(folder / "changes.jsonl", "a") as handle:
-                handle.write(json.dumps(asdict(sequence)) + "\n")
-            print(f"sequence {number}: {'; '.join(sequence.steps)} ({sequence.seconds:.0f} s)", flush=True)
-            for what in [*sequence.lost, *sequence.wrong]:
-                print(f"  WRONG {what}", flush=True)
+        with slide_site(base, {}) as site:
+            stage = Stage(base.resolve(), warm, site)
+            for number in range(first, first + sequences):
+                sequence = run_sequence(stage, number, seed, finals)
+                done.append(sequence)
+                with open(folder / "changes.jsonl", "a") as handle:
+                    handle.write(json.dumps(asdict(sequence)) + "\n")
+                print(f"sequence {number}: {'; '.join(sequence.steps)} ({sequence.seconds:.0f} s)", flush=True)
+                for what in [*sequence.lost, *sequence.wrong]:
+                    print(f"  WRONG {what}", flush=True)
     return done
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow"))
 
 from slidemake.demo import SHEET_COLUMNS, demo_rows, draw_demo_slide
 from snakemake_run import CONFIG, Project
+from storage_servers import Site, http_site
 
 TESTS = Path(__file__).resolve().parents[1]
 SIDE = 1024  # px: some tiles a slide
@@ -66,6 +69,46 @@ def reference_run(folder: Path, target: str = "all", patients: int = 4, **change
         project.succeed(target)
         (folder / "reference.done").touch()
     return project
+
+
+@contextmanager
+def slide_site(folder: Path, files: dict[str, bytes]) -> Iterator[Site]:
+    """An HTTP server on the loopback, at the same address whenever it is started for this folder: addresses are part of
+    results."""
+    kept = folder / "port"
+    with http_site(files, int(kept.read_text()) if kept.exists() else 0) as site:
+        kept.write_text(site.address.rsplit(":", 1)[1])
+        yield site
+
+
+LOOPBACK = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+TOY_RECORD = {
+    "title": "Bands of colour and texture",
+    "source": {"kind": "file", "file": "toy.pt"},
+    "loader": "torchscript",
+    "tile_px": 224,
+    "mpp": 0.5,
+    "transform": {"resize": 224, "crop": 224, "interpolation": "bicubic"},
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+    "variant": "pooled",
+    "variants": {"pooled": {"pooling": "output", "dim": 16}},
+    "precision": "fp32",
+    "licence": "our own",
+    "gated": False,
+    "stain": "allowed",
+}
+
+
+def write_toy_weights(path: Path, seed: int) -> None:
+    """An encoder that costs next to nothing: 16 random filters, averaged over the tile."""
+    import torch
+
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 16, stride=16), torch.nn.Hardtanh(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    ).eval()
+    torch.jit.trace(net, torch.zeros(1, 3, 224, 224)).save(str(path))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cohort import TESTS, differences, make_project, reference_run
-from snakemake_run import ENCODER, GRID, Outcome, Project, environment
+from snakemake_run import CONFIG, ENCODER, GRID, Outcome, Project, environment
 
 RACKS = ("r00000", "r00001")
 NOBODY = 65534
@@ -144,14 +144,17 @@ SCRIPTS = {
 
 
 def finished_projects(folder: Path) -> dict[str, Project]:
-    """Undisturbed runs: the usual one, the same with the optional stages, and its model applied to other patients."""
+    """Undisturbed runs: the usual one, one with a sweep and optional stages, its model applied to other patients."""
     usual = reference_run(folder)
     optional, predict = Project(folder / "optional"), Project(folder / "predict")
     if not (folder / "projects.done").exists():
         for project in (optional, predict):
             shutil.rmtree(project.folder, ignore_errors=True)
             usual.copy(project.folder)
-        optional.configure(stress={"tiles": 2}, background={"tiles": 2})
+        small = CONFIG["models"]["abmil"]
+        optional.configure(
+            stress={"tiles": 2}, background={"tiles": 2}, sweeps={"rates": {**small, "learning_rate": [1e-3, 1e-4]}}
+        )
         optional.succeed()
         shutil.move(predict.results / MODEL / "bundle", predict.folder / "bundle")
         predict.write_sheet([row | {"patient_id": f"N{row['patient_id']}"} for row in predict.rows()])

@@ -3,10 +3,10 @@
     python tests/soak/kill.py --moments 60 --seed 0
 
 A trial is a run from slides to report that is killed several times, finished, and compared with a run that nobody
-disturbed; in turn the usual one, one with background and stress tests, and one that applies a bundle (prediction, its
-metrics, drift). Runs that are killed in the middle of a change are in `changes.py`. Every other trial starts from the
-beginning, the others from a copy of the finished run without the results
-of some stage and all that follow it, so that late stages are met as often as early ones. How it is killed:
+disturbed; in turn the usual one, one with a sweep, background and stress tests, one that applies a bundle (prediction,
+its metrics, drift), and one whose slides are fetched. Runs that are killed in the middle of a change are in
+`changes.py`. Every other trial starts from the beginning, the others from a copy of the finished run without the
+results of some stage and all that follow it, so that late stages are met as often as early ones. How it is killed:
 
     workflow   SIGKILL to Snakemake and all its jobs, as when a machine goes down
     driver     SIGKILL to Snakemake alone: its jobs go on, beside those of the next run
@@ -42,10 +42,11 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cohort import TESTS, differences, make_project
+from cohort import LOOPBACK, TESTS, differences, make_project, reference_run, slide_site
 from faults import finished_projects
 from slidemake.verify import verify
 from snakemake_run import ENCODER, GRID, Project, environment, kill_group
+from storage_servers import Site
 
 KINDS = {"workflow": 0.3, "driver": 0.2, "job": 0.15, "engine": 0.2, "preempt": 0.15}
 MOMENT = 10.0  # s, at most, after the first job of a run has started, or after the kill before
@@ -306,7 +307,29 @@ def run_trial(number: int, seed: int, folder: Path, reference: Project, moments:
 
 def run(moments: int, seed: int, folder: Path, first: int = 0, per_trial: int = PER_TRIAL) -> list[Trial]:
     """Trials until there were as many moments; a line of JSON for each goes into `folder`/kill.jsonl."""
-    references = list(finished_projects(folder).values())
+    with slide_site(folder, {}) as site:
+        os.environ.update(LOOPBACK)
+        references = [*finished_projects(folder).values(), fetching_project(folder, site)]
+        return run_trials(references, moments, seed, folder, first, per_trial)
+
+
+def fetching_project(folder: Path, site: Site) -> Project:
+    """An undisturbed run of the same slides, at addresses."""
+    rows = reference_run(folder).rows()
+    site.files.update({f"/{Path(row['path']).name}": Path(row["path"]).read_bytes() for row in rows})
+    project = Project(folder / "fetching")
+    if not (folder / "fetching.done").exists():
+        shutil.rmtree(project.folder, ignore_errors=True)
+        make_project(project.folder, [row | {"path": f"{site.address}/{Path(row['path']).name}"} for row in rows])
+        project.succeed()
+        (folder / "fetching.done").touch()
+    return project
+
+
+def run_trials(
+    references: list[Project], moments: int, seed: int, folder: Path, first: int, per_trial: int
+) -> list[Trial]:
+    """Trials with the references in turn."""
     trials: list[Trial] = []
     while sum(len(trial.moments) for trial in trials) < moments:
         left = moments - sum(len(trial.moments) for trial in trials)

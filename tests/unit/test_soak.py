@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,20 @@ def test_the_page_lists_all_exceptions():
     rows = page.split("<!-- exceptions -->")[1].split("<!-- /exceptions -->")[0].strip().splitlines()[2:]
     listed = dict(line.strip("| ").split(" | ") for line in rows)
     assert {name.strip("`"): why for name, why in listed.items()} == EXCEPT_FILES | EXCEPT_KEYS
+
+
+def test_every_promise_of_the_page_names_its_tests():
+    page = (TESTS.parent / "docs" / "reliability.md").read_text()
+    promised = page.split("## What is promised")[1].split("\n## ")[0].split("Equal results means")[0]
+    leads = [" ".join(lead.split()) for lead in re.findall(r"^- \*\*(.*?)\*\*", promised, re.MULTILINE | re.DOTALL)]
+    rows = page.split("| what is promised |")[1].split("\n\n")[0].splitlines()[2:]
+    listed = dict(row.strip("| ").split(" | ") for row in rows)
+    assert [lead.rstrip(":") for lead in leads] == list(listed)
+    tests = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
+    for lead, names in listed.items():
+        found = re.findall(r"`(test_\w+)`", names)
+        assert found, lead
+        assert [name for name in found if f"def {name}(" not in tests] == []
 
 
 def test_the_table_counts_what_is_wrong(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections import Counter
@@ -37,8 +38,8 @@ class Site:
 
 
 @contextmanager
-def http_site(files: dict[str, bytes]) -> Iterator[Site]:
-    """An HTTP server for `files`."""
+def http_site(files: dict[str, bytes], port: int = 0) -> Iterator[Site]:
+    """An HTTP server for `files`; port 0: any that is free."""
     site = Site(dict(files))
 
     class Handler(BaseHTTPRequestHandler):
@@ -59,7 +60,8 @@ def http_site(files: dict[str, bytes]) -> Iterator[Site]:
                 return self.say(site.errors[path].pop(0), b"an error page, and no slide")
             if path not in site.files:
                 return self.say(404, b"<html>not found</html>")
-            body, tag = site.files[path], f'"{hash(site.files[path])}"'
+            body = site.files[path]
+            tag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
             wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             start = 0
             if wanted and site.ranges and self.headers.get("If-Range") == tag:
@@ -92,7 +94,7 @@ def http_site(files: dict[str, bytes]) -> Iterator[Site]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     site.address = f"http://127.0.0.1:{server.server_address[1]}"
