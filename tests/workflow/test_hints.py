@@ -25,7 +25,7 @@ from slidemake.failures import CODES
 from snakemake_run import Project, environment
 from storage_servers import http_site
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.long]
 
 LOOPBACK = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
 # slide, named by its code -> (stage that fails, words of its hint)
