@@ -17,7 +17,7 @@ help:
 
 setup: .venv/ready
 
-.venv/ready: envs/requirements.txt
+.venv/ready: envs/requirements.txt pyproject.toml
 	@echo "slidemake: setting up .venv with the locked packages (about 2 GB to download, 7 GB on disk, about 6 minutes)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "slidemake needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
 	@$(PYTHON) -m venv .venv

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from slidemake.reliability import wilson_interval
-from slidemake.shortcuts import Slides, probe_shortcuts
+from slidemake.robustness.shortcuts import Slides, probe_shortcuts
+from slidemake.statistics.reliability import wilson_interval
 
 FEATURES, SHARED, SITES = 300, 12, 4
 NULLS = 19  # permutations of the probes: enough for p = 0.05, and sites are told with far less

@@ -26,9 +26,9 @@ ENCODER = "efficientnet_lite0"
 
 def stain_transform() -> dict[str, Any]:
     """A Macenko transform of one H&E stain to another: what it costs does not depend on the numbers."""
-    from slidemake.stain import StainFit
-    from slidemake.stain import stain_transform as make
-    from slidemake.stain_targets import pool_targets
+    from slidemake.stain.fit import StainFit
+    from slidemake.stain.fit import stain_transform as make
+    from slidemake.stain.targets import pool_targets
 
     source = StainFit(
         "macenko", (240.0, 238.0, 235.0), ((0.65, 0.70, 0.29), (0.10, 0.95, 0.28)), (1.8, 1.0), None, None, 1
@@ -42,10 +42,10 @@ def stain_transform() -> dict[str, Any]:
 
 def embed(encoder: Any, slide: Slide, store: Path, copies: int, folder: Path, stain: dict | None = None) -> float:
     """The embedding stage on `copies` slides that share one store, to finished embedding stores."""
-    from slidemake.embedding import Lane, process_rack, stain_description
-    from slidemake.embedding_engine import SlideJob
-    from slidemake.racks import run_rack
-    from slidemake.tiles import TileStore
+    from slidemake.embedding.engine import SlideJob
+    from slidemake.embedding.stage import Lane, process_rack, stain_description
+    from slidemake.jobs.racks import run_rack
+    from slidemake.stores.tile_store import TileStore
 
     count = len(TileStore(store))
     records = [{"slide_id": f"s{i}", "status": "ok", "failure": None, "tiles": count} for i in range(copies)]
@@ -71,7 +71,7 @@ def embed(encoder: Any, slide: Slide, store: Path, copies: int, folder: Path, st
 
 def model_alone(encoder: Any, tiles: np.ndarray, work: Callable[[Any, Any], Any] | None = None) -> float:
     """The engine's own arrangement (as many batches side by side as threads) with nothing to wait for."""
-    from slidemake.embedding_engine import Forward, single_threaded
+    from slidemake.embedding.engine import Forward, single_threaded
 
     forward = Forward(encoder, "cpu", BATCH)
     parts = [tiles[i : i + BATCH] for i in range(0, len(tiles), BATCH)]
@@ -118,12 +118,12 @@ def measure(large: Slide, small: Slide, size: dict[str, Any], folder: Path, othe
 
     `others`: peers that are installed, as `peers.find` gives them.
     """
-    from slidemake.memory import keep_freed_memory
+    from slidemake.jobs.memory import keep_freed_memory
 
     keep_freed_memory()
-    from slidemake.encoder_loading import load_encoder
-    from slidemake.encoders import load_record
-    from slidemake.tiles import TileStore
+    from slidemake.encoders.loading import load_encoder
+    from slidemake.encoders.registry import load_record
+    from slidemake.stores.tile_store import TileStore
 
     copies, turns, most = size["slides"], size["turns"]["embedding"], size["embed"]
     encoder = load_encoder(load_record(ENCODER), "cpu", "fp32")
@@ -200,7 +200,7 @@ def at(slide: Slide) -> Slide:
 def stain_rows(encoder: Any, tiles: np.ndarray, repeats: int) -> list[Row]:
     """CPU milliseconds per tile of the transform, on one thread as inside the engine, beside the model's."""
     import torch
-    from slidemake.embedding_engine import stain_hook
+    from slidemake.embedding.engine import stain_hook
 
     hook = stain_hook(stain_transform())
     assert hook is not None

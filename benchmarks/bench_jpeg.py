@@ -22,7 +22,7 @@ SIDE, SHIFT = 216, (3, 5)  # 27 blocks of 8 px; beside the grid of blocks
 def real_tiles(folder: Path, most: int) -> np.ndarray:
     """Half of a scanned slide, half of single tiles: (n, SIDE, SIDE, 3)."""
     import imagecodecs
-    from slidemake.reader import open_slide
+    from slidemake.slides.reader import open_slide
 
     found = []
     with open_slide(str(folder / "slides" / "cmu-1-small-region.svs"), reader="openslide") as reader:
@@ -39,8 +39,8 @@ def real_tiles(folder: Path, most: int) -> np.ndarray:
 
 
 def drawn_tiles(slide: Slide, most: int) -> np.ndarray:
-    from slidemake.reader import open_slide
-    from slidemake.tile_reading import read_tiles
+    from slidemake.slides.reader import open_slide
+    from slidemake.tiles.reading import read_tiles
 
     window, coords = window_and_tiles(slide, GRID)
     with open_slide(slide.path, reader=slide.facts["reader"]) as reader:
@@ -51,9 +51,9 @@ def measure(slide: Slide, most: int) -> list[dict[str, Any]]:
     """One entry per setting: bytes per tile of 224 px, and cosines between features of a tile before and after."""
     import torch
     from bench_embedding import BATCH, ENCODER
-    from slidemake.codec import decode_jpeg, encode_jpeg
-    from slidemake.encoder_loading import load_encoder
-    from slidemake.encoders import load_record
+    from slidemake.encoders.loading import load_encoder
+    from slidemake.encoders.registry import load_record
+    from slidemake.stores.jpeg_codec import decode_jpeg, encode_jpeg
 
     data = os.environ.get("SLIDEMAKE_TEST_DATA")
     tiles = real_tiles(Path(data), most) if data else drawn_tiles(slide, most)

@@ -23,24 +23,24 @@ STAGES = ("screen", "tissue", "tile", "embed")
 
 def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
     """Run one stage as its job does, on what the stages before have left in `folder`; returns {"tiles"}."""
-    from slidemake.provenance import read_json
+    from slidemake.core.files import read_json
 
     if name == "screen":
-        from slidemake import screening
-        from slidemake.cohort import SlideRow
+        from slidemake.cohort.sheet import SlideRow
+        from slidemake.slides import screening
 
         screening.screen_slide(SlideRow.for_screening("large", slide), {}, folder)
         return {}
     facts = read_json(folder / "slides" / "large" / "slide.json")
     if name == "tissue":
-        from slidemake import tissue_stage
-        from slidemake.configuration import load_configuration, stage_options
+        from slidemake.configuration.load import load_configuration, stage_options
+        from slidemake.tissue import stage as tissue_stage
 
         options = stage_options(load_configuration({"sheet": "slides.csv"}, folder), "tissue")
         done = tissue_stage.process_slide({**facts, "slide_id": "large"}, folder, options)
         (folder / "tissue.txt").write_text(done["fingerprint"])
         return {}
-    from slidemake.memory import keep_freed_memory
+    from slidemake.jobs.memory import keep_freed_memory
 
     keep_freed_memory()
     from inputs import GRID, Slide, tile
@@ -49,7 +49,7 @@ def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
     store = folder / "tiles" / GRID / "large.zarr"
     if name == "tile":
         tile(Slide("large", folder, facts, mark))
-    from slidemake.tiles import TileStore
+    from slidemake.stores.tile_store import TileStore
 
     count = len(TileStore(store))
     if name == "tile":
@@ -60,16 +60,16 @@ def stage(name: str, slide: str, folder: Path, part: int) -> dict[str, Any]:
 
 def embed(slide: Any, store: Path, folder: Path, part: int) -> None:
     import bench_embedding
-    from slidemake.encoder_loading import load_encoder
-    from slidemake.encoders import load_record
-    from slidemake.tiles import TileStore
+    from slidemake.encoders.loading import load_encoder
+    from slidemake.encoders.registry import load_record
+    from slidemake.stores.tile_store import TileStore
 
     class Part(TileStore):
         def __init__(self, path: Path):
             super().__init__(path)
             self.coords = self.coords[:part]
 
-    from slidemake import embedding_engine
+    from slidemake.embedding import engine as embedding_engine
 
     embedding_engine.TileStore = Part  # type: ignore[misc]
     encoder = load_encoder(load_record(bench_embedding.ENCODER), "cpu", "fp32")
@@ -107,7 +107,7 @@ def measure(slide: str, folder: Path, part: int) -> list[Row]:
 if __name__ == "__main__":
     started = time.monotonic()
     answer = stage(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
-    from slidemake.provenance import read_json
+    from slidemake.core.files import read_json
 
     answer["side"] = read_json(Path(sys.argv[3]) / "slides" / "large" / "slide.json")["width"]
     answer["mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

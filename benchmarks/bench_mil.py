@@ -17,10 +17,10 @@ import peers as peer_programs
 import torch
 import torch.nn.functional as F
 from measure import Row, Timed, compare, in_turns
-from slidemake.bags import Bags, make_bags
-from slidemake.fitting import DEFAULTS, fit_member
-from slidemake.objectives import class_objective
-from slidemake.training_plan import member_plan
+from slidemake.mil.bags import Bags, make_bags
+from slidemake.mil.fitting import DEFAULTS, fit_member
+from slidemake.mil.losses import class_objective
+from slidemake.training.plan import member_plan
 from torch import Tensor, nn
 
 DIM = 1280
@@ -124,7 +124,7 @@ def memory(folder: Path, count: int, tiles: int, dim: int) -> float:
 import json, resource, sys
 sys.path[:0] = {sys.path[:2]!r}
 import numpy as np, torch, bench_mil
-from slidemake.bags import make_bags
+from slidemake.mil.bags import make_bags
 torch.set_num_threads(1)
 count, tiles, dim = {count}, {tiles}, {dim}
 names = [f"{{i:05d}}" for i in range(count)]

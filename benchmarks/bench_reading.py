@@ -22,8 +22,8 @@ class StoredTiles:
     """The JPEG tiles of one TIFF level under a set of tiles, in memory: what any reader has to decode at least."""
 
     def __init__(self, slide: Slide, window: Any, coords: np.ndarray):
-        from slidemake.reader import open_slide
-        from slidemake.reader_tiff import read_tiff_index
+        from slidemake.slides.formats.tiff_index import read_tiff_index
+        from slidemake.slides.reader import open_slide
 
         index = read_tiff_index(Path(slide.path))
         level = slide.facts["levels"][window.level]
@@ -70,7 +70,7 @@ class StoredTiles:
 
     def decode_and_filter(self, threads: int, worth: int, regions: np.ndarray, window: Any) -> float:
         """As `decode_all`, then `worth` times the antialiased filter on regions in memory: what a resampled grid is."""
-        from slidemake.tile_reading import resample
+        from slidemake.tiles.reading import resample
 
         def filter_part(count: int) -> None:
             resample(regions[:count], window.read_size, window.tile_px)
@@ -87,8 +87,8 @@ def _size(level: dict[str, Any]) -> tuple[int, int]:
 
 def our_reader(slide: Slide, window: Any, coords: np.ndarray, threads: int, name: str | None = None) -> float:
     """The tiling stage's reading: parts of a row-major list, on threads that share one reader."""
-    from slidemake.reader import open_slide
-    from slidemake.tile_reading import read_tiles
+    from slidemake.slides.reader import open_slide
+    from slidemake.tiles.reading import read_tiles
 
     def read(reader: Any, start: int) -> None:
         good = read_tiles(reader, coords[start : start + PART], window)[1]

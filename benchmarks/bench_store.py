@@ -15,9 +15,9 @@ import numpy as np
 import zarr
 from inputs import Slide, window_and_tiles
 from measure import Row, compare, in_turns
-from slidemake.arrays import write_array
-from slidemake.codec import decode_jpeg, encode_jpeg
-from slidemake.tiles import TileCodec, TileStore, create_store, shard_path, write_shard
+from slidemake.stores.arrays import write_array
+from slidemake.stores.jpeg_codec import decode_jpeg, encode_jpeg
+from slidemake.stores.tile_store import TileCodec, TileStore, create_store, shard_path, write_shard
 
 GRID, SHARD, CALL = "256px_0.5mpp", 256, 64
 CODECS = {
@@ -84,8 +84,8 @@ def codec_alone(codec: TileCodec, tiles: np.ndarray) -> tuple[Callable[[], float
 
 def measure(slide: Slide, repeats: int, most: int, folder: Path) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all codecs on at most `most` tiles of a slide, and the sizes."""
-    from slidemake.reader import open_slide
-    from slidemake.tile_reading import read_tiles
+    from slidemake.slides.reader import open_slide
+    from slidemake.tiles.reading import read_tiles
 
     zarr.config.set({"threading.max_workers": 1})
     window, coords = window_and_tiles(slide, GRID)

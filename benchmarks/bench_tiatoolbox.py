@@ -33,11 +33,11 @@ def extractor(slide: Slide, window: Any, coords: np.ndarray) -> float:
 
 def measure(slide: Slide, repeats: int, most: int) -> list[Row]:
     import torch
-    from slidemake.memory import keep_freed_memory
-    from slidemake.reader import open_slide
-    from slidemake.stain import StainTransform
-    from slidemake.stain_torch import apply_stain
-    from slidemake.tile_reading import read_tiles
+    from slidemake.jobs.memory import keep_freed_memory
+    from slidemake.slides.reader import open_slide
+    from slidemake.stain.fit import StainTransform
+    from slidemake.stain.on_device import apply_stain
+    from slidemake.tiles.reading import read_tiles
     from tiatoolbox.data import stain_norm_target
     from tiatoolbox.tools.stainnorm import get_normalizer
 

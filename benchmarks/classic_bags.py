@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 from scipy.stats import t as student
-from slidemake.automatic import CANDIDATES
-from slidemake.bag_tables import read_bag_table
-from slidemake.calibration import auroc
-from slidemake.splits import make_splits
+from slidemake.mil.automatic import CANDIDATES
+from slidemake.splits.make import make_splits
+from slidemake.statistics.temperature import auroc
+from slidemake.training.paper_tables import read_bag_table
 from training import BEFORE, TASKS, train_fold
 from yardstick import Bag, train
 

@@ -13,8 +13,8 @@ import numpy as np
 import zarr
 from compose import CELL, digest
 from PIL import Image
-from slidemake.failures import RunError
-from slidemake.provenance import read_json, read_json_if_whole, write_json
+from slidemake.core.failures import RunError
+from slidemake.core.files import read_json, read_json_if_whole, write_json
 from yardstick import Bag, read_features, read_folds, scores, share_of_tiles, supervised_tiles, tile_auroc
 
 TASK = "tumour"

@@ -21,10 +21,8 @@ from typing import Any
 import numpy as np
 from labelled_tiles import SPOILT_SHARE, LabelledTiles, Supply, deal
 from PIL import Image
-from slidemake.corruptions import restained
-from slidemake.demo_scanner import write_slide
-from slidemake.failures import RunError
-from slidemake.provenance import (
+from slidemake.core.failures import RunError
+from slidemake.core.files import (
     canonical_json,
     committed,
     file_sha256,
@@ -33,6 +31,8 @@ from slidemake.provenance import (
     write_json,
     write_text,
 )
+from slidemake.demo.scanner import write_slide
+from slidemake.robustness.corruptions import restained
 
 VERSION = 2  # raised when the same settings compose other slides
 CELL = 16  # px of the slide per px of the truth masks

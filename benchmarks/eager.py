@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import torch
 from bench_reading import OpenSlideTiles
-from slidemake.encoder_access import resolve_weights
-from slidemake.encoder_loading import build_model
-from slidemake.encoders import load_record
-from slidemake.tiles import TileStore
+from slidemake.encoders.access import resolve_weights
+from slidemake.encoders.loading import build_model
+from slidemake.encoders.registry import load_record
+from slidemake.stores.tile_store import TileStore
 from torch.utils.data import DataLoader
 
 BATCH = 32  # the fastest of 8, 32 and 64 for these loops; workers: none, likewise

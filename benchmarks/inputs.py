@@ -38,7 +38,7 @@ class Slide:
 
 def draw(path: Path, side: int) -> None:
     """The first slide of the demo cohort, `side` px wide: a pyramidal JPEG TIFF at 0.5 um/px."""
-    from slidemake.demo import demo_rows, draw_demo_slide
+    from slidemake.demo.cohort import demo_rows, draw_demo_slide
 
     draw_demo_slide(demo_rows(1)[0], path, side=side)
 
@@ -46,8 +46,8 @@ def draw(path: Path, side: int) -> None:
 def mirror(cell: Path, path: Path, copies: int) -> None:
     """A slide like `cell`, mirrored to `copies` x `copies` of its size."""
     import pyvips
-    from slidemake.demo import demo_rows
-    from slidemake.demo_scanner import MPP, SITES
+    from slidemake.demo.cohort import demo_rows
+    from slidemake.demo.scanner import MPP, SITES
 
     image = pyvips.Image.tiffload(str(cell)).copy_memory()
     across = [image, image.fliphor()] * ((copies + 1) // 2)
@@ -67,10 +67,11 @@ def mirror(cell: Path, path: Path, copies: int) -> None:
 
 def prepare(slide_id: str, path: Path, results: Path) -> Slide:
     """Screen a slide and find its tissue."""
-    from slidemake import screening, tissue_stage
-    from slidemake.cohort import SlideRow
-    from slidemake.configuration import load_configuration, stage_options
-    from slidemake.provenance import read_json
+    from slidemake.cohort.sheet import SlideRow
+    from slidemake.configuration.load import load_configuration, stage_options
+    from slidemake.core.files import read_json
+    from slidemake.slides import screening
+    from slidemake.tissue import stage as tissue_stage
 
     config = load_configuration({"sheet": "slides.csv"}, path.parent)
     screening.screen_slide(SlideRow.for_screening(slide_id, str(path)), {}, results)
@@ -81,8 +82,8 @@ def prepare(slide_id: str, path: Path, results: Path) -> Slide:
 
 def tile(slide: Slide, grid_name: str = GRID, threads: int = 2, **changes: Any) -> Path:
     """Tile a slide as the workflow does, with its defaults but for `changes`; returns the store."""
-    from slidemake import tiling
-    from slidemake.grid import parse_grid
+    from slidemake.tiles import stage as tiling
+    from slidemake.tiles.grid import parse_grid
 
     tiling.process_slide(slide.tissue, parse_grid(grid_name), slide.results, OPTIONS | changes, threads=threads)
     return slide.results / "tiles" / grid_name / f"{slide.slide_id}.zarr"
@@ -90,8 +91,8 @@ def tile(slide: Slide, grid_name: str = GRID, threads: int = 2, **changes: Any) 
 
 def window_and_tiles(slide: Slide, grid_name: str) -> tuple[Any, np.ndarray]:
     """The window of a grid on a slide, and its tissue tiles (N, 2) in level-0 px."""
-    from slidemake.grid import parse_grid, plan_window
-    from slidemake.tiling import select_tiles
+    from slidemake.tiles.grid import parse_grid, plan_window
+    from slidemake.tiles.stage import select_tiles
 
     facts = slide.facts
     window = plan_window(parse_grid(grid_name), facts["mpp"], [level["downsample"] for level in facts["levels"]])

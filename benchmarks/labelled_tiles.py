@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from slidemake.failures import RunError
+from slidemake.core.failures import RunError
 
 COLUMNS = ("path", "label", "group")
 BENIGN_WORDS = {"benign", "normal", "norm", "healthy", "negative", "neg", "n", "nontumour", "nontumor", "0"}

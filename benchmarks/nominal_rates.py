@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from slidemake.calibration_survival import expected_events, poisson_ratio
-from slidemake.drift import Sample, judge
-from slidemake.reference import sketched
-from slidemake.shortcuts import Slides, optimism
-from slidemake.verdict_outcomes import FEW_EVENTS
+from slidemake.drift.judgement import Sample, judge
+from slidemake.drift.reference import sketched
+from slidemake.evaluation.probabilities.survival_calibration import expected_events, poisson_ratio
+from slidemake.evaluation.verdict_outcomes import FEW_EVENTS
+from slidemake.robustness.shortcuts import Slides, optimism
 
 FEATURES = 1280
 SITES = {  # patients of each site

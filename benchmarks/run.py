@@ -67,7 +67,7 @@ def run_section(name: str, size: dict[str, Any], folder: Path, given: str) -> di
     large, one, small, *own = [Slide(**{**s, "results": Path(s["results"])}) for s in known["slides"]]
     turns, rows, sizes, jpeg = size["turns"].get(name, 1), [], [], []
     if name in ("reading", "store", "mil"):
-        from slidemake.memory import keep_freed_memory
+        from slidemake.jobs.memory import keep_freed_memory
 
         keep_freed_memory()  # as the jobs do, and for whatever is measured beside them in this process
     if name == "reading":

@@ -40,7 +40,7 @@ tasks:
 EMBED = "results/manifests/embed/efficientnet_lite0"
 READ_SHEET = """
 import sys, time
-from slidemake.cohort import read_sheet
+from slidemake.cohort.sheet import read_sheet
 task = {"label": "label", "positive": "tumour", "splits": {"folds": 5}}
 started = time.perf_counter()
 read_sheet(sys.argv[1], ["label"], {"outcome": task})
@@ -84,7 +84,7 @@ def snakemake(folder: Path, *arguments: str, program: tuple[str, ...] = ("-m", "
 
 def real_slides(folder: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Draw small slides for rows of stand-ins; returns the rows with the paths of the drawn files."""
-    from slidemake.demo import demo_rows, draw_demo_slide
+    from slidemake.demo.cohort import demo_rows, draw_demo_slide
 
     drawn = [row for row in demo_rows(2 * len(rows)) if not row["mishap"]]
     for number, row in enumerate(rows):
@@ -95,8 +95,8 @@ def real_slides(folder: Path, rows: list[dict[str, str]]) -> list[dict[str, str]
 
 def measure(slides: int, run: bool, appended: int = 10) -> dict[str, Any]:
     """All figures of a cohort of `slides`; with `run` the slides that are appended are computed, too."""
-    from slidemake.racks import Machine, assign_racks, auto_rack_size
-    from slidemake.timings import job_runs
+    from slidemake.jobs.racks import Machine, assign_racks, auto_rack_size
+    from slidemake.jobs.timings import job_runs
 
     size = auto_rack_size(slides, Machine(cores=2))
     rows = stand_in_rows(slides + appended)

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from slidemake.stain import (
+from slidemake.stain.fit import (
     StainRefused,
     StainTransform,
     fit_stain,
     stain_transform,
 )
-from slidemake.stain_judgement import describe_pixels, judged_transform
-from slidemake.stain_targets import pool_targets, target_from_image
+from slidemake.stain.judgement import describe_pixels, judged_transform
+from slidemake.stain.targets import pool_targets, target_from_image
 from stain_cohorts import Design, Patient, compose, designs
 
 ARMS = tuple((method, target) for method in ("macenko", "reinhard") for target in ("tiatoolbox", "cohort"))
@@ -108,7 +108,7 @@ def _of_arm(encoder: Any, patient: Patient, transform: StainTransform, unchanged
 def features(encoder: Any, tiles: np.ndarray, transform: StainTransform | None) -> np.ndarray:
     """(n, D) float16 of tiles (n, H, W, 3) uint8, in batches of eight."""
     import torch
-    from slidemake.stain_torch import apply_stain
+    from slidemake.stain.on_device import apply_stain
 
     hook = None if transform is None else (lambda batch: apply_stain(batch, transform))
     parts = [
@@ -120,8 +120,8 @@ def features(encoder: Any, tiles: np.ndarray, transform: StainTransform | None) 
 def embed(arguments: argparse.Namespace) -> None:
     """Features of all cohorts that are not there yet."""
     import torch
-    from slidemake.encoder_loading import load_encoder
-    from slidemake.encoders import load_record, registry
+    from slidemake.encoders.loading import load_encoder
+    from slidemake.encoders.registry import load_record, registry
 
     torch.set_num_threads(1)
     known = registry([arguments.encoders_file] if arguments.encoders_file else None)

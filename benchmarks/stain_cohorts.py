@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from compose import GAINS
-from slidemake.corruptions import restained
+from slidemake.robustness.corruptions import restained
 
 TILE = 224  # px, at 0.5 um per px
 GLASS = ((243, 241, 244), (246, 243, 238), (236, 240, 243), (240, 236, 240))  # RGB of clear glass of each site

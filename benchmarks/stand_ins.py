@@ -64,7 +64,7 @@ def fabricate(path: Path, rule: str, wildcards: dict[str, str], slide_ids: list[
 
 def vouch(manifest: Path, stage: str, slide_ids: list[str]) -> None:
     """Empty files in the place of what a manifest vouches for: plans look whether it is there."""
-    from slidemake.currency import ARTEFACTS
+    from slidemake.core.currency import ARTEFACTS
 
     steps = list(manifest.parts)
     results, where = Path(*steps[: steps.index("manifests")]), "/".join(steps[steps.index(stage) + 1 : -1])
@@ -87,7 +87,7 @@ def slide_records(results: Path, slide_ids: list[str]) -> None:
 
 
 def main() -> None:
-    from slidemake.provenance import read_json
+    from slidemake.core.files import read_json
     from snakemake.cli import main as snakemake
     from snakemake.executors.touch import Executor
 

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
 from shapely.geometry import shape
-from slidemake.tissue import detect_tissue
-from slidemake.tissue_geometry import polygons_mask
+from slidemake.tissue.detection import detect_tissue
+from slidemake.tissue.geometry import polygons_mask
 
 MPP = 8.0
 STAINS = {"h": (0.65, 0.70, 0.29), "e": (0.07, 0.99, 0.11), "dab": (0.27, 0.57, 0.78), "green": (1.0, 0.72, 0.93)}
@@ -68,7 +68,7 @@ def real_cases(folder: Path) -> Iterator[Case]:
 
 
 def composed_cases(folder: Path) -> Iterator[Case]:
-    from slidemake.reader import open_slide
+    from slidemake.slides.reader import open_slide
 
     for path in sorted(folder.glob("*.tiff")):
         with Image.open(path.with_name(f"{path.stem}_tissue16.png")) as mask, open_slide(path) as slide:

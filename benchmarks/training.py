@@ -36,19 +36,19 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.special import softmax
-from slidemake.aggregators import predict_bag
-from slidemake.automatic import CANDIDATES, mixture
-from slidemake.bags import make_bags
-from slidemake.calibration import auroc
-from slidemake.corruptions import restained
-from slidemake.encoder_loading import load_encoder
-from slidemake.encoders import load_record, registry
-from slidemake.fitting import DEFAULTS
-from slidemake.outcomes import ClassOutcome
-from slidemake.splits import make_splits
-from slidemake.targets import strata
-from slidemake.training_members import FoldBags, train_members
-from slidemake.training_plan import fold_seed, make_fold, member_plan, prepare, resolved
+from slidemake.encoders.loading import load_encoder
+from slidemake.encoders.registry import load_record, registry
+from slidemake.mil.aggregators import predict_bag
+from slidemake.mil.automatic import CANDIDATES, mixture
+from slidemake.mil.bags import make_bags
+from slidemake.mil.fitting import DEFAULTS
+from slidemake.robustness.corruptions import restained
+from slidemake.splits.make import make_splits
+from slidemake.statistics.temperature import auroc
+from slidemake.tasks.labels import strata
+from slidemake.tasks.outcomes import ClassOutcome
+from slidemake.training.members import FoldBags, train_members
+from slidemake.training.plan import fold_seed, make_fold, member_plan, prepare, resolved
 
 BENIGN, TUMOUR = "colon_n", "colon_aca"
 STAINS = {"plain": (1, 1), "purple": (1.35, 0.25), "pink": (0.55, 1.5), "pale": (0.5, 0.5), "dark": (1.6, 1.4)}
@@ -69,7 +69,7 @@ def embed(out: Path, tiles: Path, looks: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with open(tiles / "tiles.csv") as handle:
         rows = [row for row in csv.DictReader(handle) if row["label"] in (BENIGN, TUMOUR)]
-    encoder = load_encoder(load_record("efficientnet_lite0", registry([Path("config/encoders.yaml")])))
+    encoder = load_encoder(load_record("efficientnet_lite0", registry()))
     rng, styles = np.random.default_rng(0), []
     for k in range(looks):
         name = list(STAINS)[k % len(STAINS)]

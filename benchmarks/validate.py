@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from cohort_measures import TASK, measure_cohort
 from compose import STAINS, Recipe, compose_cohort, draw_recipe
 from labelled_tiles import LabelledTiles, read_labelled_tiles
-from slidemake.failures import RunError
-from slidemake.provenance import read_json, versions, write_json, write_text
+from slidemake.core.failures import RunError
+from slidemake.core.files import read_json, versions, write_json, write_text
 from validation_table import cohort_table, difference_table, verdicts
 
 REPO = Path(__file__).resolve().parents[1]

@@ -16,9 +16,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-from slidemake.bag_tables import load_recipe
-from slidemake.failures import RunError
-from slidemake.provenance import STAGE_VERSIONS
+from slidemake.training.paper_tables import load_recipe
+from slidemake.core.failures import RunError
+from slidemake.core.files import STAGE_VERSIONS
 
 try:
     RECIPE = load_recipe(config)

@@ -6,26 +6,26 @@ import shutil
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from slidemake.adapter import available_cpus, cgroup_quotas
-from slidemake.configuration import stage_options
-from slidemake.cohort import describe_tasks
-from slidemake.contamination import in_words
-from slidemake.currency import identity
-from slidemake.failures import RunError
-from slidemake.planning import attach
-from slidemake.plan_summary import slides_in_plan
-from slidemake.progress import Watch
-from slidemake.provenance import STAGE_VERSIONS
-from slidemake.racks import Machine
-from slidemake.running import (
+from slidemake.jobs.job import available_cpus, cgroup_quotas
+from slidemake.configuration.load import stage_options
+from slidemake.cohort.sheet import describe_tasks
+from slidemake.encoders.contamination import in_words
+from slidemake.core.currency import identity
+from slidemake.core.failures import RunError
+from slidemake.workflow.snakemake_plan import attach
+from slidemake.workflow.summary import slides_in_plan
+from slidemake.workflow.progress import Watch
+from slidemake.core.files import STAGE_VERSIONS
+from slidemake.jobs.racks import Machine
+from slidemake.workflow.running import (
     check_writable,
     claim_results,
     is_run,
     refusal,
     stop_jobs_on_sigterm,
 )
-from slidemake.yaml_files import check_yaml_files
-from slidemake.setup import mark_results_folder, plan_run, rack_size_hint
+from slidemake.core.yaml_files import check_yaml_files
+from slidemake.workflow.plan import mark_results_folder, plan_run, rack_size_hint
 
 HAS_GPU = shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
 # A cluster's job reads this file again, on its node.

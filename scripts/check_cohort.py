@@ -1,9 +1,9 @@
 """Rule check_cohort: cohort/slides.csv -> cohort/passed.json, or a non-zero exit above max_failed_fraction."""
 
-from slidemake.adapter import job
-from slidemake.cohort_table import check_failed_fraction
-from slidemake.provenance import write_json
-from slidemake.tables import check_table, read_table
+from slidemake.cohort.table import check_failed_fraction
+from slidemake.core.files import write_json
+from slidemake.core.tables import check_table, read_table
+from slidemake.jobs.job import job
 
 with job(snakemake) as sm:  # noqa: F821
     rows = read_table(sm.input.slides)

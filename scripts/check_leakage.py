@@ -2,11 +2,11 @@
 
 import logging
 
-from slidemake.adapter import job
-from slidemake.bags import open_bags
-from slidemake.near_duplicates import near_duplicates, stop_at_copies, warnings_of
-from slidemake.provenance import placed, write_json
-from slidemake.splits import read_splits
+from slidemake.core.files import placed, write_json
+from slidemake.jobs.job import job
+from slidemake.mil.bags import open_bags
+from slidemake.robustness.near_duplicates import near_duplicates, stop_at_copies, warnings_of
+from slidemake.splits.make import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
     found = near_duplicates(open_bags(sm.input.bags[0]), read_splits(sm.input.splits), sm.params.threshold)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.cohort import sheet_records
-from slidemake.cohort_table import FAILURE_COLUMNS, cohort_rows, failure_rows
-from slidemake.provenance import read_json
-from slidemake.racks import read_manifests
-from slidemake.screening import find_duplicates
-from slidemake.tables import seal_tables, write_table
+from slidemake.cohort.sheet import sheet_records
+from slidemake.cohort.table import FAILURE_COLUMNS, cohort_rows, failure_rows
+from slidemake.core.files import read_json
+from slidemake.core.tables import seal_tables, write_table
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifests
+from slidemake.slides.screening import find_duplicates
 
 with job(snakemake) as sm:  # noqa: F821
     results = Path(sm.params.results)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.comparison import COLUMNS, compare, comparison_rows
-from slidemake.provenance import STAGE_VERSIONS, file_sums, placed, read_json, write_json
-from slidemake.tables import write_table
+from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, read_json, write_json
+from slidemake.core.tables import write_table
+from slidemake.evaluation.ranking import COLUMNS, compare, comparison_rows
+from slidemake.jobs.job import job
 
 with job(snakemake) as sm:  # noqa: F821
     metrics = read_json(sm.input.metrics)

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.bags import open_bags
-from slidemake.bundle import read_info
-from slidemake.outcomes import load_outcome
-from slidemake.reference import make_reference, training_predictions, validation_values, write_reference
-from slidemake.tables import read_table
+from slidemake.core.tables import read_table
+from slidemake.drift.reference import make_reference, training_predictions, validation_values, write_reference
+from slidemake.jobs.job import job
+from slidemake.mil.bags import open_bags
+from slidemake.mil.bundle import read_info
+from slidemake.tasks.outcomes import load_outcome
 
 with job(snakemake) as sm:  # noqa: F821
     folder = Path(sm.output.reference).parent

@@ -1,7 +1,7 @@
 """Rule draw_demo_slides: sheet of the demo -> its slides and truth masks, manifest."""
 
-from slidemake.adapter import job
-from slidemake.demo import draw_demo_cohort, rows_of_sheet, slides_folder
+from slidemake.demo.cohort import draw_demo_cohort, rows_of_sheet, slides_folder
+from slidemake.jobs.job import job
 
 if __name__ == "__main__":  # worker processes import this file again
     with job(snakemake) as sm:  # noqa: F821

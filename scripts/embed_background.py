@@ -3,16 +3,16 @@
 from functools import cache, partial
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.background import embed_background
-from slidemake.devices import claimed_device
-from slidemake.embedding import warm_encoder
-from slidemake.encoder_access import resolve_weights
-from slidemake.encoder_runtime import effective_precision
-from slidemake.encoders import EncoderRecord, identity, weights_sha256
-from slidemake.grid import parse_grid
-from slidemake.memory import keep_freed_memory
-from slidemake.racks import read_manifest, run_rack
+from slidemake.embedding.background import embed_background
+from slidemake.embedding.stage import warm_encoder
+from slidemake.encoders.access import resolve_weights
+from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
+from slidemake.encoders.runtime import effective_precision
+from slidemake.jobs.devices import claimed_device
+from slidemake.jobs.job import job
+from slidemake.jobs.memory import keep_freed_memory
+from slidemake.jobs.racks import read_manifest, run_rack
+from slidemake.tiles.grid import parse_grid
 
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates

@@ -3,20 +3,20 @@
 from functools import partial
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.devices import claimed_device
-from slidemake.embedding import Lane, make_slide_job, process_rack
-from slidemake.encoder_access import resolve_weights
-from slidemake.encoder_runtime import effective_precision
-from slidemake.encoders import EncoderRecord, identity, weights_sha256
-from slidemake.memory import keep_freed_memory
-from slidemake.provenance import read_json
-from slidemake.racks import read_manifest, run_rack
+from slidemake.core.files import read_json
+from slidemake.embedding.stage import Lane, make_slide_job, process_rack
+from slidemake.encoders.access import resolve_weights
+from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
+from slidemake.encoders.runtime import effective_precision
+from slidemake.jobs.devices import claimed_device
+from slidemake.jobs.job import job
+from slidemake.jobs.memory import keep_freed_memory
+from slidemake.jobs.racks import read_manifest, run_rack
 
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates: large activations would be unmapped at every layer
     import torch
-    from slidemake.encoder_loading import load_encoder
+    from slidemake.encoders.loading import load_encoder
 
     torch.set_num_threads(sm.threads)
     options, results, target = dict(sm.params.options), Path(sm.params.results), read_json(sm.input.target)

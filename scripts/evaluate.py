@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.evaluation import evaluate
-from slidemake.evaluation_kinds import KINDS
-from slidemake.evaluation_outcomes import evaluate_outcomes
+from slidemake.evaluation.evaluate_classes import evaluate
+from slidemake.evaluation.evaluate_outcomes import evaluate_outcomes
+from slidemake.jobs.job import job
+from slidemake.tasks.kinds import KINDS
 
 with job(snakemake) as sm:  # noqa: F821
     files = sm.input.predictions

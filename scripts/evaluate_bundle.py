@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.external import evaluate_external
-from slidemake.provenance import read_json
+from slidemake.core.files import read_json
+from slidemake.evaluation.external import evaluate_external
+from slidemake.jobs.job import job
 
 with job(snakemake) as sm:  # noqa: F821
     result = evaluate_external(

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.explain_stage import Explainer
-from slidemake.racks import read_manifest, run_rack
-from slidemake.remote import fetch_row
-from slidemake.splits import read_splits
-from slidemake.tables import read_table
+from slidemake.core.tables import read_table
+from slidemake.explain.stage import Explainer
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifest, run_rack
+from slidemake.slides.remote import fetch_row
+from slidemake.splits.make import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
     import torch

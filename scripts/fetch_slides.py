@@ -4,10 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
-from slidemake import isolation
-from slidemake.adapter import job
-from slidemake.racks import run_rack
-from slidemake.remote import alone, get_slide
+from slidemake.jobs import isolation
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import run_rack
+from slidemake.slides.remote import alone, get_slide
 
 with job(snakemake) as sm:  # noqa: F821
     folder, options = Path(sm.output.slides), dict(sm.params.fetching)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.racks import read_manifest, run_rack
-from slidemake.stain_stage import process_slide
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifest, run_rack
+from slidemake.stain.stage import process_slide
 
 with job(snakemake) as sm:  # noqa: F821
     results, options = Path(sm.params.results), dict(sm.params.options)

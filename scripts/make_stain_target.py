@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.provenance import write_json
-from slidemake.racks import read_manifests
-from slidemake.stain_stage import make_target
+from slidemake.core.files import write_json
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifests
+from slidemake.stain.stage import make_target
 
 with job(snakemake) as sm:  # noqa: F821
     records = read_manifests(sm.input.manifests, "stain")

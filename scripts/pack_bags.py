@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.bags import pack_bags
-from slidemake.racks import read_manifests
-from slidemake.tables import read_table
+from slidemake.core.tables import read_table
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifests
+from slidemake.mil.bags import pack_bags
 
 with job(snakemake) as sm:  # noqa: F821
     rows = [row for row in read_table(sm.input.slides) if row["status"] == "ok"]

@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.prediction import apply_bundle_to_stores, prediction_columns
-from slidemake.tables import read_table, seal_tables, write_table
+from slidemake.core.tables import read_table, seal_tables, write_table
+from slidemake.jobs.job import job
+from slidemake.mil.prediction import apply_bundle_to_stores, prediction_columns
 
 with job(snakemake) as sm:  # noqa: F821
     rows = [row for row in read_table(sm.input.slides) if row["status"] == "ok"]

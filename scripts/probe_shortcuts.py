@@ -3,15 +3,15 @@
 import logging
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.background import background_vectors
-from slidemake.background_control import background_control
-from slidemake.bags import open_bags
-from slidemake.provenance import placed, write_json
-from slidemake.racks import read_manifests
-from slidemake.shortcuts import probe_shortcuts, slides_of
-from slidemake.splits import read_splits
-from slidemake.tables import read_table
+from slidemake.core.files import placed, write_json
+from slidemake.core.tables import read_table
+from slidemake.embedding.background import background_vectors
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifests
+from slidemake.mil.bags import open_bags
+from slidemake.robustness.background_control import background_control
+from slidemake.robustness.shortcuts import probe_shortcuts, slides_of
+from slidemake.splits.make import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
     labels, rows = read_splits(sm.input.splits).labels, read_table(sm.input.slides)

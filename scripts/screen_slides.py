@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.cohort import SlideRow
-from slidemake.racks import read_manifest, run_rack
-from slidemake.remote import local_copy
-from slidemake.screening import screen_slide
+from slidemake.cohort.sheet import SlideRow
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifest, run_rack
+from slidemake.slides.remote import local_copy
+from slidemake.slides.screening import screen_slide
 
 with job(snakemake) as sm:  # noqa: F821
     results, options = Path(sm.params.results), dict(sm.params.options)

@@ -2,10 +2,10 @@
 
 import logging
 
-from slidemake.adapter import job
-from slidemake.split_table import fold_table
-from slidemake.splits import make_splits, write_splits
-from slidemake.tables import read_table
+from slidemake.core.tables import read_table
+from slidemake.jobs.job import job
+from slidemake.splits.make import make_splits, write_splits
+from slidemake.splits.table import fold_table
 
 with job(snakemake) as sm:  # noqa: F821
     rows, task = read_table(sm.input.slides), sm.params.task

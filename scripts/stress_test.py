@@ -4,19 +4,19 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.devices import claimed_device
-from slidemake.embedding import make_slide_job, warm_encoder
-from slidemake.encoder_access import resolve_weights
-from slidemake.encoder_runtime import effective_precision
-from slidemake.encoders import EncoderRecord, identity, weights_sha256
-from slidemake.memory import keep_freed_memory
-from slidemake.provenance import read_json
-from slidemake.racks import read_manifests
-from slidemake.splits import read_splits
-from slidemake.stress import judge, stress_cohort
-from slidemake.stress_stage import tested_patients, write_stress
-from slidemake.tables import read_table
+from slidemake.core.files import read_json
+from slidemake.core.tables import read_table
+from slidemake.embedding.stage import make_slide_job, warm_encoder
+from slidemake.encoders.access import resolve_weights
+from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
+from slidemake.encoders.runtime import effective_precision
+from slidemake.jobs.devices import claimed_device
+from slidemake.jobs.job import job
+from slidemake.jobs.memory import keep_freed_memory
+from slidemake.jobs.racks import read_manifests
+from slidemake.robustness.stress import judge, stress_cohort
+from slidemake.robustness.stress_stage import tested_patients, write_stress
+from slidemake.splits.make import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.grid import parse_grid
-from slidemake.memory import keep_freed_memory
-from slidemake.provenance import read_json
-from slidemake.racks import read_manifest, run_rack
-from slidemake.stain_stage import slide_transform
-from slidemake.tiling import process_slide
+from slidemake.core.files import read_json
+from slidemake.jobs.job import job
+from slidemake.jobs.memory import keep_freed_memory
+from slidemake.jobs.racks import read_manifest, run_rack
+from slidemake.stain.stage import slide_transform
+from slidemake.tiles.grid import parse_grid
+from slidemake.tiles.stage import process_slide
 
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # every stored tile would be unmapped again

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.bags import open_bags
-from slidemake.memory import keep_freed_memory
-from slidemake.provenance import read_json
-from slidemake.splits import read_splits
-from slidemake.stain_stage import target_of
-from slidemake.tables import read_table
-from slidemake.training import train_model
+from slidemake.core.files import read_json
+from slidemake.core.tables import read_table
+from slidemake.jobs.job import job
+from slidemake.jobs.memory import keep_freed_memory
+from slidemake.mil.bags import open_bags
+from slidemake.splits.make import read_splits
+from slidemake.stain.stage import target_of
+from slidemake.training.train import train_model
 
 with job(snakemake) as sm:  # noqa: F821
     keep_freed_memory()  # before torch allocates: weights and gradients would be unmapped at every step

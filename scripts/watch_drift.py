@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.drift_stage import watch_drift
+from slidemake.drift.stage import watch_drift
+from slidemake.jobs.job import job
 
 with job(snakemake) as sm:  # noqa: F821
     found = watch_drift(

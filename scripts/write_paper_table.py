@@ -1,8 +1,8 @@
 """Rule paper_table: results of all tables and models, and the published figures -> one table, ours beside theirs."""
 
-from slidemake.adapter import job
-from slidemake.bag_tables import paper_rows, write_paper_table
-from slidemake.provenance import read_json
+from slidemake.core.files import read_json
+from slidemake.jobs.job import job
+from slidemake.training.paper_tables import paper_rows, write_paper_table
 
 with job(snakemake) as sm:  # noqa: F821
     results = {tuple(pair): read_json(path) for pair, path in zip(sm.params.pairs, sm.input, strict=True)}

@@ -3,10 +3,10 @@
 import shlex
 from pathlib import Path
 
-from slidemake.adapter import job
-from slidemake.provenance import STAGE_VERSIONS, file_sums, placed, write_json
-from slidemake.report import write_report
-from slidemake.report_pictures import encoder_facts, stain_pictures
+from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, write_json
+from slidemake.jobs.job import job
+from slidemake.report.page import write_report
+from slidemake.report.pictures import encoder_facts, stain_pictures
 
 with job(snakemake) as sm:  # noqa: F821
     results = Path(sm.params.results)

@@ -1,8 +1,8 @@
 """Rule write_sheet: a folder of slides -> a first sample sheet; an existing one is never overwritten."""
 
-from slidemake.adapter import job
-from slidemake.failures import RunError
-from slidemake.sheets import write_sheet
+from slidemake.cohort.first_sheet import write_sheet
+from slidemake.core.failures import RunError
+from slidemake.jobs.job import job
 
 with job(snakemake) as sm:  # noqa: F821
     if not sm.params.folder:

@@ -59,7 +59,7 @@ def once(folder: Path, name: str) -> Iterator[bool]:
 
 def draw(folder: Path, rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
     """Draw the slides of demo rows into `folder`; returns the rows with absolute paths, as a sheet has them."""
-    from slidemake.demo import EASY, SHEET_COLUMNS, draw_demo_slide
+    from slidemake.demo.cohort import EASY, SHEET_COLUMNS, draw_demo_slide
 
     for row in rows:
         row["path"] = str(folder / f"{row['slide_id']}.tiff")
@@ -69,7 +69,7 @@ def draw(folder: Path, rows: list[dict[str, str]], seed: int) -> list[dict[str, 
 
 def cohort_rows() -> list[dict[str, str]]:
     """Eight patients of three sites, four of each class; one has two slides, three more slides are spoilt."""
-    from slidemake.demo import demo_rows
+    from slidemake.demo.cohort import demo_rows
 
     rows = [row | {"mishap": ""} for row in demo_rows(8) if row["slide_id"].endswith("-A")]
     for number, row in enumerate(rows):

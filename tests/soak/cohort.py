@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow"))
 
-from slidemake.demo import SHEET_COLUMNS, demo_rows, draw_demo_slide
+from slidemake.demo.cohort import SHEET_COLUMNS, demo_rows, draw_demo_slide
 from snakemake_run import CONFIG, Project
 from storage_servers import Site, http_site
 

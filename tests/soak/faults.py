@@ -203,9 +203,9 @@ os.replace, os.rename = slowed(os.replace, 0.5), slowed(os.rename, 0.5)
 builtins.open = slowed(builtins.open, 0.02)
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "slidemake.reader_openslide":  # the readers are imported: make them slow
+        if name == "slidemake.slides.formats.openslide_reader":  # the readers are imported: make them slow
             sys.meta_path.remove(self)
-            import slidemake.reader as reader
+            import slidemake.slides.reader as reader
             reader.SlideReader.read = slowed(reader.SlideReader.read, 0.2)
         return None
 sys.meta_path.insert(0, Finder())
@@ -255,10 +255,10 @@ os.replace, os.rename = owned(os.replace), owned(os.rename)
 os.stat, builtins.open, io.open = late(os.stat), opened, opened
 class Finder:
     def find_spec(self, module, path=None, target=None):
-        if module == "slidemake.integrity":
+        if module == "slidemake.stores.integrity":
             import sys
             sys.meta_path.remove(self)
-            import slidemake.provenance as provenance
+            import slidemake.core.files as provenance
             provenance.on_network = lambda path: True
         return None
 import sys

@@ -9,7 +9,7 @@ A case is one damaged file and the stages that meet it. It ends well in one of t
     same      the result is that of the undamaged file (the damage met nothing that counts, or was made good)
     true      a slide was read: its pixels are those that an independent decoder reads from the damaged file
 
-Damage to results must be named by `slidemake.verify`, too. The regular tests run some of these cases.
+Damage to results must be named by `slidemake verify`, too. The regular tests run some of these cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the fuzzer compares: with the undamaged results, with `slidemake.verify`, and with independent readers."""
+"""What the fuzzer compares: with the undamaged results, with `slidemake verify`, and with independent readers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 import openslide
 import zarr
 from PIL import Image
-from slidemake.cohort import read_sheet
-from slidemake.failures import RunError
-from slidemake.provenance import read_json
-from slidemake.verify import verify
+from slidemake.cohort.sheet import read_sheet
+from slidemake.core.failures import RunError
+from slidemake.core.files import read_json
+from slidemake.workflow.verify import verify
 from workshop import ENCODER, GRID, Workshop
 
 CLOSE = 40  # of 255: tiles whose pixels differ less from a reference on 99 % are the same picture

@@ -44,7 +44,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 from cohort import LOOPBACK, TESTS, differences, make_project, reference_run, slide_site
 from faults import finished_projects
-from slidemake.verify import verify
+from slidemake.workflow.verify import verify
 from snakemake_run import ENCODER, GRID, Project, environment, kill_group
 from storage_servers import Site
 

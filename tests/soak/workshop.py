@@ -24,19 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from slidemake.adapter import job
-from slidemake.aggregators import build_aggregator
-from slidemake.bags import load_bags
-from slidemake.bundle import Group, load_bundle, predict, save_bundle
-from slidemake.configuration import load_configuration, stage_options
-from slidemake.demo import demo_rows, draw_demo_slide
-from slidemake.embedding import Lane, make_slide_job, process_rack
-from slidemake.prediction_table import read_predictions
-from slidemake.provenance import file_sums, read_json, write_json
-from slidemake.racks import read_manifest, run_rack
-from slidemake.setup import read_bundle
-from slidemake.stain_stage import pool_targets
-from slidemake.tables import write_table
+from slidemake.configuration.load import load_configuration, stage_options
+from slidemake.core.files import file_sums, read_json, write_json
+from slidemake.core.tables import write_table
+from slidemake.demo.cohort import demo_rows, draw_demo_slide
+from slidemake.embedding.stage import Lane, make_slide_job, process_rack
+from slidemake.jobs.job import job
+from slidemake.jobs.racks import read_manifest, run_rack
+from slidemake.mil.aggregators import build_aggregator
+from slidemake.mil.bags import load_bags
+from slidemake.mil.bundle import Group, load_bundle, predict, save_bundle
+from slidemake.stain.stage import pool_targets
+from slidemake.tasks.prediction_table import read_predictions
+from slidemake.workflow.plan import read_bundle
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = REPO / "scripts"
@@ -262,7 +262,7 @@ class Workshop:
         save_bundle(self.results / "tasks/t/m/bundle", info, [Group("a", {"temperature": 1.0}, (member,))])
 
     def _bags(self) -> None:
-        from slidemake.bags import open_bags
+        from slidemake.mil.bags import open_bags
 
         with self._body("train_aggregator"):
             bags = open_bags(self.results / "cohort" / "bags" / f"{ENCODER}.npy")

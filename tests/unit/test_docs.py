@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from slidemake.configuration import load_configuration, stage_options
-from slidemake.configuration_schema import leaves
-from slidemake.encoders import REGISTRY, load_record, registry
-from slidemake.failures import HINTS, SlideFailure
+from slidemake.configuration.load import load_configuration, stage_options
+from slidemake.configuration.schema import leaves
+from slidemake.core.failures import HINTS, SlideFailure
+from slidemake.encoders.registry import REGISTRY, load_record, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS, GUIDE, README = ROOT / "docs" / "formats.md", ROOT / "docs" / "guide.md", ROOT / "README.md"
@@ -107,12 +107,16 @@ def draw_slide(path: Path) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     """A slide through screening, tissue, stain, tiles and embedding, as the rules' scripts run them."""
-    from slidemake import embedding, screening, stain_stage, tiling, tissue_stage
-    from slidemake.cohort import SlideRow
-    from slidemake.encoder_loading import load_encoder
-    from slidemake.encoders import identity
-    from slidemake.grid import parse_grid
-    from slidemake.racks import run_rack
+    from slidemake.cohort.sheet import SlideRow
+    from slidemake.embedding import stage as embedding
+    from slidemake.encoders.loading import load_encoder
+    from slidemake.encoders.registry import identity
+    from slidemake.jobs.racks import run_rack
+    from slidemake.slides import screening
+    from slidemake.stain import stage as stain_stage
+    from slidemake.tiles import stage as tiling
+    from slidemake.tiles.grid import parse_grid
+    from slidemake.tissue import stage as tissue_stage
 
     root = tmp_path_factory.mktemp("results")
     draw_slide(root / "slide.tiff")
@@ -189,7 +193,7 @@ def test_files_of_a_slide(results):
 
 def test_tile_store(results):
     import zarr
-    from slidemake.tile_quality import NAMES
+    from slidemake.tiles.quality import NAMES
 
     group = zarr.open_group(results / "tiles" / GRID / "a.zarr", mode="r")
     assert set(group.array_keys()) == documented("Tile store")
@@ -216,7 +220,7 @@ def test_embedding_store(results):
 
 
 def test_cohort_table(results):
-    from slidemake.cohort_table import FAILURE_COLUMNS, cohort_rows
+    from slidemake.cohort.table import FAILURE_COLUMNS, cohort_rows
 
     stages = ("screen", "tissue", "stain", "tiles", "embed")
     manifests = {stage: read(results / "manifests" / f"{stage}.json")["slides"] for stage in stages}
@@ -237,12 +241,12 @@ def columns(path: Path, *classes: str) -> set[str]:
 @pytest.fixture(scope="module")
 def task(results) -> Path:
     """A task of twelve patients with random features: splits, training, evaluation."""
-    from slidemake.bags import make_bags
-    from slidemake.encoders import identity
-    from slidemake.evaluation import evaluate
-    from slidemake.setup import Plan
-    from slidemake.splits import make_splits, write_splits
-    from slidemake.training import train_model
+    from slidemake.encoders.registry import identity
+    from slidemake.evaluation.evaluate_classes import evaluate
+    from slidemake.mil.bags import make_bags
+    from slidemake.splits.make import make_splits, write_splits
+    from slidemake.training.train import train_model
+    from slidemake.workflow.plan import Plan
 
     config = load_configuration(
         {"sheet": "s.csv", "models": {"m": {"encoder": ENCODER}}, "tasks": {"t": {"label": "y"}}}
@@ -264,7 +268,7 @@ def task(results) -> Path:
 
 
 def test_files_of_a_task(task):
-    from slidemake.metrics import METRICS
+    from slidemake.statistics.class_metrics import METRICS
 
     assert columns(task / "splits.csv") == documented("Splits")
     for key in read(task / "splits.json"):
@@ -288,7 +292,7 @@ def test_bundle(task):
 
 
 def test_explanation(tmp_path):
-    from slidemake.explain import explain_slide
+    from slidemake.explain.explanation import explain_slide
 
     coords = np.array([[0, 0], [10, 0], [0, 10]])
     facts = dict.fromkeys(("place", "fingerprint", "label", "patient_id", "probability", "models"))  # of explain_stage

@@ -11,8 +11,8 @@ import pytest
 from lifelines.utils import concordance_index
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
-from slidemake.outcomes import ClassOutcome, OrdinalOutcome
-from slidemake.outcomes_survival import CoxOutcome
+from slidemake.tasks.outcomes import ClassOutcome, OrdinalOutcome
+from slidemake.tasks.survival_outcome import CoxOutcome
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import classic_bags

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from slidemake.corruptions import restained
-from slidemake.failures import RunError
+from slidemake.core.failures import RunError
+from slidemake.robustness.corruptions import restained
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -69,8 +69,9 @@ def _dry_run(request: dict[str, Any], folder: Path, terminal: Path) -> None:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
         os.chdir(request.get("cwd", folder))
-        from slidemake import currency, planning
-        from slidemake.provenance import STAGE_VERSIONS
+        from slidemake.core import currency
+        from slidemake.core.files import STAGE_VERSIONS
+        from slidemake.workflow import snakemake_plan as planning
         from snakemake import cli
 
         known, replaced = currency.identity, set(request.get("replaced", ()))
@@ -89,7 +90,13 @@ def _dry_run(request: dict[str, Any], folder: Path, terminal: Path) -> None:
 
 def main(asked: str, answered: str) -> None:
     sys.path.insert(0, str(REPO / "scripts"))
-    for name in ("snakemake.cli", "snakemake.api", "snakemake.report.html_reporter", "slidemake.setup", "jsonschema"):
+    for name in (
+        "snakemake.cli",
+        "snakemake.api",
+        "snakemake.report.html_reporter",
+        "slidemake.workflow.plan",
+        "jsonschema",
+    ):
         importlib.import_module(name)  # once, for all forks
     answers = []
     for number, request in enumerate(json.loads(Path(asked).read_text())):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import pyvips
 import tifffile
-from slidemake.failures import CODES
+from slidemake.core.failures import CODES
 from snakemake_run import Project, environment
 from storage_servers import http_site
 
@@ -46,7 +46,7 @@ FAILS = {
     "duplicate": ("cohort", "keep one row, or set exclude on the other."),
     "out_of_memory": ("tissue", "and run again with --forcerun and the name of its rule."),
     "too_slow": ("tissue", "raise slide_seconds and run again with --forcerun detect_tissue."),
-    "damaged": ("stain", "`python -m slidemake.verify` with the folder of the results names every such file, and what"),
+    "damaged": ("stain", "`python -m slidemake verify` with the folder of the results names every such file, and what"),
     "crashed": ("tissue", "Where it is mended, run again with --forcerun and the name of the rule."),
 }
 # A library with a defect, too little memory and a slow machine: when the tissue of these slides is committed.
@@ -166,7 +166,7 @@ def failures(project: Project) -> dict[str, dict[str, str]]:
 
 def verified(project: Project) -> list[str]:
     """What verify prints to be done."""
-    command = [sys.executable, "-m", "slidemake.verify", "results"]
+    command = [sys.executable, "-m", "slidemake.workflow.verify", "results"]
     done = subprocess.run(command, cwd=project.folder, env=environment(), capture_output=True, text=True, timeout=300)
     return [line for line in done.stdout.splitlines() if line.startswith("  rm -r ")]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
-from slidemake.provenance import read_json, write_json
+from slidemake.core.files import read_json, write_json
 from snakemake_run import ENCODER, Project, stamps
 
 pytestmark = pytest.mark.workflow
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.workflow
 @pytest.fixture(scope="module")
 def predicted(finished: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Three new slides of two patients, drawn with another seed, predicted with the finished run's bundle."""
-    from slidemake.demo import demo_rows
+    from slidemake.demo.cohort import demo_rows
 
     project = Project(tmp_path_factory.mktemp("predict") / "project")
     (project.folder / "new").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What `slidemake.verify` prints is done word for word, for a file of each kind, and the default target makes it again.
+"""What `slidemake verify` prints is done word for word, for a file of each kind, and the default target makes it again.
 
 One finished cohort serves all kinds. Each is damaged alone: verify names it, what it prints is executed, and the plan
 finds the job that makes it not current. Then all are damaged at once, and one run with the default target has to bring
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from slidemake.currency import Outcome, Tree, why_stale
-from slidemake.failures import RunError
-from slidemake.marker import MARKER, read_marker
-from slidemake.provenance import read_json
-from slidemake.verify import main
+from slidemake.core.currency import Outcome, Tree, why_stale
+from slidemake.core.failures import RunError
+from slidemake.core.files import read_json
+from slidemake.core.marker import MARKER, read_marker
+from slidemake.workflow.verify import main
 from snakemake_run import REPO, Project
 
 sys.path.insert(0, str(REPO / "tests" / "soak"))

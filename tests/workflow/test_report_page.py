@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, Browser, Page
 from PIL import Image
-from slidemake.currency import write_record
-from slidemake.tables import seal_tables
+from slidemake.core.currency import write_record
+from slidemake.core.tables import seal_tables
 from snakemake_run import Project
 
 pytestmark = [

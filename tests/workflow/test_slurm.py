@@ -273,7 +273,7 @@ def test_results_are_those_of_an_undisturbed_local_run(story: Story, finished: P
 
 
 def test_every_byte_is_as_it_was_written(story: Story):
-    from slidemake.verify import verify
+    from slidemake.workflow.verify import verify
 
     findings, _ = verify(story.project.results)
     assert findings == []

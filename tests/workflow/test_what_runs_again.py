@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import yaml
 from planner import plans
-from slidemake.configuration import load_configuration
-from slidemake.configuration_schema import leaves, resolved
-from slidemake.provenance import STAGE_VERSIONS, read_json, write_json
+from slidemake.configuration.load import load_configuration
+from slidemake.configuration.schema import leaves, resolved
+from slidemake.core.files import STAGE_VERSIONS, read_json, write_json
 from snakemake_run import CONFIG, ENCODER, GRID, REPO, Outcome, Project, environment
 
 pytestmark = pytest.mark.workflow
@@ -206,7 +206,9 @@ def cases(rows: Rows) -> list[Case]:
 def prepare(project: Project, rows: Rows) -> Rows:
     """Files that changes name; the first slide becomes the project's own."""
     (project.folder / "other.csv").write_text((project.folder / "slides.csv").read_text())
-    record = yaml.safe_load((REPO / "config" / "encoders.yaml").read_text())["encoders"][ENCODER]
+    record = yaml.safe_load((REPO / "scripts" / "slidemake" / "encoders" / "encoders.yaml").read_text())["encoders"][
+        ENCODER
+    ]
     changed = {"encoders": {ENCODER: {**record, "mean": [0.4, 0.4, 0.4]}}}
     (project.folder / "encoders.yaml").write_text(yaml.safe_dump(changed))
     (project.folder / "outline.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": []}))

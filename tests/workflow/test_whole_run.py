@@ -34,7 +34,7 @@ def test_every_rule_ran(finished: Project):
 
 
 def test_every_job_left_its_times(finished: Project):
-    from slidemake.timings import job_runs
+    from slidemake.jobs.timings import job_runs
     from snakemake_run import Outcome
 
     jobs = Outcome(0, (finished.folder / "terminal.txt").read_text()).jobs()

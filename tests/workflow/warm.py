@@ -27,9 +27,25 @@ REPO = Path(__file__).resolve().parents[2]
 IMPORTED = (
     *("snakemake.cli", "snakemake.api", "snakemake.script", "snakemake.report.html_reporter", "jsonschema", "psutil"),
     *("torch", "zarr", "sklearn.linear_model", "scipy.stats", "skimage.measure", "matplotlib.pyplot", "PIL.Image"),
-    *("slidemake.setup", "slidemake.planning", "slidemake.training", "slidemake.report", "slidemake.embedding"),
-    *("slidemake.encoder_loading", "slidemake.explain_stage", "slidemake.evaluation", "slidemake.tiles"),
-    *("slidemake.tissue_stage", "slidemake.stain_stage", "slidemake.screening", "slidemake.shortcuts"),
+    *(
+        "slidemake.workflow.plan",
+        "slidemake.workflow.snakemake_plan",
+        "slidemake.training.train",
+        "slidemake.report.page",
+        "slidemake.embedding.stage",
+    ),
+    *(
+        "slidemake.encoders.loading",
+        "slidemake.explain.stage",
+        "slidemake.evaluation.evaluate_classes",
+        "slidemake.stores.tile_store",
+    ),
+    *(
+        "slidemake.tissue.stage",
+        "slidemake.stain.stage",
+        "slidemake.slides.screening",
+        "slidemake.robustness.shortcuts",
+    ),
 )
 
 

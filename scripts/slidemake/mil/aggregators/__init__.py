@@ -1,0 +1,27 @@
+"""Aggregators: from the tiles of a bag to logits, with an attention weight per tile. One file per method.
+
+`base` has the interface, `registry` the names, `inference` prediction and leave-one-out.
+"""
+
+from slidemake.mil.aggregators.base import Aggregator, BagLoss, Batch, SeededDropout, Step
+from slidemake.mil.aggregators.inference import CHUNK, encode_bag, leave_one_out, log_odds, predict_bag, slide_numbers
+from slidemake.mil.aggregators.registry import AGGREGATORS, IN_ORDER, PARAMETERS, build_aggregator, model_parameters
+
+__all__ = [
+    "AGGREGATORS",
+    "CHUNK",
+    "IN_ORDER",
+    "PARAMETERS",
+    "Aggregator",
+    "BagLoss",
+    "Batch",
+    "SeededDropout",
+    "Step",
+    "build_aggregator",
+    "encode_bag",
+    "leave_one_out",
+    "log_odds",
+    "model_parameters",
+    "predict_bag",
+    "slide_numbers",
+]

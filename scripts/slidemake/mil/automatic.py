@@ -1,0 +1,111 @@
+"""`aggregator: auto` and `auto_linear`: several models of a fold, mixed by what each is worth on held-out patients.
+
+Every candidate is trained on the members of the fold's plan, so that each training patient is predicted by a member
+that did not see it. A candidate's outputs O_c are brought to one scale by the factor s_c that minimises the loss of
+these patients (what a temperature does to logits), and the fold's output is
+
+    O = sum_c w_c s_c O_c,    w_c proportional to exp(-n L_c),
+
+L_c being the mean loss of s_c O_c over n patients. These weights are the pseudo-Bayesian model average of Yao, Vehtari,
+Simpson and Gelman, "Using stacking to average Bayesian predictive distributions", Bayesian Analysis 2018: with few
+patients several candidates share the weight, with many the best takes it. The choice is made inside of each fold, on
+training patients alone, so that it is part of what the tested patients test (nested cross-validation). Candidates with
+less than `LEAST` of the weight are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slidemake.tasks.outcomes import Outcome, best_temperature
+from slidemake.tasks.survival_outcome import CoxOutcome
+
+LEAST = 0.02
+
+# A fixed number of epochs: a handful of validation patients chooses one by chance, and a candidate whose epoch they
+# chose would look better on them than it is.
+INSTANCE_LINEAR: dict[str, Any] = {
+    "aggregator": "instance_linear",
+    "scaling": "whitened",
+    "components": 32,
+    "epochs": 60,
+    "min_epochs": 60,
+    "bags_per_step": 32,
+    "learning_rate": 0.03,
+    "tile_fraction": 1.0,
+}
+LSE = {**INSTANCE_LINEAR, "pooling": "lse", "sharpness": 3.0}
+# Candidates: name -> what differs from the model's settings; the names are in bundles
+LINEAR: dict[str, dict[str, Any]] = {
+    # which class is called positive is often the alphabet's choice: validation finds out for which tiles speak
+    "lse": {**LSE, "evidence": "higher"},
+    "lse_lower": {**LSE, "evidence": "lower"},
+    "mean": {**INSTANCE_LINEAR, "pooling": "mean"},
+}
+CANDIDATES: dict[str, dict[str, Any]] = {
+    **LINEAR,
+    "abmil": {
+        "aggregator": "abmil_gated",
+        "scaling": "principal",
+        "components": 128,
+        "epochs": 20,
+        "min_epochs": 20,
+    },
+}
+AUTO, AUTO_LINEAR = "auto", "auto_linear"
+MIXTURES = {AUTO: CANDIDATES, AUTO_LINEAR: LINEAR}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One candidate's part of a group: its members come one after the other, their outputs are averaged."""
+
+    candidate: str
+    members: int
+    weight: float  # w_c
+    scale: float  # s_c
+
+
+def heaviest(parts: Sequence[Part]) -> slice:
+    """Which of a group's members are the candidate's that weighs most; all of them where they are of one model."""
+    if not parts:
+        return slice(None)
+    best = max(range(len(parts)), key=lambda i: parts[i].weight)
+    first = sum(part.members for part in parts[:best])
+    return slice(first, first + parts[best].members)
+
+
+def candidates(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name: settings} of what a model with these settings is made of; of a single model the name is empty."""
+    if settings["aggregator"] not in MIXTURES:
+        return {"": dict(settings)}
+    return {name: {**settings, **changes} for name, changes in MIXTURES[settings["aggregator"]].items()}
+
+
+def mixture(
+    outputs: Mapping[str, np.ndarray], outcome: Outcome, labels: Sequence[Any], scale: Mapping[str, Any]
+) -> dict[str, tuple[float, float, float]]:
+    """{candidate: (weight, scale, loss)} from its outputs (V, C) of held-out patients; weights below `LEAST` are 0.
+
+    labels (V): encoded; scale: `Outcome.scale`. Without held-out patients all candidates weigh the same.
+    """
+    n = len(labels)
+    if not n:
+        return {name: (1 / len(outputs), 1.0, float("nan")) for name in outputs}
+    found = {}
+    for name, values in outputs.items():
+        t = best_temperature(lambda t, v=values: outcome.loss(v / t, labels, scale), 1 / n)
+        found[name] = 1 / t, outcome.loss(values / t, labels, scale)
+    counted = (
+        sum(bool(event) for _, event in labels) if isinstance(outcome, CoxOutcome) else n
+    )  # what a loss is mean of
+    losses = np.array([loss for _, loss in found.values()])
+    weights = np.exp(-counted * (losses - losses.min()))
+    weights /= weights.sum()
+    weights[weights < LEAST] = 0
+    weights /= weights.sum()
+    return {name: (float(w), *found[name]) for name, w in zip(found, weights, strict=True)}

@@ -1,0 +1,4 @@
+"""What lies on the disk as Zarr, with its checksums: tiles of a slide, arrays of embeddings.
+
+In reading order: integrity, arrays, jpeg_codec, tile_store.
+"""

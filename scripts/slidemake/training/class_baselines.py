@@ -1,0 +1,147 @@
+"""The baselines that every task's table carries: mean pooling with a linear model, and the site alone.
+
+mean_pool_lr is logistic regression here, and for other types than classes the linear model of `baselines_linear.py`;
+site_only of other types is in `baselines_site.py`. The third control, shuffled_label, is the first configured
+aggregator on `splits.permuted_control`. No torch here but in `as_mean_pool`, which keeps a fitted model in the form
+that bundles know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from slidemake.mil.bags import Bags
+
+if TYPE_CHECKING:
+    from slidemake.mil.aggregators import Aggregator
+
+C_GRID = tuple(10.0**k for k in range(-5, 2))
+
+
+@dataclass(frozen=True)
+class MeanPoolLR:
+    """A fitted regression on mean-pooled features, the C it took, and logits of inner-validation patients."""
+
+    scaler: StandardScaler
+    regression: LogisticRegression
+    c: float
+    val_logits: dict[str, np.ndarray]
+
+
+def mean_vectors(bags: Bags, patients: Sequence[str]) -> np.ndarray:
+    """(P, D) mean tile of every patient, float64."""
+    means = np.empty((len(patients), bags.dim))
+    for row, patient in zip(means, patients, strict=True):
+        bags.bag(patient).mean(0, dtype=np.float64, out=row)
+        bags.forget()
+    return means
+
+
+def _fit(x: np.ndarray, y: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:
+    scaler = StandardScaler().fit(x)
+    return scaler, LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(scaler.transform(x), y)
+
+
+def _logits(scaler: StandardScaler, regression: LogisticRegression, x: np.ndarray, classes: int) -> np.ndarray:
+    """(P, C) logits; classes unseen in training get a very low one."""
+    decision = regression.decision_function(scaler.transform(x))
+    if decision.ndim == 1:
+        decision = np.stack([-decision / 2, decision / 2], 1)
+    full = np.full((len(x), classes), decision.min() - 10.0)
+    full[:, regression.classes_] = decision
+    return full
+
+
+def fit_mean_pool_lr(
+    bags: Bags,
+    labels: Mapping[str, int],
+    train: Sequence[str],
+    plan: Sequence[tuple[Sequence[str], Sequence[str]]],
+    classes: int,
+) -> MeanPoolLR:
+    """Choose C by the pooled negative log-likelihood of inner validation (`plan`), then fit on all of `train`.
+
+    plan: (train, validation) patients of each inner fold (`training_plan.member_plan`). The scaler is fitted on the
+    training side of each fit only. Without validation patients C is 0.01.
+    """
+    best, chosen, kept = float("inf"), 0.01, {}
+    vectors = dict(
+        zip(everyone := sorted({*train, *(p for _, v in plan for p in v)}), mean_vectors(bags, everyone), strict=True)
+    )
+    for c in C_GRID:
+        logits: dict[str, list[np.ndarray]] = {}
+        for inner, val in plan:
+            if not val:
+                continue
+            fitted = _fit(np.stack([vectors[p] for p in inner]), np.array([labels[p] for p in inner]), c)
+            out = _logits(*fitted, np.stack([vectors[p] for p in val]), classes)
+            for patient, row in zip(val, out, strict=True):
+                logits.setdefault(patient, []).append(row)
+        if not logits:
+            break
+        pooled = {p: np.mean(rows, axis=0) for p, rows in logits.items()}
+        nll = -np.mean([log_softmax(row)[labels[p]] for p, row in pooled.items()])
+        if nll < best:
+            best, chosen, kept = nll, c, pooled
+    scaler, regression = _fit(np.stack([vectors[p] for p in train]), np.array([labels[p] for p in train]), chosen)
+    return MeanPoolLR(scaler, regression, chosen, kept)
+
+
+def as_aggregator(fitted: MeanPoolLR, classes: int) -> Aggregator:
+    """The same regression as a MeanPool aggregator: equal logits, and bundles, predict and explain work on it."""
+    coefficients, intercept = fitted.regression.coef_, fitted.regression.intercept_
+    if len(coefficients) == 1:
+        coefficients, intercept = np.concatenate([-coefficients, coefficients]) / 2, np.r_[-intercept, intercept] / 2
+    weight = np.zeros((classes, coefficients.shape[1]))
+    bias = np.full(classes, -30.0)  # a class that training did not have is never predicted
+    weight[fitted.regression.classes_], bias[fitted.regression.classes_] = coefficients, intercept
+    return as_mean_pool(fitted.scaler, weight, bias)
+
+
+def as_mean_pool(scaler: StandardScaler, weight: np.ndarray, bias: np.ndarray) -> Aggregator:
+    """A MeanPool aggregator with the outputs weight (C, D) @ scaled mean tile (D,) + bias (C,)."""
+    import torch
+
+    from slidemake.mil.aggregators import build_aggregator
+
+    model: Any = build_aggregator("mean_pool", weight.shape[1], len(weight), {})
+    with torch.no_grad():
+        model.feature_mean.copy_(torch.from_numpy(scaler.mean_))
+        model.feature_std.copy_(torch.from_numpy(scaler.scale_))
+        model.classifier.weight.copy_(torch.from_numpy(weight))
+        model.classifier.bias.copy_(torch.from_numpy(bias))
+    return model.eval()
+
+
+def site_prevalence(
+    labels: Mapping[str, int], sites: Mapping[str, str], train: Sequence[str], classes: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Class prevalence (C,) in each site's training patients, and over all of them (for sites without any).
+
+    With one pseudo-patient of the overall prevalence per site, so that a site with one patient is not certain. In
+    cross-validation within sites this predictor falls below 0.5 by construction (a positive patient held out lowers the
+    prevalence that predicts it); above 0.5 it says that the site alone tells the label.
+    """
+    overall = np.bincount([labels[p] for p in train], minlength=classes) / len(train)
+    table = {}
+    for site in sorted({sites[p] for p in train}):
+        inside = np.bincount([labels[p] for p in train if sites[p] == site], minlength=classes)
+        table[site] = (inside + overall) / (inside.sum() + 1)
+    return table, overall
+
+
+def site_threshold(overall: np.ndarray) -> float | None:
+    """Two classes: positive where the site's prevalence exceeds the training cohort's. None for more classes."""
+    return float(overall[1]) if len(overall) == 2 else None
+
+
+def predict_site(table: Mapping[str, Any], overall: np.ndarray, site: str) -> np.ndarray:
+    """(C,) probabilities for a patient of `site`."""
+    return np.asarray(table.get(site, overall), float)
