@@ -22,7 +22,7 @@ SIDE, SHIFT = 216, (3, 5)  # 27 blocks of 8 px; beside the grid of blocks
 def real_tiles(folder: Path, most: int) -> np.ndarray:
     """Half of a scanned slide, half of single tiles: (n, SIDE, SIDE, 3)."""
     import imagecodecs
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
 
     found = []
     with open_slide(str(folder / "slides" / "cmu-1-small-region.svs"), reader="openslide") as reader:
@@ -39,7 +39,7 @@ def real_tiles(folder: Path, most: int) -> np.ndarray:
 
 
 def drawn_tiles(slide: Slide, most: int) -> np.ndarray:
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
     from slidemake.tiles.reading import read_tiles
 
     window, coords = window_and_tiles(slide, GRID)

@@ -23,7 +23,7 @@ class StoredTiles:
 
     def __init__(self, slide: Slide, window: Any, coords: np.ndarray):
         from slidemake.slides.formats.tiff_index import read_tiff_index
-        from slidemake.slides.reader import open_slide
+        from slidemake.slides.opening import open_slide
 
         index = read_tiff_index(Path(slide.path))
         level = slide.facts["levels"][window.level]
@@ -87,7 +87,7 @@ def _size(level: dict[str, Any]) -> tuple[int, int]:
 
 def our_reader(slide: Slide, window: Any, coords: np.ndarray, threads: int, name: str | None = None) -> float:
     """The tiling stage's reading: parts of a row-major list, on threads that share one reader."""
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
     from slidemake.tiles.reading import read_tiles
 
     def read(reader: Any, start: int) -> None:

@@ -84,7 +84,7 @@ def codec_alone(codec: TileCodec, tiles: np.ndarray) -> tuple[Callable[[], float
 
 def measure(slide: Slide, repeats: int, most: int, folder: Path) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all codecs on at most `most` tiles of a slide, and the sizes."""
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
     from slidemake.tiles.reading import read_tiles
 
     zarr.config.set({"threading.max_workers": 1})

@@ -34,7 +34,7 @@ def extractor(slide: Slide, window: Any, coords: np.ndarray) -> float:
 def measure(slide: Slide, repeats: int, most: int) -> list[Row]:
     import torch
     from slidemake.jobs.memory import keep_freed_memory
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
     from slidemake.stain.fit import StainTransform
     from slidemake.stain.on_device import apply_stain
     from slidemake.tiles.reading import read_tiles

@@ -68,7 +68,7 @@ def real_cases(folder: Path) -> Iterator[Case]:
 
 
 def composed_cases(folder: Path) -> Iterator[Case]:
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
 
     for path in sorted(folder.glob("*.tiff")):
         with Image.open(path.with_name(f"{path.stem}_tissue16.png")) as mask, open_slide(path) as slide:

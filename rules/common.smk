@@ -9,7 +9,7 @@ from snakemake_interface_executor_plugins.settings import SharedFSUsage
 from slidemake.jobs.job import available_cpus, cgroup_quotas
 from slidemake.configuration.load import stage_options
 from slidemake.cohort.sheet import describe_tasks
-from slidemake.encoders.contamination import in_words
+from slidemake.core.words import contamination_warning
 from slidemake.core.currency import identity
 from slidemake.core.failures import RunError
 from slidemake.workflow.snakemake_plan import attach
@@ -153,7 +153,7 @@ def start_run(files):
     if hint := rack_size_hint(PLAN, MACHINE):
         print(f"slidemake: {hint}", file=sys.stderr)
     for encoder, corpora in PLAN.contamination.items():
-        print(f"slidemake: warning: {in_words(encoder, corpora)}", file=sys.stderr)
+        print(f"slidemake: warning: {contamination_warning(encoder, corpora)}", file=sys.stderr)
 
 
 def slides_of_plan():

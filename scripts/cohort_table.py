@@ -1,5 +1,6 @@
 """Rule cohort_table: all manifests and the sheet -> cohort/slides.csv, cohort/failures.csv."""
 
+from functools import partial
 from pathlib import Path
 
 from slidemake.cohort.sheet import sheet_records
@@ -9,6 +10,7 @@ from slidemake.core.tables import seal_tables, write_table
 from slidemake.jobs.job import job
 from slidemake.jobs.racks import read_manifests
 from slidemake.slides.screening import find_duplicates
+from slidemake.stain.stage import judgement_columns
 
 with job(snakemake) as sm:  # noqa: F821
     results = Path(sm.params.results)
@@ -20,7 +22,9 @@ with job(snakemake) as sm:  # noqa: F821
             stages.setdefault(f"{stage} {Path(path).parent.name}", []).extend(read_manifests([path], stage))
     duplicates = find_duplicates(screened) if sm.params.duplicates == "fail" else {}
     target = read_json(sm.input.target)
-    rows = cohort_rows(sheet_records(sm.params.sheet), stages, results, duplicates, target)
+    rows = cohort_rows(
+        sheet_records(sm.params.sheet), stages, results, duplicates, partial(judgement_columns, results, target)
+    )
     write_table(sm.output.slides, rows)
     write_table(sm.output.failures, failure_rows(rows), FAILURE_COLUMNS)
     seal_tables(sm.output.seal, [sm.output.slides, sm.output.failures])

@@ -7,7 +7,7 @@ from slidemake.drift.reference import make_reference, training_predictions, vali
 from slidemake.jobs.job import job
 from slidemake.mil.bags import open_bags
 from slidemake.mil.bundle import read_info
-from slidemake.tasks.outcomes import load_outcome
+from slidemake.tasks.registry import load_outcome
 
 with job(snakemake) as sm:  # noqa: F821
     folder = Path(sm.output.reference).parent

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from slidemake.cohort.sheet import SlideRow
+from slidemake.core.addresses import local_copy
 from slidemake.jobs.job import job
 from slidemake.jobs.racks import read_manifest, run_rack
-from slidemake.slides.remote import local_copy
 from slidemake.slides.screening import screen_slide
 
 with job(snakemake) as sm:  # noqa: F821

@@ -1,8 +1,8 @@
 """Rule write_sheet: a folder of slides -> a first sample sheet; an existing one is never overwritten."""
 
-from slidemake.cohort.first_sheet import write_sheet
 from slidemake.core.failures import RunError
 from slidemake.jobs.job import job
+from slidemake.slides.first_sheet import write_sheet
 
 with job(snakemake) as sm:  # noqa: F821
     if not sm.params.folder:

@@ -137,7 +137,7 @@ def test_a_pickle_in_place_of_weights_is_not_executed(tmp_path):
     import pickle
 
     import torch
-    from slidemake.encoders.weights import read_state_dict
+    from slidemake.stores.state_dicts import read_state_dict
 
     class Hostile:
         def __reduce__(self):
@@ -215,7 +215,7 @@ def test_label_and_macro_never_come_into_results(labelled_slide, tmp_path, reade
     import openslide
     from PIL import Image
     from slidemake.cohort.sheet import SlideRow
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
     from slidemake.slides.screening import screen_slide
     from slidemake.stain import stage as stain_stage
     from slidemake.stores.tile_store import TileStore

@@ -7,7 +7,7 @@ from typing import Any
 
 from slidemake.cohort.sheet_checks import disagreements
 from slidemake.cohort.sheet_table import Problem
-from slidemake.configuration.schema import nearest
+from slidemake.core.words import nearest
 from slidemake.tasks.labels import (
     LabelError,
     canonical,

@@ -17,9 +17,9 @@ from slidemake.cohort.label_checks import Cells, cell_problems, cohort_problems,
 from slidemake.cohort.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
 from slidemake.cohort.sheet_table import KNOWN, Problem, Table, check_columns, read_table
 from slidemake.cohort.spellings import doubtful_names, number_problems, spelling_problems
-from slidemake.configuration.load import split_column
-from slidemake.configuration.schema import nearest
 from slidemake.core.failures import RunError
+from slidemake.core.words import nearest
+from slidemake.splits.methods import split_column
 from slidemake.tasks.labels import CLASSES, about_label, is_number, label_columns, task_type
 
 log = logging.getLogger("slidemake")

@@ -18,12 +18,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from slidemake.cohort.sheet_table import KNOWN, Problem
+from slidemake.core.addresses import URI
 from slidemake.core.json_schemas import validator as json_validator
+from slidemake.core.words import printable, safe_id
 
 SCHEMA = Path(__file__).with_name("slides.schema.json")
 LONGEST = 4000  # characters in a cell
 ALLOWED = {"\n", "\r", "\t", "\u200c", "\u200d", "\u00ad"}  # joiners and the soft hyphen, which languages need
-URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 Row = tuple[int, dict[str, Any]]  # number in the file, cells
 
 _EXPONENT = re.compile(r"\d(?:[.,]\d+)?[Ee]\+?\d+")
@@ -101,11 +102,6 @@ def _broken(value: str) -> str | None:
     return f'holds a line break after "{first[:40]}"; is a quotation mark missing before it, or one too many?'
 
 
-def printable(text: str) -> str:
-    """Text with characters that a terminal would obey written out."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
 def _real(column: str, value: Any) -> bool:
     """What a JSON schema does not see: NaN passes every range, and 2024-02-31 has the form of a date."""
     if column == "mpp" and value is not None:
@@ -152,11 +148,6 @@ def _about_id(value: Any) -> str:
         return f'"{text}" begins with {text[0]}; begin with a letter, a digit or _: write {safe_id(text)}'
     shown = ", ".join("a space" if c == " " else c for c in odd)
     return f'"{text}" holds {shown}; only letters, digits, . _ - are allowed: write {safe_id(text)}'
-
-
-def safe_id(text: str) -> str:
-    """`text` with all that may not stand in a slide_id replaced by `_`."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("_.-").rstrip("_.")[:200] or "slide"
 
 
 def _about_mpp(value: Any) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slidemake.core.addresses import is_remote, shown
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import read_json_if_whole
-from slidemake.slides.remote import is_remote, shown
 
 FIGURES = ("identity", "vendor", "reader", "width", "height", "mpp", "mpp_source", "objective")
 FAILURE_COLUMNS = ("slide_id", "stage", "code", "message", "hint")
@@ -18,13 +19,13 @@ def cohort_rows(
     manifests: dict[str, list[dict[str, Any]]],
     results: Path,
     duplicates_of: dict[str, str],
-    stain_target: dict[str, Any] | None = None,
+    columns_of_stain: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of slides.csv in sheet order.
 
     `manifests` maps a stage (or "tiles 224px_0.5mpp") to its records, in the order of the spine: the first failure
     met is the slide's. `duplicates_of` maps a slide to the earlier slide with the same content.
-    With `stain_target` (cohort/stain_target.json) the columns say how each slide's stain was judged and what is done.
+    `columns_of_stain` gives of a slide by name the columns that say how its stain was judged and what is done.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for stage, records in manifests.items():
@@ -49,26 +50,14 @@ def cohort_rows(
         row["tissue_mm2"] = tissue.get("area_mm2", "")
         stain = read_json_if_whole(results / "slides" / slide_id / "stain.json") or {}
         row["stain_fit"] = stain.get("method", "") if stain.get("status") == "ok" else stain.get("reason", "")
-        if stain and stain_target and stages.get("stain", {}).get("status", "failed") != "failed":  # ok, or no fit
-            row |= _judgements(results, slide_id, stain_target)
+        if stain and columns_of_stain and stages.get("stain", {}).get("status", "failed") != "failed":  # ok, or no fit
+            row |= columns_of_stain(slide_id)
         for stage, record in stages.items():
             if stage.startswith("tiles "):
                 row[stage.replace("tiles ", "tiles_")] = record.get("tiles", "")
                 row["corrupt_tiles"] = record.get("corrupt", "")
         rows.append(row)
     return rows
-
-
-def _judgements(results: Path, slide_id: str, target: dict[str, Any]) -> dict[str, Any]:
-    """Columns of the run's stain method, and of each that models take instead (their names end in the method)."""
-    from slidemake.stain.judgement import columns_of
-    from slidemake.stain.stage import slide_transform  # scipy and readers: not for those who only read the table
-
-    row = columns_of(slide_transform(results, slide_id, target)) if target["status"] != "none" else {}
-    for method in target.get("also", {}):
-        other = columns_of(slide_transform(results, slide_id, target, method))
-        row |= {f"{column}_{method}": value for column, value in other.items()}
-    return row
 
 
 def failure_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -8,22 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slidemake.configuration.schema import describe, leaves, nearest, resolved, schema, types_of
+from slidemake.configuration.schema import describe, leaves, resolved, schema, types_of
+from slidemake.core.words import nearest
+from slidemake.tasks.controls import RESERVED
 
 if TYPE_CHECKING:
     import jsonschema
-
-CONTROLS = (  # names that models may not take
-    "mean_pool_lr",
-    "instance_linear",
-    "site_only",
-    "shuffled_label",
-    "prevalence",
-    "mean",
-    "kaplan_meier",
-    "best_by_validation",
-)
-
 
 FILES = (".json", ".csv")  # what names of models may not end with: metrics.json lies beside the models' folders
 FOLDERS = ("leakage", "shortcuts")  # these, too
@@ -95,7 +85,7 @@ def cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator[
         encoder = model.get("encoder")
         if name.lower().endswith(FILES) or name in FOLDERS:
             yield f"models.{name}: this name belongs to a file or folder of the results; choose another name"
-        if name in CONTROLS:
+        if name in RESERVED:
             yield f"models.{name}: this name belongs to a control that always runs; choose another name"
         if model.get("aggregator") == "mean_pool_lr" and model.get("slides") == "attention":
             yield f"models.{name}.slides: the regression mean_pool_lr has no attention over slides; write pool"
@@ -105,7 +95,7 @@ def cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator[
     for name, task in tasks.items():
         chosen = task["models"] if isinstance(task.get("models"), list) else []
         for model in chosen:
-            if model in CONTROLS and model not in models:
+            if model in RESERVED and model not in models:
                 yield f"tasks.{name}.models: {model} runs by itself as a control in every task; leave it out"
             elif isinstance(model, str) and model not in models:
                 yield f"tasks.{name}.models: {_no_such(model, 'model', list(models))}"

@@ -18,6 +18,7 @@ from slidemake.configuration.schema import filled, schema
 from slidemake.configuration.sweeps import expand_sweeps, in_sweeps
 from slidemake.core.failures import RunError
 from slidemake.core.json_schemas import validator as json_validator
+from slidemake.splits.methods import split_column
 from slidemake.tasks.labels import label_columns, label_task
 
 if TYPE_CHECKING:
@@ -113,17 +114,6 @@ def sheet_columns(config: dict[str, Any], bundle: Mapping[str, Any] | None = Non
         groups |= set(label_columns(label_task(bundle or {}, config["bundle_label"])))
     labels = {column for task in tasks for column in label_columns(task)}
     return sorted(labels | {str(column) for column in splits} | groups)
-
-
-def split_column(splits: Mapping[str, Any]) -> str | None:
-    """The column of the sheet that a split method reads, with a value for every patient; None when there is none."""
-    return {
-        "given": splits.get("column", "split"),
-        "external": splits.get("column", "split"),
-        "temporal": splits.get("date_column", "scan_date"),
-        "leave_one_site_out": "site",
-        "site_preserved": "site",
-    }.get(splits.get("method", "kfold"))
 
 
 def path_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,6 @@ _TRUE, _FALSE = ("true", "yes"), ("false", "no")
 def schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of the configuration."""
     return json.loads(SCHEMA.read_text())
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word that `word` was probably meant to be, whatever its case."""
-    by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=cutoff)
-    return by_lower[close[0]] if close else None
 
 
 # -- the schema read by people ------------------------------------------------------------------------------------

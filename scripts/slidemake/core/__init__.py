@@ -2,5 +2,6 @@
 
 Knows no slide and no patient, and imports nothing of slidemake. In reading order: failures, files (atomic files,
 fingerprints, versions of stages), tables, csv_cells, json_schemas, yaml_files, marker (slidemake.json), content (what a
-slide is by content), currency (are results current?), onednn.
+slide is by content), currency (are results current?), bundle_place (whose is a bundle?), words, addresses, spacing,
+onednn.
 """

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from slidemake.drift.reference import abstains, thinned
+from slidemake.core.spacing import thinned
+from slidemake.drift.reference import abstains
 from slidemake.evaluation.comparisons import holm
 from slidemake.statistics.bootstrap import scope_seed
 
@@ -301,8 +302,8 @@ def _points(reference: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
     split = len(reference["embeddings"])
     sites = np.array(sample.sites)
     return {
-        "reference": thinned(flat[:split].tolist()),
-        "new": {site: thinned(flat[split:][sites == site].tolist()) for site in sorted(set(sample.sites))},
+        "reference": thinned(flat[:split].tolist(), MOST),
+        "new": {site: thinned(flat[split:][sites == site].tolist(), MOST) for site in sorted(set(sample.sites))},
     }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import STAGE_VERSIONS, read_json, read_json_if_whole, write_json
+from slidemake.core.spacing import thinned
 from slidemake.evaluation.probabilities.conformal import conformal_limit, prediction_sets
 from slidemake.mil.bags import Bags
 from slidemake.tasks.outcomes import Outcome, number
@@ -115,13 +116,6 @@ def sketched(means: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return (means - centre) @ signs / np.sqrt(SKETCH)
 
 
-def thinned(values: Sequence[Any], most: int = MOST) -> list[Any]:
-    """At most `most` of the values, evenly spaced."""
-    if len(values) <= most:
-        return list(values)
-    return [values[i] for i in np.linspace(0, len(values) - 1, most).astype(int)]
-
-
 def rounded(values: Iterable[float]) -> list[float]:
     """Six significant digits: what the file needs."""
     return [float(f"{value:.6g}") for value in values]
@@ -191,7 +185,7 @@ def make_reference(
     scores = patient_scores(predictions, outcome)
     sites = patient_sites(cohort)
     truth = {row["patient_id"]: row.get("label", "") for row in predictions}
-    patients = thinned([p for p in sorted(trained) if bags.tiles(p)])
+    patients = thinned([p for p in sorted(trained) if bags.tiles(p)], MOST)
     if not patients:
         raise RunError("No patient of the training cohort has tiles: there is nothing to compare new slides with.")
     means = patient_means(bags, patients)
@@ -221,7 +215,7 @@ def make_reference(
         "conformal": {"coverage": COVERAGE, "limit": limit, "patients": len(labelled)} if classes else None,
         "abstained": int(abstains(held, limit).sum()) if classes else None,
         "quality": {
-            name: rounded(thinned(values))
+            name: rounded(thinned(values, MOST))
             for name, values in quality_table(
                 results, [r["slide_id"] for r in processed if r["status"] == "ok"]
             ).items()

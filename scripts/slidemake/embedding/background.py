@@ -62,7 +62,7 @@ def embed_background(
     tiles, seed; `forward()` gives the warm encoder. A slide without such tiles gets `vector` None: it takes no part.
     Raises SlideFailure too_coarse, unreadable.
     """
-    from slidemake.slides.reader import open_screened
+    from slidemake.slides.opening import open_screened
     from slidemake.tiles.reading import read_tiles
     from slidemake.tissue.stage import read_mask
 

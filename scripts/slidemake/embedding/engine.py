@@ -58,7 +58,7 @@ class Source:
         self.store, self.slide = TileStore(job.tiles), job.slide
         self.reader: Any = None
         if not self.store.has_pixels:
-            from slidemake.slides.reader import open_screened
+            from slidemake.slides.opening import open_screened
 
             self.reader = open_screened(job.slide)
 

@@ -48,11 +48,3 @@ def contamination(records: Mapping[str, EncoderRecord], cohorts: Iterable[str]) 
     text = " ".join(cohorts)
     found = {name: contaminated(record, text) for name, record in records.items()}
     return {name: corpora for name, corpora in sorted(found.items()) if corpora}
-
-
-def in_words(encoder: str, corpora: Iterable[str]) -> str:
-    """The warning about one encoder."""
-    return (
-        f"encoder {encoder} was pretrained on {', '.join(corpora)}, where this cohort is from: it has seen slides like "
-        "these, perhaps the very ones, and its figures here do not say how it does on new ones"
-    )

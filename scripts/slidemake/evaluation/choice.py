@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 
 from slidemake.evaluation.comparisons import pairs
+from slidemake.statistics.class_metrics import log_loss
+from slidemake.tasks.controls import CHOSEN
 from slidemake.tasks.prediction_table import Predictions
-
-CHOSEN = "best_by_validation"
-TINY = 1e-7  # probability below which the log-loss grows no more
 
 
 class Chosen(Protocol):
@@ -41,11 +40,6 @@ class Chosen(Protocol):
 
 
 M = TypeVar("M", bound=Chosen)
-
-
-def log_loss(of_label: np.ndarray) -> float:
-    """Mean log-loss from the probabilities that were given to what came true."""
-    return float(-np.log(np.clip(of_label, TINY, 1)).mean())
 
 
 def validation_loss(p: Predictions, repeat: int, fold: int) -> float:

@@ -15,11 +15,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from scipy.stats import norm, rankdata
 
-from slidemake.evaluation.verdict import REFERENCE
 from slidemake.statistics.bootstrap import percentile_interval
+from slidemake.tasks.controls import NOT_A_RIVAL, REFERENCE
 from slidemake.tasks.prediction_table import Predictions
-
-NOT_A_RIVAL = ("shuffled_label", "prevalence", "mean", "kaplan_meier")  # nulls: being compared with them claims nothing
 
 
 class Compared(Protocol):

@@ -21,7 +21,7 @@ import numpy as np
 from slidemake.core.failures import RunError
 from slidemake.core.files import STAGE_VERSIONS
 from slidemake.core.tables import read_table
-from slidemake.evaluation.choice import CHOSEN, validation_loss, with_choice
+from slidemake.evaluation.choice import validation_loss, with_choice
 from slidemake.evaluation.comparisons import adjust, compare
 from slidemake.evaluation.files import write_metrics
 from slidemake.evaluation.probabilities.calibration import calibration_report, mean_over_repeats
@@ -36,9 +36,10 @@ from slidemake.evaluation.scopes import (
     subset_scopes,
 )
 from slidemake.evaluation.subgroups import groups_of
-from slidemake.evaluation.verdict import CONTROLS, REFERENCE, confounding, verdict
+from slidemake.evaluation.verdict import confounding, verdict
 from slidemake.statistics.class_metrics import confusion
 from slidemake.statistics.reliability import roc_and_pr
+from slidemake.tasks.controls import CHOSEN, CONTROLS, REFERENCE
 from slidemake.tasks.prediction_table import Predictions, read_predictions, read_validation
 
 DEFAULTS: dict[str, Any] = {

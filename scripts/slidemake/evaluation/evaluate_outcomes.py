@@ -15,13 +15,12 @@ import numpy as np
 from slidemake.core.failures import RunError
 from slidemake.core.files import STAGE_VERSIONS
 from slidemake.core.tables import read_table
-from slidemake.encoders.contamination import in_words
-from slidemake.evaluation.choice import CHOSEN, with_choice
+from slidemake.core.words import contamination_warning
+from slidemake.evaluation.choice import with_choice
 from slidemake.evaluation.comparisons import adjust, paired
 from slidemake.evaluation.files import write_metrics
 from slidemake.evaluation.probabilities.about import about_predictions
 from slidemake.evaluation.subgroups import by_group, groups_of
-from slidemake.evaluation.verdict import CONTROLS, REFERENCE
 from slidemake.evaluation.verdict_outcomes import outcome_verdict
 from slidemake.statistics.bootstrap import (
     UNDEFINED_ONCE,
@@ -30,6 +29,7 @@ from slidemake.statistics.bootstrap import (
     scope_seed,
     with_intervals,
 )
+from slidemake.tasks.controls import CHOSEN, CONTROLS, REFERENCE
 from slidemake.tasks.kinds import KINDS, Kind
 from slidemake.tasks.outcome_table import OutcomeTable, read_outcome_validation, read_outcomes
 
@@ -244,7 +244,7 @@ def evaluate_tables(
         },
         "contamination": contamination or {},
     }
-    result["verdict"] = outcome_verdict(result, [in_words(e, c) for e, c in (contamination or {}).items()])
+    result["verdict"] = outcome_verdict(result, [contamination_warning(e, c) for e, c in (contamination or {}).items()])
     curves = {
         name: {key: entry.pop(key) for key in ("points", "groups") if key in entry} for name, entry in entries.items()
     }

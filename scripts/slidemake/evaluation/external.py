@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from slidemake.core.bundle_place import check_external, trained_on
 from slidemake.core.failures import RunError
 from slidemake.core.tables import read_table
+from slidemake.core.words import some
 from slidemake.evaluation.evaluate_classes import evaluate_models
 from slidemake.evaluation.evaluate_outcomes import evaluate_tables
 from slidemake.evaluation.files import write_metrics
 from slidemake.evaluation.subgroups import groups_of
-from slidemake.mil.bundle_place import check_external, trained_on
-from slidemake.splits.patients import some
 from slidemake.tasks.kinds import KINDS
 from slidemake.tasks.labels import LabelError, canonical, join_cells, label_columns, label_task
 from slidemake.tasks.outcome_table import OutcomeTable, parse_outcomes

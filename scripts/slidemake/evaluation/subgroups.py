@@ -16,6 +16,7 @@ import numpy as np
 
 from slidemake.core.failures import RunError
 from slidemake.statistics.bootstrap import percentile_interval
+from slidemake.tasks.kinds import too_few
 
 USUAL = ("site", "scanner", "stain")  # columns looked at where none are named
 PARTS = 3  # equal parts of a column of numbers
@@ -58,12 +59,6 @@ def _thirds(numbers: dict[str, float], everyone: Iterable[str]) -> dict[str, str
     names.append(f"above {cuts[-1]:.4g}")
     placed = {p: names[int(np.searchsorted(cuts, value, side="left"))] for p, value in numbers.items()}
     return {p: placed.get(p, "") for p in everyone}
-
-
-def too_few(patients: int, options: Mapping[str, Any]) -> str | None:
-    """Why a group of so many patients gets no figures, or None."""
-    needed = options["subgroup_patients"]
-    return f"{patients} patients; {needed} are needed" if patients < needed else None
 
 
 def too_small(labels: np.ndarray, classes: Sequence[str], options: Mapping[str, Any]) -> str | None:

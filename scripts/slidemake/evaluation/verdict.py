@@ -7,46 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.encoders.contamination import in_words
+from slidemake.core.words import contamination_warning
+from slidemake.statistics.association import association_test
 from slidemake.statistics.class_metrics import auroc
+from slidemake.tasks.controls import CHANCE, CONTROLS, INSTANCE_LINEAR, REFERENCE, SHUFFLED, SITE_ONLY
 from slidemake.tasks.prediction_table import Predictions
 
-REFERENCE = "mean_pool_lr"  # the baseline that every model must beat to be worth its parameters
-SHUFFLED = "shuffled_label"
-SITE_ONLY = "site_only"
-INSTANCE_LINEAR = "instance_linear"  # the control that attention must beat to be worth its own parameters
-CONTROLS = (REFERENCE, INSTANCE_LINEAR, SITE_ONLY, SHUFFLED, "prevalence")
-NULLS = ("prevalence", "mean", "kaplan_meier")  # they know no features: being better than they is being above chance
 SITES_KEPT = ("leave_one_site_out", "site_preserved")  # splits in which a tested site was never trained on
 ASSESSED = 50  # patients below which a test of calibration finds next to nothing
 NARROW = 0.2  # an interval that is wider says too little to call a control right
 SMALL = 20  # patients of the rarer class below which one patient moves the AUROC by more than its rounding
 GAP = 0.1  # pooled minus within-site AUROC worth a warning
-
-
-def cramers_v(
-    labels: np.ndarray, groups: list[str] | tuple[str, ...], seed: int, draws: int = 2000
-) -> dict[str, float] | None:
-    """Association of label and group: Cramér's V (0 none, 1 complete) and a permutation p-value (exact for any n).
-
-    None with fewer than two groups or labels.
-    """
-    _, g = np.unique(np.array(groups), return_inverse=True)
-    _, y = np.unique(labels, return_inverse=True)
-    rows, columns = g.max(initial=0) + 1, y.max(initial=0) + 1
-    if rows < 2 or columns < 2:
-        return None
-    n = len(y)
-    expected = np.outer(np.bincount(g), np.bincount(y)) / n
-    rng = np.random.default_rng(seed)
-
-    def chi_square(of: np.ndarray) -> float:
-        table = np.bincount(g * columns + of, minlength=rows * columns).reshape(rows, columns)
-        return float(((table - expected) ** 2 / expected).sum())
-
-    seen = chi_square(y)
-    as_extreme = sum(chi_square(rng.permutation(y)) >= seen - 1e-9 for _ in range(draws))
-    return {"cramers_v": float(np.sqrt(seen / (n * (min(rows, columns) - 1)))), "p": (as_extreme + 1) / (draws + 1)}
 
 
 def _mean_auroc(p: Predictions, inside: np.ndarray) -> float | None:
@@ -83,7 +54,7 @@ def confounding(models: list[Predictions], entries: dict[str, Any], seed: int) -
     first = models[0]
     named = np.array([bool(site) for site in first.sites])
     sites = [site for site in first.sites if site]
-    association = cramers_v(first.labels[named], sites, seed) if sites else None
+    association = association_test(first.labels[named], sites, seed) if sites else None
     table = {
         site: np.bincount(first.labels[[s == site for s in first.sites]], minlength=len(first.classes)).tolist()
         for site in sorted(set(sites))
@@ -136,7 +107,7 @@ def against_controls(
         text = f"{name}: {title} {interval(figure)}; there is no control to compare it with."
         return [say("note", "no_comparison", text)]
     best = min(rivals, key=lambda control: rivals[control]["difference"])
-    found, alone = rivals[best], set(rivals) <= set(NULLS)
+    found, alone = rivals[best], set(rivals) <= set(CHANCE)
     if best == INSTANCE_LINEAR and len(rivals) > 1 and found["low"] <= 0 <= found["high"]:
         others = {control: rival for control, rival in rivals.items() if control != INSTANCE_LINEAR}
         text = f"{name} is not shown to be better than linear scores per tile: the control {best} reaches {title} "
@@ -336,7 +307,7 @@ def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
     """Findings as {level: good | note | warning, code, text}, most general first."""
     said = _about_size(result)
     for encoder, corpora in result["contamination"].items():
-        text = in_words(encoder, corpora)
+        text = contamination_warning(encoder, corpora)
         said.append(say("warning", "contaminated", f"{text[0].upper()}{text[1:]}."))
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]

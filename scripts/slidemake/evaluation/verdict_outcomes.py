@@ -6,8 +6,6 @@ from typing import Any
 
 from slidemake.evaluation.verdict import (
     GAP,
-    REFERENCE,
-    SITE_ONLY,
     SMALL,
     about_calibration,
     about_groups,
@@ -20,6 +18,7 @@ from slidemake.evaluation.verdict import (
     rivals_of,
     say,
 )
+from slidemake.tasks.controls import REFERENCE, SITE_ONLY
 
 FEW_EVENTS = 5  # expected events below which nothing is said of the calibration of survival
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from slidemake.core.addresses import truth_file
+from slidemake.core.bundle_place import check_unseen
 from slidemake.core.failures import damaged
 from slidemake.core.files import (
     committed,
@@ -30,11 +32,9 @@ from slidemake.explain.explanation import explain_slide, tile_truth
 from slidemake.jobs import isolation
 from slidemake.mil.bags import open_embeddings
 from slidemake.mil.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
-from slidemake.mil.bundle_place import check_unseen
 from slidemake.slides.screening import OVERVIEW
 from slidemake.splits.make import TRAIN, VAL, Splits
 from slidemake.stores.tile_store import TileStore
-from slidemake.workflow.plan import truth_file
 
 if TYPE_CHECKING:
     from slidemake.slides.reader import SlideReader
@@ -188,7 +188,7 @@ class Explainer:
     ) -> Iterator[tuple[np.ndarray, float, float, SlideReader | None]]:
         """Overview, level-0 px per px of it in x and y, and the open slide: None where it is not on the disk and not
         needed either, because screening kept an overview and the store has the tiles."""
-        from slidemake.slides.reader import open_screened
+        from slidemake.slides.opening import open_screened
 
         if not slide.get("remote"):
             with open_screened(slide) as reader:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from slidemake.core.bundle_place import JSON, about_place, check_bundle_place, misplaced
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import (
     check_file,
@@ -35,8 +36,8 @@ from slidemake.mil.aggregators import AGGREGATORS, Aggregator, build_aggregator,
 from slidemake.mil.automatic import Part
 from slidemake.mil.bags import same_encoder, stain_identity
 from slidemake.mil.bundle_checks import check_bundle
-from slidemake.mil.bundle_place import JSON, about_place, check_bundle_place, misplaced
-from slidemake.tasks.outcomes import Outcome, Threshold, load_outcome
+from slidemake.tasks.outcomes import Outcome, Threshold
+from slidemake.tasks.registry import load_outcome
 
 FORMAT, FORMAT_VERSION = "slidemake-bundle", 1
 WEIGHTS = "weights.safetensors"

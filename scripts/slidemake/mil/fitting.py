@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from slidemake.mil.batches import sample_batch
 from slidemake.mil.invariance import OPTIONS, Robust, make_robust
 from slidemake.mil.invariance.guard import choose
 from slidemake.mil.losses import Objective
+from slidemake.mil.members import Fitted
 from slidemake.mil.scaling import Scaling, every_tile, fit_scaling, spread
 
 VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an epoch is computed on ...
@@ -53,18 +53,6 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "device": "cpu",
 }
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A trained aggregator, its curve [{epoch, train_loss, val_loss, val_<score of the objective>}] and the epoch that
-    was kept (from 1).
-    """
-
-    model: Aggregator
-    curve: list[dict[str, float | int | None]]
-    epoch: int
-    invariance: dict[str, Any] | None = None  # what the guard of robust training found (`invariance.guard`)
 
 
 def fit_member(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.report.figures import COLOURS, _figure, _svg
+from slidemake.report.figures import COLOURS, as_svg, blank_figure
 
 BARS = 0.16  # height of the counts below a reliability diagram, as a share of the axis
 LABELS_SHOWN = 12
@@ -84,7 +84,7 @@ def reliability(calibration: dict[str, Any], table: str) -> str:
     if table == "table_width":  # bins of equal mass hold equal numbers
         _counts(axes, calibration[table])
     _finish(axes)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def reliability_by_site(calibration: dict[str, Any]) -> str:
@@ -94,7 +94,7 @@ def reliability_by_site(calibration: dict[str, Any]) -> str:
     for i, (site, found) in enumerate(measured.items()):
         _points(axes, found["table"], COLOURS[i % len(COLOURS)], f"{site} (n {found['n']})")
     _finish(axes)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def reliability_of_survival(found: dict[str, Any]) -> str:
@@ -107,12 +107,12 @@ def reliability_of_survival(found: dict[str, Any]) -> str:
     else:
         axes.plot([], [], label=f"{label}; {found['reason']}")
     _finish(axes, "predicted probability of the event", "observed (Kaplan-Meier)")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def abstention(found: dict[str, Any]) -> str:
     """Error rate against the share of patients on whom the model decides."""
-    figure, axes = _figure(3.6, 3.6)
+    figure, axes = blank_figure(3.6, 3.6)
     axes.plot(found["share"], found["risk"], color=COLOURS[0], linewidth=2, label=f"model, area {found['aurc']:.3f}")
     axes.axhline(found["full"], color="#9aa0a6", linestyle=":", linewidth=1, label=f"all decided: {found['full']:.2f}")
     axes.set_xlim(0, 1.02)
@@ -120,11 +120,11 @@ def abstention(found: dict[str, Any]) -> str:
     axes.set_xlabel("share of patients decided, surest first")
     axes.set_ylabel("share of them decided wrongly")
     axes.figure.legend(fontsize=7.5, loc="outside lower center", ncols=2)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _square() -> tuple[Any, Any]:
-    figure, axes = _figure(3.6, 3.6)
+    figure, axes = blank_figure(3.6, 3.6)
     axes.plot([0, 1], [0, 1], ":", color="#9aa0a6", linewidth=1)
     return figure, axes
 

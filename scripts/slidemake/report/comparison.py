@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.files import read_json_if_whole
-from slidemake.report.figures import COLOURS, _figure, _svg
+from slidemake.report.figures import COLOURS, as_svg, blank_figure
 
 MOST = 24  # models in the diagram, best first
 
@@ -28,7 +28,7 @@ def rank_diagram(result: dict[str, Any]) -> str | None:
     ranked = [(row["model"], row["rank"]) for row in result["models"] if row["rank"] is not None][:MOST]
     if not ranked:
         return None
-    figure, axes = _figure(7.2, 1.1 + 0.2 * len(ranked) + 0.13 * len(result["cliques"]))
+    figure, axes = blank_figure(7.2, 1.1 + 0.2 * len(ranked) + 0.13 * len(result["cliques"]))
     names, ranks = [name for name, _ in ranked], np.array([rank for _, rank in ranked])
     high = max(len(result["models"]), 2)
     half = (len(names) + 1) // 2
@@ -61,14 +61,14 @@ def rank_diagram(result: dict[str, Any]) -> str | None:
     axes.set_xlabel("average rank (1 is best)")
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def axis_figure(values: list[dict[str, Any]], metric: str) -> str | None:
     """Mean figure of the models that share a value of an axis, with the range over them."""
     if len(values) < 2:
         return None
-    figure, axes = _figure(4.6, 0.7 + 0.3 * len(values))
+    figure, axes = blank_figure(4.6, 0.7 + 0.3 * len(values))
     for place, row in enumerate(reversed(values)):
         axes.plot([row["low"], row["high"]], [place, place], color=COLOURS[0], linewidth=2, alpha=0.4)
         axes.plot(row["mean"], place, "o", color=COLOURS[0], markersize=5)
@@ -79,4 +79,4 @@ def axis_figure(values: list[dict[str, Any]], metric: str) -> str | None:
     axes.set_ylim(-0.6, len(values) - 0.2)
     axes.set_xlabel(f"mean {metric.upper()} of the models (line: lowest to highest)")
     axes.grid(axis="y", visible=False)
-    return _svg(figure)
+    return as_svg(figure)

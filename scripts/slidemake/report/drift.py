@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.files import read_json_if_whole
-from slidemake.report.figures import COLOURS, _figure, _svg
+from slidemake.report.figures import COLOURS, as_svg, blank_figure
 
 NAMES = {
     "failed": "slides that failed",
@@ -60,7 +60,7 @@ def _cell(measure: str, figures: dict[str, Any] | None) -> dict[str, str]:
 
 def embedding_map(points: dict[str, Any]) -> str:
     """Patients in the first two principal directions of the training patients, new ones coloured by site."""
-    figure, axes = _figure(5.2, 3.8)
+    figure, axes = blank_figure(5.2, 3.8)
     x, y = zip(*points["reference"], strict=True)
     axes.scatter(x, y, s=16, color="#b8bec8", linewidths=0, label=f"training ({len(x)})")
     for place, (site, rows) in enumerate(sorted(points["new"].items())):
@@ -71,4 +71,4 @@ def embedding_map(points: dict[str, Any]) -> str:
     axes.set_xlabel("first principal direction of training patients")
     axes.set_ylabel("second")
     axes.legend(fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)

@@ -29,7 +29,7 @@ STYLE: Any = {
 }
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def blank_figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,7 +39,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
     """`data:` address of the figure as SVG; the same figure gives the same text."""
     import matplotlib.pyplot as plt
 
@@ -61,7 +61,7 @@ def forest(metrics: dict[str, Any], metric: str = "auroc", title: str = "AUROC",
     models = metrics["models"]
     rows = [(name, m["scopes"]["pooled"]["metrics"].get(metric)) for name, m in models.items()]
     rows = [(name, value) for name, value in rows if value and value["value"] is not None]
-    figure, axes = _figure(6.2, 0.6 + 0.36 * max(1, len(rows)))
+    figure, axes = blank_figure(6.2, 0.6 + 0.36 * max(1, len(rows)))
     colours = _colours(models)
     for place, (name, value) in enumerate(reversed(rows)):
         if value["low"] is not None:
@@ -76,7 +76,7 @@ def forest(metrics: dict[str, Any], metric: str = "auroc", title: str = "AUROC",
         axes.set_xlim(0, 1.02)
     axes.set_xlabel(f"patient-level {title} with 95 % interval (dotted: no skill)")
     axes.grid(axis="y", visible=False)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def roc(curves: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def _pairs(
     *,
     diagonal: bool,
 ) -> str:
-    figure, axes = _figure(3.5, 3.3)
+    figure, axes = blank_figure(3.5, 3.3)
     colours = _colours(metrics["models"])
     for name, model in metrics["models"].items():
         points = curves["models"].get(name, {}).get(kind)
@@ -125,7 +125,7 @@ def _pairs(
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.legend(fontsize=7.5, loc="lower right" if diagonal else "lower left")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def training(curves: list[dict[str, str]], model: str) -> str | None:
@@ -136,7 +136,7 @@ def training(curves: list[dict[str, str]], model: str) -> str | None:
         runs.setdefault((row["repeat"], row["fold"]), []).append(values)  # type: ignore[arg-type]
     if not runs:
         return None
-    figure, axes = _figure(3.5, 3.3)
+    figure, axes = blank_figure(3.5, 3.3)
     for column, colour, label in ((1, COLOURS[0], "training"), (2, COLOURS[1], "validation")):
         longest = max(len(run) for run in runs.values())
         table = np.full((len(runs), longest), np.nan)
@@ -150,7 +150,7 @@ def training(curves: list[dict[str, str]], model: str) -> str | None:
     axes.set_xlabel(f"epoch ({model}, {len(runs)} folds)")
     axes.set_ylabel("loss")
     axes.legend(fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 _LOSSES = ("epoch", "train_loss", "val_loss")
@@ -164,7 +164,7 @@ def scores(patients: list[dict[str, str]], positive: str, model: str, seed: int 
         mean.setdefault(row["patient_id"], []).append(float(row[f"prob_{positive}"]))
         about[row["patient_id"]] = (row.get("site") or "", row["label"])
     sites = sorted({site for site, _ in about.values()})
-    figure, axes = _figure(max(3.5, 0.9 * len(sites) + 1.6), 3.3)
+    figure, axes = blank_figure(max(3.5, 0.9 * len(sites) + 1.6), 3.3)
     rng = np.random.default_rng(seed)
     for label, colour in ((positive, COLOURS[1]), (None, COLOURS[0])):
         chosen = [p for p in sorted(mean) if (about[p][1] == positive) == (label is not None)]
@@ -181,12 +181,12 @@ def scores(patients: list[dict[str, str]], positive: str, model: str, seed: int 
     axes.set_ylabel(f"out-of-fold probability of {positive}")
     axes.set_xlabel(f"{model}; dashed: median threshold of the folds")
     axes.legend(fontsize=7.5)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def throughput(stages: list[dict[str, Any]]) -> str:
     """Seconds that each stage of the spine took, summed over slides."""
-    figure, axes = _figure(6.2, 0.6 + 0.34 * max(1, len(stages)))
+    figure, axes = blank_figure(6.2, 0.6 + 0.34 * max(1, len(stages)))
     names = [stage["stage"] for stage in stages][::-1]
     seconds = [stage["seconds"] for stage in stages][::-1]
     axes.barh(names, seconds, color=COLOURS[0], height=0.6)
@@ -195,4 +195,4 @@ def throughput(stages: list[dict[str, Any]]) -> str:
     axes.set_xlabel("seconds, summed over slides (jobs run side by side)")
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, max(seconds or [1]) * 1.15 + 0.1)
-    return _svg(figure)
+    return as_svg(figure)

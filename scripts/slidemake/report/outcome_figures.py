@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.report.figures import COLOURS, _figure, _svg
+from slidemake.report.figures import COLOURS, as_svg, blank_figure
 
 GROUPS = (("low", COLOURS[0]), ("high", COLOURS[1]))
 
 
 def kaplan_meier(groups: dict[str, Any], unit: str) -> str:
     """Survival of the patients above and below the threshold from validation, with numbers at risk."""
-    figure, axes = _figure(6.2, 3.9)
+    figure, axes = blank_figure(6.2, 3.9)
     longest = max(group["curve"]["time"][-1] for group in groups.values())
     at = np.linspace(0, longest, 6)
     names = [name for name, _ in GROUPS if name in groups]
@@ -42,12 +42,12 @@ def kaplan_meier(groups: dict[str, Any], unit: str) -> str:
     axes.set_ylabel("without the event")
     axes.legend(fontsize=8, loc="lower left")
     axes.text(0, -0.36, " ", transform=axes.get_xaxis_transform())  # keeps room for the numbers
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def scatter(points: dict[str, Any], unit: str, model: str) -> str:
     """Prediction (mean over repeats) against truth, coloured by site, with the line of equality."""
-    figure, axes = _figure(3.9, 3.7)
+    figure, axes = blank_figure(3.9, 3.7)
     truth, predicted, sites = np.array(points["truth"]), np.array(points["predicted"]), np.array(points["sites"])
     for i, site in enumerate(sorted(set(points["sites"]))):
         chosen = sites == site
@@ -61,14 +61,14 @@ def scatter(points: dict[str, Any], unit: str, model: str) -> str:
     axes.set_ylabel(f"out-of-fold prediction ({model})")
     if len(set(points["sites"])) <= 8:
         axes.legend(fontsize=7.5)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def confusion(table: list[list[float]], grades: list[str], model: str) -> str:
     """Decisions against truth, patients per repeat; the colour is the share of the true grade."""
     counts = np.array(table)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, axes = _figure(0.55 * len(grades) + 2.2, 0.5 * len(grades) + 1.5)
+    figure, axes = blank_figure(0.55 * len(grades) + 2.2, 0.5 * len(grades) + 1.5)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1.15)
     for i in range(len(grades)):
         for j in range(len(grades)):
@@ -79,4 +79,4 @@ def confusion(table: list[list[float]], grades: list[str], model: str) -> str:
     axes.grid(visible=False)
     axes.set_xlabel(f"predicted ({model})")
     axes.set_ylabel("true grade")
-    return _svg(figure)
+    return as_svg(figure)

@@ -16,7 +16,7 @@ from typing import Any
 
 from slidemake.core.files import read_json, read_json_if_whole, versions, write_text
 from slidemake.core.tables import read_table
-from slidemake.evaluation.verdict import SHUFFLED
+from slidemake.core.words import duration
 from slidemake.jobs.racks import read_manifests
 from slidemake.report import figures
 from slidemake.report.comparison import comparison_section
@@ -26,7 +26,7 @@ from slidemake.report.pictures import stain_sentences
 from slidemake.report.stress import stress_section
 from slidemake.report.task import evaluation_section
 from slidemake.report.timeline import timeline_section
-from slidemake.workflow.progress import duration
+from slidemake.tasks.controls import SHUFFLED
 
 TEMPLATES = Path(__file__).parent / "templates"
 ALIKE = 3  # lines of a verdict of one kind that are all shown
@@ -289,7 +289,7 @@ def write_report(
     for stain in stain_pictures:
         stain["picture"] = picture(stain["path"])
     html = (
-        _environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -339,7 +339,7 @@ def _fingerprints(results: Path, tasks: dict[str, dict[str, Any]]) -> list[tuple
     return found
 
 
-def _environment() -> Any:
+def template_environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

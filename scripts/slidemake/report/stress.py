@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.files import read_json_if_whole
-from slidemake.report.figures import COLOURS, STYLE, _svg
+from slidemake.report.figures import COLOURS, STYLE, as_svg
 from slidemake.robustness.corruptions import SEVERITIES
 from slidemake.tasks.outcomes import NO_SKILL, SCORES
 
@@ -55,4 +55,4 @@ def severity_figure(points: list[dict[str, Any]], metric: str) -> str | None:
         )
     panels[0][0].set_ylabel(SCORES[metric])
     panels[0][0].set_ylim(top=1.02)
-    return _svg(figure)
+    return as_svg(figure)

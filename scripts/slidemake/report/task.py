@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from slidemake.evaluation.verdict import SHUFFLED
 from slidemake.report.calibration import probabilities_section
+from slidemake.tasks.controls import SHUFFLED
 
 FOLDS_SHOWN = 30
 

@@ -101,7 +101,7 @@ def running(runs: list[JobRun], sessions: list[tuple[float, float]]) -> tuple[np
 
 def timeline(stages: dict[str, list[JobRun]], sessions: list[tuple[float, float]]) -> str:
     """`data:` address of the drawing: a band for each rule, as high as jobs ran side by side."""
-    figure, axes = figures._figure(9.2, 0.8 + 0.34 * len(stages))
+    figure, axes = figures.blank_figure(9.2, 0.8 + 0.34 * len(stages))
     total = sum(end - start for start, end in sessions)
     unit, name = (3600.0, "hours") if total >= 7200 else (60.0, "minutes") if total >= 120 else (1.0, "seconds")
     for place, runs in enumerate(reversed(stages.values())):
@@ -124,4 +124,4 @@ def timeline(stages: dict[str, list[JobRun]], sessions: list[tuple[float, float]
     axes.set_xlim(0, max(total / unit, 1e-9))
     axes.set_xlabel(f"{name} in which jobs ran (dotted: a pause, cut out; ×: a job that was killed or failed)")
     axes.grid(axis="y", visible=False)
-    return figures._svg(figure)
+    return figures.as_svg(figure)

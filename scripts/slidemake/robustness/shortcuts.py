@@ -26,7 +26,6 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
-from slidemake.evaluation.verdict import cramers_v
 from slidemake.mil.bags import Bags
 from slidemake.robustness.linear_probe import (
     FOLDS,
@@ -40,6 +39,7 @@ from slidemake.robustness.near_duplicates import slide_means
 from slidemake.robustness.neighbours import embedding_robustness
 from slidemake.robustness.shortcut_words import findings
 from slidemake.splits.site_preserved import assign_sites
+from slidemake.statistics.association import association_test
 from slidemake.statistics.bootstrap import bootstrap_weights, percentile_interval
 
 MOST = 2000  # slides that probes look at
@@ -110,7 +110,7 @@ def _about_column(slides: Slides, reduced: np.ndarray, values: Sequence[str], se
     labels = np.unique([label for label, _ in of_patient.values()], return_inverse=True)[1]
     return {
         "values": dict(stated),
-        "association": cramers_v(labels, [value for _, value in of_patient.values()], seed),
+        "association": association_test(labels, [value for _, value in of_patient.values()], seed),
         "probe": probe(reduced[chosen], named, kept.patients, seed, nulls),
         "within_class": _within_class(reduced[chosen], named, kept, seed, nulls),
         "robustness": embedding_robustness(kept.vectors, kept.labels, named, kept.patients),

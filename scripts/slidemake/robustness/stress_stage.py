@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slidemake.core.bundle_place import check_unseen
 from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, write_json
-from slidemake.drift.reference import thinned
+from slidemake.core.spacing import thinned
 from slidemake.embedding.engine import SlideJob
 from slidemake.mil.bundle import Bundle, check_features, load_bundle
-from slidemake.mil.bundle_place import check_unseen
 from slidemake.robustness.stress import Patient
 from slidemake.splits.make import TRAIN, VAL, Splits
 

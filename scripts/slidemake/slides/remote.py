@@ -22,13 +22,15 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
-from slidemake.cohort.sheet_checks import URI, safe_id
+from slidemake.core.addresses import is_remote, local_copy, local_name, shown
 from slidemake.core.currency import PASSING
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import file_sha256, fingerprint, read_json_if_whole, write_json
 from slidemake.jobs import isolation
+from slidemake.slides.remote_access import Refused
+from slidemake.slides.remote_http import download, stamp
 
 log = logging.getLogger("slidemake")
 
@@ -36,28 +38,6 @@ RECORD = "fetched+.json"  # beside a fetched slide; `+` cannot be in a name that
 _REGISTRY = threading.Lock()
 WAIT = 1.0  # s before the second attempt, then twice as long each time
 PACKAGES = {"gs": "gcs", "gcs": "gcs", "az": "azure", "sftp": "sftp", "ftp": "ftp", "s3": "s3"}
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path of the sheet is an address."""
-    return URI.match(path) is not None
-
-
-def shown(uri: str) -> str:
-    """An address as messages and results may show it: without password and query, which may hold a signature."""
-    parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
-
-
-def local_name(uri: str) -> str:
-    """Name of the local copy: the last part of the address, with nothing that could lead out of its folder."""
-    return safe_id(unquote(urlsplit(uri).path).rstrip("/").rpartition("/")[2])
-
-
-def local_copy(folder: str | Path, slide_id: str, uri: str) -> str:
-    """Where the slide of `uri` lies in the folder of its rack's slides."""
-    return str(Path(folder) / slide_id / local_name(uri))
 
 
 # -- storage plugins -------------------------------------------------------------------------------------------------
@@ -126,10 +106,6 @@ def check_addresses(paths: Iterable[str]) -> None:
 
 
 # -- fetching --------------------------------------------------------------------------------------------------------
-
-
-class Refused(SlideFailure):
-    """A failure that another attempt would not change."""
 
 
 def fetch_slide(
@@ -218,8 +194,6 @@ def alone(lock: Path) -> Iterator[None]:
 def _fetch(uri: str, file: Path, options: dict[str, Any], checked: bool) -> str | None:
     """Fetch without any check (`checked`: its checksum will be looked at); returns the server's stamp."""
     if urlsplit(uri).scheme.lower() in ("http", "https"):
-        from slidemake.slides.remote_http import download
-
         return download(uri, file, provider_of(uri, file.parent).settings, options, checked=checked)
     shutil.rmtree(file.parent, ignore_errors=True)
     with _of_the_plugin(uri):
@@ -318,8 +292,6 @@ def is_unchanged(uri: str, wanted: str | None, known: dict[str, Any] | None, opt
     if known["source"] != source_of(uri):
         return False
     if urlsplit(uri).scheme.lower() in ("http", "https"):
-        from slidemake.slides.remote_http import stamp
-
         now = stamp(uri, settings_of(plugin_of(urlsplit(uri).scheme.lower())), options)
     else:
         try:

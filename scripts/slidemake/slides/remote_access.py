@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from slidemake.slides.remote import Refused, shown
+from slidemake.core.addresses import shown
+from slidemake.core.failures import SlideFailure
 
 REDIRECTS = 10
 
@@ -127,3 +128,7 @@ def _is_private(host: str) -> bool:
 def _is_loopback(host: str) -> bool:
     found = _addresses(host)
     return bool(found) and all(address.is_loopback for address in found)
+
+
+class Refused(SlideFailure):
+    """A failure that another attempt would not change."""

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slidemake.core.addresses import shown
 from slidemake.core.failures import SlideFailure
 from slidemake.core.files import read_json_if_whole, write_json
-from slidemake.slides.remote import Refused, shown
-from slidemake.slides.remote_access import Access, answered, ask
+from slidemake.slides.remote_access import Access, Refused, answered, ask
 
 BLOCK = 1 << 16
 LOWEST = 1000  # bytes per s; over each span of `timeout` s less than that is given up

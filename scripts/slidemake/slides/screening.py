@@ -30,7 +30,8 @@ from slidemake.jobs.racks import Record
 from slidemake.slides.files import check_file, no_permission
 from slidemake.slides.formats.levels import aligned_levels
 from slidemake.slides.formats.tiff_index import check_rgb, check_whole, read_tiff_index
-from slidemake.slides.reader import SQUARE, SlideReader, choose_reader, open_slide, slide_file, square_mpp
+from slidemake.slides.opening import choose_reader, open_slide, slide_file
+from slidemake.slides.reader import SQUARE, SlideReader, square_mpp
 from slidemake.slides.remote import arrive, size_of
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.failures import RunError
-from slidemake.splits.patients import TRAIN, VAL, Patient, fold_order, some
+from slidemake.core.words import some
+from slidemake.splits.patients import TRAIN, VAL, Patient, fold_order
 
 _CLAM = re.compile(r"splits_(\d+)\.csv")
 _FOLD = re.compile(r"fold_(\d+)")

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slidemake.core.failures import RunError
-from slidemake.splits.patients import Splits, fold_order, some
+from slidemake.core.words import some
+from slidemake.splits.patients import Splits, fold_order
 from slidemake.tasks.labels import why_untrainable
 
 

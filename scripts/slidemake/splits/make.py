@@ -42,7 +42,8 @@ from slidemake.splits.methods import (
 from slidemake.splits.patients import TRAIN, UNNAMED, VAL, Patient, Splits, as_task, collect_patients, fold_order
 from slidemake.splits.shuffled import permuted_control
 from slidemake.splits.site_preserved import site_preserved_folds
-from slidemake.splits.table import cramers_v, fold_report, read_splits, split_rows, write_splits
+from slidemake.splits.table import fold_report, read_splits, split_rows, write_splits
+from slidemake.statistics.association import cramers_v
 from slidemake.tasks.labels import about_label, task_type, why_untrainable
 
 __all__ = [

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.failures import RunError
-from slidemake.splits.patients import TRAIN, VAL, Patient, some
+from slidemake.core.words import some
+from slidemake.splits.patients import TRAIN, VAL, Patient
 
 
 def deal_patients(patients: Sequence[Patient], folds: int, seed: int) -> dict[str, str]:
@@ -174,3 +175,14 @@ def external_cohort(patients: Sequence[Patient], column: str, tested: Sequence[s
             f"{', '.join(sorted(v or '(empty)' for v in values))}."
         )
     return {p.patient_id: " and ".join(tested) if p.split in tested else TRAIN for p in patients}
+
+
+def split_column(splits: Mapping[str, Any]) -> str | None:
+    """The column of the sheet that a split method reads, with a value for every patient; None when there is none."""
+    return {
+        "given": splits.get("column", "split"),
+        "external": splits.get("column", "split"),
+        "temporal": splits.get("date_column", "scan_date"),
+        "leave_one_site_out": "site",
+        "site_preserved": "site",
+    }.get(splits.get("method", "kfold"))

@@ -139,8 +139,3 @@ def _label_cells(
 def fold_name(value: str | None) -> str:
     text = (value or "").strip()
     return _SYNONYMS.get(text.lower(), text.lower() if text.lower() in (TRAIN, VAL, "test") else text)
-
-
-def some(items: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from slidemake.core.failures import RunError
-from slidemake.splits.patients import Patient, some
+from slidemake.core.words import some
+from slidemake.splits.patients import Patient
 
 NODES = 200_000  # of the branch-and-bound tree; a limit in seconds would make the folds depend on the machine
 GAP = 0.0  # relative gap at which the search stops

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slidemake.core.failures import RunError
 from slidemake.core.files import file_sums, fingerprint, placed, read_json_if_whole, write_json
 from slidemake.core.tables import read_table, write_table
 from slidemake.splits.leakage import check_leakage
 from slidemake.splits.patients import TRAIN, UNNAMED, VAL, Patient, Splits, fold_order
+from slidemake.statistics.association import cramers_v
 from slidemake.tasks.labels import CLASSES, summary
 
 COLUMNS = ("repeat", "patient_id", "fold", "fold_name", "label", "site")
@@ -86,18 +85,6 @@ def fold_table(report: dict[str, Any]) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *body])
-
-
-def cramers_v(first: Sequence[str], second: Sequence[str]) -> float:
-    """Cramér's V of two nominal variables, 0 (independent) to 1; 0 when either is constant."""
-    a, b = np.unique(first, return_inverse=True)[1], np.unique(second, return_inverse=True)[1]
-    observed = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(observed, (a, b), 1)
-    if min(observed.shape) < 2:
-        return 0.0
-    expected = observed.sum(1, keepdims=True) * observed.sum(0, keepdims=True) / len(a)
-    chi2 = ((observed - expected) ** 2 / expected).sum()
-    return float(np.sqrt(chi2 / (len(a) * (min(observed.shape) - 1))))
 
 
 def split_rows(splits: Splits) -> list[dict[str, Any]]:

@@ -156,7 +156,7 @@ def _measured(transform: StainTransform, fit: dict[str, Any], scales: list[float
     sample = (fit.get("tissue") or {}).get("sample")
     if sample:
         pixels = np.frombuffer(base64.b64decode(sample), np.uint8).reshape(-1, 3)
-        found |= _effects(pixels, transform)
+        found |= effects(pixels, transform)
     factors = [*scales, scales[0] / scales[-1]] if transform.method != "reinhard" else scales
     failed = {
         "maxima": any(not 1 / MAX_RATIO <= factor <= MAX_RATIO for factor in factors),
@@ -166,7 +166,7 @@ def _measured(transform: StainTransform, fit: dict[str, Any], scales: list[float
     return found, [reason for reason, true in failed.items() if true]
 
 
-def _effects(pixels: np.ndarray, transform: StainTransform) -> dict[str, Any]:
+def effects(pixels: np.ndarray, transform: StainTransform) -> dict[str, Any]:
     """`leaving`: share of tissue pixels (n, 3) that would leave 0..255. `glass`: density that clear ones gain."""
     od = optical_density(pixels, np.asarray(transform.white_point))
     tissue = od.mean(axis=1) >= TISSUE_OD

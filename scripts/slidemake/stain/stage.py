@@ -12,14 +12,15 @@ from scipy import ndimage as ndi
 
 from slidemake.core.failures import SlideFailure
 from slidemake.core.files import fingerprint, read_json_if_whole, read_slide_record, write_json
-from slidemake.slides.reader import SlideReader, best_level, open_screened
+from slidemake.slides.opening import open_screened
+from slidemake.slides.reader import SlideReader, best_level
 from slidemake.stain.fit import (
     StainRefused,
     StainTransform,
     estimate_white_point,
     fit_stain,
 )
-from slidemake.stain.judgement import describe_pixels, fit_reasons, judged_transform
+from slidemake.stain.judgement import columns_of, describe_pixels, fit_reasons, judged_transform
 from slidemake.stain.targets import no_target, pool_targets, target_from_image
 from slidemake.tissue.stage import read_mask
 
@@ -233,3 +234,12 @@ def slide_transform(
     fit = read_slide_record(Path(results) / "slides" / slide_id, name)
     transform: StainTransform = judged_transform(fit, target_of(target, method))
     return transform.as_dict()
+
+
+def judgement_columns(results: Path, target: dict[str, Any], slide_id: str) -> dict[str, Any]:
+    """Columns of slides.csv of the run's stain method, and of each that models take instead (their names end in it)."""
+    row = columns_of(slide_transform(results, slide_id, target)) if target["status"] != "none" else {}
+    for method in target.get("also", {}):
+        other = columns_of(slide_transform(results, slide_id, target, method))
+        row |= {f"{column}_{method}": value for column, value in other.items()}
+    return row

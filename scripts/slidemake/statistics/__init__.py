@@ -1,5 +1,5 @@
 """Arrays in, figures out: metrics, intervals and tests that know no file and no task.
 
-In reading order: bootstrap, class_metrics, ordinal_metrics, regression_metrics, survival,
+In reading order: bootstrap, association, class_metrics, ordinal_metrics, regression_metrics, survival,
 survival_metrics, reliability, temperature.
 """

@@ -41,6 +41,9 @@ LOWER_IS_BETTER = ("brier", "log_loss", "ece", "ece_width")
 CHUNK = 4_000_000  # numbers per array while working through draws: bounds memory to some 32 MB an array
 
 
+TINY = 1e-7  # probability below which the log-loss grows no more
+
+
 def _ordered_groups(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights of positives and of negatives per group of equal scores, scores descending: two (B, groups)."""
     order = np.argsort(-score, kind="stable")
@@ -242,3 +245,8 @@ def why_undefined(metric: str, labels: np.ndarray, class_names: list[str]) -> st
         if all(counts[c] for c in needs):
             return None
     return f"no patient of class {', '.join(absent)} among {int(counts.sum())}"
+
+
+def log_loss(of_label: np.ndarray) -> float:
+    """Mean log-loss from the probabilities that were given to what came true."""
+    return float(-np.log(np.clip(of_label, TINY, 1)).mean())

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import expit, log_expit, log_softmax
+from torch import Tensor
 
-from slidemake.core.failures import RunError
 from slidemake.statistics.temperature import auroc, fit_temperature, probabilities, youden_threshold
-from slidemake.tasks.labels import class_names, parse_multilabel, task_type, why_untrainable
+from slidemake.tasks.labels import parse_multilabel, why_untrainable
 
 Threshold = float | list[float] | None
 SCORES = {"auroc": "AUROC", "pearson": "correlation", "c_index": "C-index"}  # what `Outcome.score` is called
@@ -135,7 +136,6 @@ class ClassOutcome(Outcome):
         return row | {f"logit_{name}": number(v) for name, v in zip(self.classes, outputs, strict=True)}
 
     def direction(self, outputs: Any) -> Any:
-        from slidemake.mil.aggregators import log_odds
 
         return log_odds(outputs, len(self.classes) - 1)
 
@@ -326,44 +326,10 @@ class RegressionOutcome(Outcome):
 # -- from a task or a bundle ---------------------------------------------------------------------------------------
 
 
-def class_order(labels: Mapping[str, str], positive: str | None = None) -> tuple[str, ...]:
-    """Class names sorted; with two classes `positive` (default: the last) comes second."""
-    classes = sorted(set(labels.values()))
-    if positive is not None:
-        if str(positive) not in classes:
-            raise RunError(f"The positive class {positive!r} is not among the labels: {', '.join(classes)}.")
-        classes.sort(key=lambda name: name == str(positive))
-    return tuple(classes)
-
-
-def make_outcome(task: Mapping[str, Any], labels: Mapping[str, str]) -> Outcome:
-    """The outcome of a task for a cohort's labels (patient -> text)."""
-    kind = task_type(task)
-    if kind == "ordinal":
-        return OrdinalOutcome(class_names(labels.values(), task))
-    if kind == "multilabel":
-        return MultilabelOutcome(task["labels"])
-    if kind == "regression":
-        return RegressionOutcome(str(task.get("unit") or ""))
-    if kind == "survival":
-        from slidemake.tasks.survival_outcome import make_survival
-
-        return make_survival(task, labels)
-    return ClassOutcome(class_order(labels, task.get("positive")))
-
-
-def load_outcome(info: Mapping[str, Any]) -> Outcome:
-    """The outcome that a bundle was trained for, from its bundle.json."""
-    about = info.get("target") or {"type": "classes", "classes": info["classes"]}
-    kind = about["type"]
-    if kind == "ordinal":
-        return OrdinalOutcome(about["classes"])
-    if kind == "multilabel":
-        return MultilabelOutcome(about["labels"])
-    if kind == "regression":
-        return RegressionOutcome(about["unit"])
-    if kind == "survival":
-        from slidemake.tasks.survival_outcome import load_survival
-
-        return load_survival(about)
-    return ClassOutcome(about["classes"])
+def log_odds(logits: Tensor, target: int) -> Tensor:
+    """Log-odds of class `target` from (..., C) logits: with two classes simply their difference. A single output is
+    taken as it is."""
+    if logits.shape[-1] == 1:
+        return logits[..., 0]
+    others = [c for c in range(logits.shape[-1]) if c != target]
+    return logits[..., target] - torch.logsumexp(logits[..., others], -1)

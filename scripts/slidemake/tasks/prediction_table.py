@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from slidemake.core.bundle_place import check_bundle_place
 from slidemake.core.failures import RunError
 from slidemake.core.files import read_json_if_whole
 from slidemake.core.tables import read_columns
-from slidemake.mil.bundle_place import check_bundle_place
 
 NEEDED = ("patient_id", "label", "repeat", "fold")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from slidemake.tissue.focus import focus
+
 # focus       variance of the Laplacian of the green channel, full resolution (grey levels^2). Compare with the slide's
 #             own median: it depends on tissue and scanner (Pech-Pacheco et al. 2000)
 # brightness  mean grey level, 0..1
@@ -28,19 +30,6 @@ def tile_quality(tiles: np.ndarray) -> np.ndarray:
         row[0] = focus(tile[..., 1])
         row[1:] = _colour_scores(tile[::2, ::2])
     return scores
-
-
-def focus(grey: np.ndarray) -> float:
-    """Variance of the 4-neighbour Laplacian of (H, W) uint8; 0 when a side is below 3 px."""
-    if min(grey.shape) < 3:
-        return 0.0
-    plane = np.ascontiguousarray(grey).astype(np.int16)
-    laplacian = plane[:-2, 1:-1] + plane[2:, 1:-1]
-    laplacian += plane[1:-1, :-2]
-    laplacian += plane[1:-1, 2:]
-    laplacian -= 4 * plane[1:-1, 1:-1]
-    values = laplacian.astype(np.float32).ravel()
-    return float(np.dot(values, values) / values.size - values.mean(dtype=np.float64) ** 2)
 
 
 def _colour_scores(pixels: np.ndarray) -> tuple[float, float, float, float]:

@@ -88,7 +88,7 @@ def finish_shard(task: ShardTask, parts: list[Part]) -> tuple[np.ndarray, np.nda
 
 def make_shard(task: ShardTask) -> tuple[np.ndarray, np.ndarray]:
     """A whole shard, by a worker that opens the slide for itself."""
-    from slidemake.slides.reader import open_screened
+    from slidemake.slides.opening import open_screened
 
     with open_screened(task.slide) as reader:
         return finish_shard(task, [make_part(task, a, reader) for a in range(0, len(task.coords), READ_TILES)])
@@ -264,7 +264,7 @@ def _write(
     stain: dict[str, Any] | None,
 ) -> int:
     """Write the whole store at `work`; returns the number of corrupt tiles left out."""
-    from slidemake.slides.reader import open_screened
+    from slidemake.slides.opening import open_screened
     from slidemake.tiles.quality import NAMES
 
     keep_pixels, size, codec = options["store"] == "pixels", options["shard_tiles"], _codec(options)

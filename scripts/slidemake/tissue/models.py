@@ -73,7 +73,7 @@ def _load(method: str, weights: str) -> Any:
     """The model with its weights, once per process."""
     import importlib
 
-    from slidemake.encoders.weights import read_state_dict
+    from slidemake.stores.state_dicts import read_state_dict
 
     about = MODELS[method]
     if not Path(weights).is_file():

@@ -26,7 +26,6 @@ from slidemake.core.files import (
     write_json,
     write_text,
 )
-from slidemake.tiles.quality import focus
 from slidemake.tissue.detection import DEFAULTS as DETECTION_DEFAULTS
 from slidemake.tissue.detection import (
     UNSURE,
@@ -37,6 +36,7 @@ from slidemake.tissue.detection import (
     detect_tissue,
     flags_of,
 )
+from slidemake.tissue.focus import focus
 from slidemake.tissue.geometry import mask_polygons, polygons_geojson, polygons_mask, read_geojson
 from slidemake.tissue.models import MODELS
 from slidemake.tissue.pixels import shrink
@@ -90,7 +90,7 @@ def _make(
     geojson: str | Path | None,
     mark: str,
 ) -> dict[str, Any]:
-    from slidemake.slides.reader import open_screened
+    from slidemake.slides.opening import open_screened
 
     with open_screened(record) as slide:
         mpp = float(record["mpp"])

@@ -28,7 +28,8 @@ from slidemake.mil.invariance import (
 from slidemake.mil.scaling import COMPONENTS, PROJECTED
 from slidemake.splits.make import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
 from slidemake.tasks.labels import CLASSES, task_type
-from slidemake.tasks.outcomes import ClassOutcome, Outcome, make_outcome
+from slidemake.tasks.outcomes import ClassOutcome, Outcome
+from slidemake.tasks.registry import make_outcome
 from slidemake.tasks.survival_outcome import CoxOutcome, SurvivalOutcome
 
 Plan = list[tuple[list[str], list[str]]]

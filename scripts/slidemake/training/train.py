@@ -60,7 +60,7 @@ def train_model(
     """Train a model on every fold and write predictions, curves, bundles and, last, train.json (returned).
 
     task     {"label", "type"?, "positive"?, ...}; labels themselves are the splits'
-    options  `fitting.DEFAULTS` overridden; "control": one of `setup.CONTROLS` makes it that control
+    options  `fitting.DEFAULTS` overridden; "control": one of `tasks.controls.TRAINED` makes it that control
     context  what a bundle must carry besides (grid, stain with its target, tissue, tiling options)
     threads  folds trained at once; the result does not depend on it
 

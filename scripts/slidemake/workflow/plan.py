@@ -17,6 +17,8 @@ from typing import Any
 from slidemake.cohort.sheet import SlideRow, read_sheet
 from slidemake.configuration.load import in_order, load_configuration, sheet_columns, stage_options
 from slidemake.configuration.sweeps import axis_table
+from slidemake.core.addresses import is_remote, truth_file
+from slidemake.core.bundle_place import check_external
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import FORMAT_VERSION, read_json, write_json
 from slidemake.core.marker import MARKER, inferred_rack_size, read_marker
@@ -25,13 +27,12 @@ from slidemake.encoders.contamination import contamination, public_cohorts
 from slidemake.encoders.registry import REGISTRY, EncoderRecord, load_record, registry
 from slidemake.jobs.racks import Machine, assign_racks, auto_rack_size
 from slidemake.mil.bundle_checks import check_bundle
-from slidemake.mil.bundle_place import check_external
-from slidemake.slides.remote import check_addresses, is_remote
+from slidemake.slides.remote import check_addresses
 from slidemake.splits.files import split_files
 from slidemake.stain.fit import resolve_method
+from slidemake.tasks.controls import TRAINED
 from slidemake.tasks.labels import label_columns, label_task
 
-CONTROLS = ("mean_pool_lr", "instance_linear", "site_only", "shuffled_label")  # always beside the configured models
 PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
 
 
@@ -145,14 +146,14 @@ class Plan:
 
     def models_of(self, task: str) -> list[str]:
         """Configured models of a task, then the controls."""
-        return [*self.tasks[task]["models"], *CONTROLS]
+        return [*self.tasks[task]["models"], *TRAINED]
 
     def encoder_of(self, task: str, model: str) -> str:
         """Folder name of the encoder whose features a model of a task reads; controls use the first model's."""
         return features_record(self._model(task, model), self.config, self.registry).slug
 
     def _model(self, task: str, model: str) -> dict[str, Any]:
-        name = self.tasks[task]["models"][0] if model in CONTROLS else model
+        name = self.tasks[task]["models"][0] if model in TRAINED else model
         return dict(self.config["models"][name])
 
     def task_options(self, task: str) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class Plan:
         """Settings of a model; a control is the first model's with `control` set."""
         options = self._model(task, model)
         del options["stain"]  # says which features it reads, and they say it themselves
-        if model in CONTROLS:
+        if model in TRAINED:
             options["control"] = model
         return in_order(options)
 
@@ -275,11 +276,6 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     kept = read_marker(config["output"]).get("racks_on_disk")
     on_disk = int(kept or config["remote"]["racks_on_disk"])
     return Plan(config, rows, racks, encoders, known, bundle, size, on_disk)
-
-
-def truth_file(pattern: str, slide: str | Path, slide_id: str) -> str:
-    """Path of the mask of annotated tumour of the slide at a path, as `explain.truth` says."""
-    return pattern.format(folder=Path(slide).parent, stem=Path(slide).stem, slide_id=slide_id)
 
 
 def normal_output(path: str) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slidemake.core.words import duration
 from slidemake.jobs.racks import Machine
 from slidemake.jobs.timings import OUTCOMES, JobRun, fold, lines
 
@@ -117,19 +118,6 @@ def estimate(samples: list[tuple[float, float]], left: float, side_by_side: int)
     t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.5 / freedom
     error = t * math.sqrt(spread * count / max(count - 1, 0.5) * (1 / count + 1 / max(left, 1.0)))
     return Estimate(seconds, max(0.0, seconds * (1 - error / mean)), seconds * (1 + error / mean))
-
-
-def duration(seconds: float) -> str:
-    """Time for people, in the precision that an estimate has: `40 s`, `12 min`, `3 h 20 min`, `2 d 5 h`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s" if seconds < 10 else f"{5 * round(seconds / 5)} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60 // 10 * 10} min" if minutes < 600 else f"{round(minutes / 60)} h"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
 
 
 class Watch(logging.Handler):

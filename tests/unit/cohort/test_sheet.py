@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import pytest
-from slidemake.cohort.first_sheet import find_slides, sheet_rows, slide_ids, write_sheet
 from slidemake.cohort.sheet import SlideRow, check_task, read_sheet, sheet_records, task_classes
 from slidemake.cohort.sheet_checks import lost_zeros
 from slidemake.core.failures import RunError
 from slidemake.core.files import write_json
+from slidemake.slides.first_sheet import find_slides, sheet_rows, slide_ids, write_sheet
 
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")
 ROOT = Path(__file__).resolve().parents[3]

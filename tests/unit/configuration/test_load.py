@@ -14,8 +14,9 @@ import pytest
 import yaml
 from slidemake.configuration.load import STAGES, load_configuration, path_keys, sheet_columns, stage_options
 from slidemake.configuration.page import PAGE, configuration_page
-from slidemake.configuration.schema import SCHEMA, describe, leaves, nearest, schema
+from slidemake.configuration.schema import SCHEMA, describe, leaves, schema
 from slidemake.core.failures import RunError
+from slidemake.core.words import nearest
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "config" / "config.yaml"

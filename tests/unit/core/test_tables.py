@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from slidemake.core.bundle_place import check_unseen, trained_on
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import check_place, file_sums, placed, write_json
 from slidemake.core.tables import read_columns, read_table, seal_tables, write_table
@@ -15,7 +16,6 @@ from slidemake.explain.stage import Explainer
 from slidemake.jobs.racks import read_manifest, run_rack
 from slidemake.mil.aggregators import build_aggregator
 from slidemake.mil.bundle import Group, is_complete, load_bundle, read_info, save_bundle
-from slidemake.mil.bundle_place import check_unseen, trained_on
 from slidemake.splits.make import Splits
 from slidemake.tasks.outcome_table import read_outcomes
 from slidemake.tasks.prediction_table import read_predictions

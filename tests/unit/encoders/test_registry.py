@@ -25,7 +25,8 @@ from slidemake.encoders.architectures import Pooled, build_trunk, network_dim, p
 from slidemake.encoders.loading import build_model, load_encoder
 from slidemake.encoders.preprocess import Preprocess
 from slidemake.encoders.registry import EncoderRecord, identity, load_record, registry
-from slidemake.encoders.weights import hf_vit_to_timm, lite0_to_timm, load_into, read_state_dict
+from slidemake.encoders.weights import hf_vit_to_timm, lite0_to_timm, load_into
+from slidemake.stores.state_dicts import read_state_dict
 from torchvision import transforms
 
 KNOWN = registry()

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.metrics import log_loss, mean_squared_error
-from slidemake.evaluation.choice import CHOSEN, choose, validation_loss
+from slidemake.evaluation.choice import choose, validation_loss
 from slidemake.evaluation.evaluate_classes import evaluate_models
 from slidemake.evaluation.evaluate_outcomes import evaluate_tables
 from slidemake.statistics.survival_metrics import metrics_over
+from slidemake.tasks.controls import CHOSEN
 from slidemake.tasks.kinds import KINDS
 from slidemake.tasks.outcome_table import OutcomeTable
 from slidemake.tasks.prediction_table import Predictions

@@ -13,7 +13,7 @@ from slidemake.core.failures import RunError
 from slidemake.evaluation.evaluate_classes import evaluate, evaluate_models
 from slidemake.evaluation.files import metrics_table
 from slidemake.evaluation.probabilities.calibration import bins_for
-from slidemake.evaluation.verdict import cramers_v
+from slidemake.statistics.association import association_test
 from slidemake.statistics.bootstrap import bootstrap_indices, percentile_interval, scope_seed
 from slidemake.tasks.prediction_table import Predictions, read_predictions
 
@@ -202,10 +202,10 @@ def test_label_that_follows_the_site_raises_the_alarm():
 
 
 def test_cramers_v_by_hand():
-    assert cramers_v(np.array([0, 0, 1, 1]), ["A", "A", "B", "B"], 0)["cramers_v"] == pytest.approx(1)
-    balanced = cramers_v(np.array([0, 1, 0, 1]), ["A", "A", "B", "B"], 0)
+    assert association_test(np.array([0, 0, 1, 1]), ["A", "A", "B", "B"], 0)["cramers_v"] == pytest.approx(1)
+    balanced = association_test(np.array([0, 1, 0, 1]), ["A", "A", "B", "B"], 0)
     assert (balanced["cramers_v"], balanced["p"]) == (0, 1)
-    assert cramers_v(np.array([0, 1]), ["A", "A"], 0) is None
+    assert association_test(np.array([0, 1]), ["A", "A"], 0) is None
 
 
 def test_models_with_other_patients_are_not_compared():

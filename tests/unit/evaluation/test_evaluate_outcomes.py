@@ -17,7 +17,7 @@ from slidemake.evaluation.evaluate_classes import evaluate_models
 from slidemake.evaluation.evaluate_outcomes import evaluate_outcomes, evaluate_tables
 from slidemake.evaluation.files import FIGURES
 from slidemake.report.outcome_task import outcome_section
-from slidemake.report.page import _environment
+from slidemake.report.page import template_environment
 from slidemake.statistics.bootstrap import bootstrap_weights, percentile_interval
 from slidemake.statistics.survival_metrics import metrics_over
 from slidemake.tasks.outcome_table import OutcomeTable, read_outcomes
@@ -339,7 +339,7 @@ def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
     made[0] = with_validation(made[0])
     result, curves = evaluate_tables(made, QUICK, groups={"scanner": scanner})
     section = outcome_section(tmp_path, result, curves, {}, "m")
-    page = _environment().get_template("report_evaluation.html.j2").render(task={**section, "metrics": result})
+    page = template_environment().get_template("report_evaluation.html.j2").render(task={**section, "metrics": result})
     assert "Is one model better than another?" in page
     assert "DeLong" not in page
     assert "By subgroup (m)" in page

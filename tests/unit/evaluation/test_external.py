@@ -14,7 +14,7 @@ from slidemake.core.failures import RunError
 from slidemake.evaluation.evaluate_outcomes import evaluate_tables
 from slidemake.evaluation.external import evaluate_external, external_predictions, true_labels
 from slidemake.evaluation.probabilities.conformal import conformal_limit
-from slidemake.report.page import _environment, external_section
+from slidemake.report.page import external_section, template_environment
 from slidemake.tasks.labels import label_task
 
 BUNDLE = {
@@ -189,7 +189,7 @@ def test_bundles_that_tell_no_plain_classes(kind, tmp_path):
     assert set(result["models"]["m"]["subgroups"]["scanner"]["groups"]) == {"A", "B"}
     section = external_section(tmp_path)
     assert section["main"] == "m"
-    page = _environment().get_template("report_external.html.j2").render(task=section)
+    page = template_environment().get_template("report_external.html.j2").render(task=section)
     assert "External cohort: m" in page
     # besides those of calibration: three horizons; of two labels each three diagrams and one of abstention
     of_probabilities = {"survival": 3, "multilabel": 8, "ordinal": 4}.get(kind, 0)

@@ -8,7 +8,7 @@ from slidemake.cohort.table import FAILURE_COLUMNS
 from slidemake.core.files import write_json
 from slidemake.core.tables import write_table
 from slidemake.jobs.timings import job_runs
-from slidemake.report.page import _environment, slide_cards, stage_times, training_section, write_report
+from slidemake.report.page import slide_cards, stage_times, template_environment, training_section, write_report
 from slidemake.report.timeline import POINTS, busy_times, running, timeline_section, working_time
 
 HOSTILE = "<script>alert(1)</script>"
@@ -156,13 +156,13 @@ def test_thousands_of_jobs_are_drawn_in_few_steps(results):
 
 
 def test_counts_of_labels_that_are_numbers_are_told_from_the_labels():
-    counts = _environment().filters["counts"]
+    counts = template_environment().filters["counts"]
     assert counts({"benign": 12, "tumour": 17}) == "12 benign, 17 tumour"
     assert counts({"1": 2, "2": 4}) == "label 1: 2, label 2: 4"
 
 
 def test_a_verdict_about_many_models_is_folded():
-    alike = _environment().filters["alike"]
+    alike = template_environment().filters["alike"]
     lines = [{"level": "note", "code": "size", "text": "few"}]
     lines += [{"level": "warning", "code": "not_better", "text": f"m{i}"} for i in range(5)]
     lines += [

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from simulated import by_group, simulate
 from slidemake.evaluation.evaluate_classes import evaluate_models
-from slidemake.report.page import _environment, titles
+from slidemake.report.page import template_environment, titles
 from slidemake.report.task import evaluation_section
 from slidemake.splits.make import make_splits
 
@@ -23,7 +23,7 @@ def page(p, groups=None, **splits):
     task = SimpleNamespace(
         evaluation=section, titles=titles(metrics, metrics["models"]["abmil"]["scopes"]["pooled"]), metrics=metrics
     )
-    return metrics, _environment().get_template("report_evaluation.html.j2").render(task=task)
+    return metrics, template_environment().get_template("report_evaluation.html.j2").render(task=task)
 
 
 def words(html):

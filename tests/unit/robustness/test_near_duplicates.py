@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from slidemake.core.failures import RunError
-from slidemake.encoders.contamination import contamination, in_words, public_cohorts
+from slidemake.core.words import contamination_warning
+from slidemake.encoders.contamination import contamination, public_cohorts
 from slidemake.encoders.registry import load_record, registry
 from slidemake.mil.bags import make_bags
 from slidemake.robustness.near_duplicates import near_duplicates, slide_means, stop_at_copies, warnings_of
@@ -125,4 +126,4 @@ def test_encoders_pretrained_on_the_cohort_are_named():
     assert contamination(records, ["TCGA"]) == {"gpfm": ["TCGA"], "phikon_v2": ["TCGA"]}
     assert contamination(records, ["CAMELYON17"]) == {"gpfm": ["CAMELYON17"]}
     assert contamination(records, []) == {}
-    assert "phikon_v2 was pretrained on TCGA" in in_words("phikon_v2", ["TCGA"])
+    assert "phikon_v2 was pretrained on TCGA" in contamination_warning("phikon_v2", ["TCGA"])

@@ -172,10 +172,10 @@ def test_robustness_of_pure_class_and_pure_site():
 
 
 def test_page_says_it_in_words():
-    from slidemake.report.page import _environment
+    from slidemake.report.page import template_environment
 
     few = measured(cohort(n=3))
-    page = _environment().get_template("report_shortcuts.html.j2")
+    page = template_environment().get_template("report_shortcuts.html.j2")
     text = page.render(task={"shortcuts": {"enc": measured(cohort(confound=0.85)), "other": few}})
     assert "a model can score by recognising the site" in text
     assert "fewer than two of 4 slides or more" in text

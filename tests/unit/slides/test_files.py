@@ -15,7 +15,7 @@ from slidemake.core.failures import SlideFailure
 from slidemake.jobs.racks import run_rack
 from slidemake.slides.files import check_file
 from slidemake.slides.formats.tiff_index import read_tiff_index
-from slidemake.slides.reader import open_slide
+from slidemake.slides.opening import open_slide
 from slidemake.slides.screening import screen_slide
 
 OPTIONS = {"reader": "auto", "default_mpp": None}

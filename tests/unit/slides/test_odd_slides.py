@@ -21,7 +21,7 @@ import tifffile
 from PIL import Image
 from slidemake.cohort.sheet import SlideRow
 from slidemake.core.failures import SlideFailure
-from slidemake.slides.reader import open_screened
+from slidemake.slides.opening import open_screened
 from slidemake.slides.screening import screen_slide
 from slidemake.tiles.grid import Grid, slide_window, tile_positions
 from slidemake.tiles.reading import read_tiles, reduction

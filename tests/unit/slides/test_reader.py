@@ -14,15 +14,8 @@ import tifffile
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.slides.formats.ome_xml import parse_xml, physical_size
 from slidemake.slides.formats.tiff_index import check_whole, read_tiff_index
-from slidemake.slides.reader import (
-    Level,
-    best_level,
-    choose_reader,
-    make_levels,
-    open_slide,
-    same_pixels,
-    sample_regions,
-)
+from slidemake.slides.opening import choose_reader, open_slide, same_pixels, sample_regions
+from slidemake.slides.reader import Level, best_level, make_levels
 
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="SLIDEMAKE_TEST_DATA is not set: no real slides to read")

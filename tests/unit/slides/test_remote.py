@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from slidemake.core.addresses import local_copy, local_name, shown
 from slidemake.core.currency import PASSING
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.slides import remote
-from slidemake.slides.remote import arrive, check_addresses, fetch_slide, get_slide, local_copy, local_name, shown
+from slidemake.slides.remote import arrive, check_addresses, fetch_slide, get_slide
 from storage_servers import http_site, put, s3_site
 
 OPTIONS = {"attempts": 3, "timeout": 10, "connections": 2}

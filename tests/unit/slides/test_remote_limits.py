@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from slidemake.core.addresses import local_copy
 from slidemake.core.failures import SlideFailure
 from slidemake.slides import remote, remote_access, remote_http
-from slidemake.slides.remote import fetch_slide, local_copy
+from slidemake.slides.remote import fetch_slide
 
 SLIDE = bytes(range(256)) * 1024  # 256 KiB
 OPTIONS = {"attempts": 1, "timeout": 20, "connections": 1, "max_gigabytes": 1e-3}

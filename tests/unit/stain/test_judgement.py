@@ -167,13 +167,13 @@ def test_pixels_that_would_leave_the_range_are_counted(target):
     """By hand: a matrix that halves red density and takes green from it sends pure haematoxylin's green above 255."""
     from dataclasses import replace
 
-    from slidemake.stain.judgement import _effects
+    from slidemake.stain.judgement import effects
 
     transform = replace(stain_transform(record(draw()), target), matrix=((1, -1, 0), (0, 0, 0), (0, 0, 1)))
     pixels = np.array([[100, 150, 200]] * 3 + [[200, 150, 100]], np.uint8)  # red density gives negative green in all
-    assert _effects(pixels, transform)["leaving"] == 1.0
+    assert effects(pixels, transform)["leaving"] == 1.0
     identity = replace(transform, matrix=((1, 0, 0), (0, 1, 0), (0, 0, 1)))
-    assert _effects(pixels, identity) == {"leaving": 0.0, "glass": None}
+    assert effects(pixels, identity) == {"leaving": 0.0, "glass": None}
 
 
 def test_reinhard_is_judged_by_glass_and_range():

@@ -13,14 +13,8 @@ from slidemake.mil.bundle import bundle_leave_one_out, load_bundle, predict
 from slidemake.mil.fitting import DEFAULTS
 from slidemake.mil.losses import make_objective
 from slidemake.splits.make import Splits, make_splits
-from slidemake.tasks.outcomes import (
-    MultilabelOutcome,
-    OrdinalOutcome,
-    RegressionOutcome,
-    make_outcome,
-    median_grade,
-    stages,
-)
+from slidemake.tasks.outcomes import MultilabelOutcome, OrdinalOutcome, RegressionOutcome, median_grade, stages
+from slidemake.tasks.registry import make_outcome
 from slidemake.tasks.survival_outcome import CoxOutcome, DiscreteOutcome
 from slidemake.training.train import train_model
 from torchsurv.loss.cox import neg_partial_log_likelihood

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage as ndi
-from slidemake.tiles.quality import NAMES, focus, tile_quality
+from slidemake.tiles.quality import NAMES, tile_quality
+from slidemake.tissue.focus import focus
 
 
 def test_focus_is_the_variance_of_the_laplacian():

@@ -137,7 +137,7 @@ class Damaged:
 
 
 def test_a_corrupt_tile_is_left_out_and_counted(slide, tmp_path, monkeypatch):
-    import slidemake.slides.reader as reader_module
+    import slidemake.slides.opening as reader_module
 
     run(tmp_path)
     whole = store_of(tmp_path)
@@ -155,7 +155,7 @@ def test_a_corrupt_tile_is_left_out_and_counted(slide, tmp_path, monkeypatch):
 
 
 def test_mostly_corrupt_is_unreadable(slide, tmp_path, monkeypatch):
-    import slidemake.slides.reader as reader_module
+    import slidemake.slides.opening as reader_module
 
     class Broken(Damaged):
         def read(self, *where):
@@ -212,7 +212,7 @@ def use_vips(tmp_path):
 
 def test_where_the_grid_is_the_scanners_own_its_bytes_are_kept(slide, tmp_path):
     import openslide
-    from slidemake.slides.reader import open_slide
+    from slidemake.slides.opening import open_slide
 
     use_vips(tmp_path)
     grid = parse_grid("128px_0.5mpp")

@@ -9,15 +9,9 @@ from slidemake.core.failures import RunError
 from slidemake.core.files import read_json, write_json
 from slidemake.jobs.racks import Machine
 from slidemake.stain.fit import resolve_method
+from slidemake.tasks.controls import TRAINED
 from slidemake.workflow import plan as setup
-from slidemake.workflow.plan import (
-    CONTROLS,
-    check_results_folder,
-    mark_results_folder,
-    normal_output,
-    plan_run,
-    rack_size_hint,
-)
+from slidemake.workflow.plan import check_results_folder, mark_results_folder, normal_output, plan_run, rack_size_hint
 
 BASE = Path(__file__).parents[3]
 
@@ -35,7 +29,7 @@ def test_a_minimal_configuration_is_a_whole_plan(raw):
     assert {rack: len(rows) for rack, rows in plan.racks.items()} == {"r00000": 12, "r00001": 12}
     assert list(plan.encoders) == ["efficientnet_lite0"]
     assert plan.grids == ["224px_0.5mpp"]
-    assert plan.models_of("t") == ["auto", *CONTROLS]
+    assert plan.models_of("t") == ["auto", *TRAINED]
     assert {plan.encoder_of("t", model) for model in plan.models_of("t")} == {"efficientnet_lite0"}
     assert plan.stain_options["method"] == "none"  # auto: nothing, unless the encoder requires it
     assert "target" not in plan.stain_options
@@ -55,7 +49,7 @@ def test_options_of_a_model_do_not_know_the_other_models(raw):
     one = plan_run(raw, BASE)
     raw["models"] = {"abmil": {}, "wide": {"hidden": 256}}
     two = plan_run(raw, BASE)
-    assert two.models_of("t") == ["abmil", "wide", *CONTROLS]
+    assert two.models_of("t") == ["abmil", "wide", *TRAINED]
     assert two.model_options("t", "abmil") == one.model_options("t", "auto")
     assert two.task_options("t") == one.task_options("t")
     assert two.model_options("t", "shuffled_label") == {**one.model_options("t", "auto"), "control": "shuffled_label"}

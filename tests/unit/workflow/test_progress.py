@@ -9,8 +9,9 @@ import threading
 import time
 
 import pytest
+from slidemake.core.words import duration
 from slidemake.jobs.racks import Machine
-from slidemake.workflow.progress import Estimate, Stage, Watch, duration, estimate
+from slidemake.workflow.progress import Estimate, Stage, Watch, estimate
 from slidemake.workflow.summary import slides_in_plan
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slidemake.mil.aggregators.base import Aggregator
+from slidemake.tasks.outcomes import log_odds
 
 CHUNK = 8192  # tiles that are encoded at once at inference; bounds memory on slides with 1e5 tiles
 REPEATED = 64  # predictions spent on a bag by leave-one-out without a closed form
@@ -61,15 +62,6 @@ def predict_bag(
     logits = model.logits(pooled)
     model.train(was_training)
     return logits[0].double().cpu().numpy(), attention[0].double().cpu().numpy()
-
-
-def log_odds(logits: Tensor, target: int) -> Tensor:
-    """Log-odds of class `target` from (..., C) logits: with two classes simply their difference. A single output is
-    taken as it is."""
-    if logits.shape[-1] == 1:
-        return logits[..., 0]
-    others = [c for c in range(logits.shape[-1]) if c != target]
-    return logits[..., target] - torch.logsumexp(logits[..., others], -1)
 
 
 @torch.inference_mode()

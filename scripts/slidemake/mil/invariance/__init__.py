@@ -2,7 +2,8 @@
 
 A *domain* is a scanner or a site (a column of the sheet). A *scan* is what a patient's slides from one domain are
 together; a patient with scans in two domains is re-scanned. With any of these options a training step sees scans
-instead of patients, and every patient keeps the weight of one. `robust` has the one class that `fitting` calls.
+instead of patients, and every patient keeps the weight of one. `robust` has the one class that `fitting` calls;
+`groups` makes scans, `penalties`, `adversary`, `combat` and `augmentation` are methods, `guard` chooses how strong.
 """
 
 from slidemake.mil.invariance.robust import (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from slidemake.mil.invariance.robust import Robust, describe_scans
 
 if TYPE_CHECKING:
-    from slidemake.mil.fitting import Fitted
+    from slidemake.mil.members import Fitted
 
 log = logging.getLogger("slidemake")
 

@@ -21,7 +21,7 @@ from slidemake.mil.invariance.combat import fit_combat
 from slidemake.mil.invariance.groups import GroupDRO, vrex
 from slidemake.mil.invariance.penalties import coral, effective_rank, info_nce, mmd, score_consistency
 from slidemake.mil.losses import Objective
-from slidemake.splits.table import cramers_v
+from slidemake.statistics.association import cramers_v
 
 log = logging.getLogger("slidemake")
 

@@ -1,6 +1,6 @@
 """Reading JPEG-tiled TIFFs through libvips: a few times as fast as OpenSlide.
 
-Only for files on which `reader.choose_reader` found it pixel-equal to the reference. The libvips wheel has no JPEG
+Only for files on which `opening.choose_reader` found it pixel-equal to the reference. The libvips wheel has no JPEG
 2000 and may return black without an error: such files never come here.
 
 libvips also goes on after a damaged JPEG tile: it returns what was decoded of it, or black for that tile and for sound

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from slidemake.cohort.first_sheet import find_slides
 from slidemake.core.failures import SlideFailure
+from slidemake.slides.first_sheet import find_slides
 from slidemake.slides.formats.dicom_files import WHOLE_SLIDE, slide_series
-from slidemake.slides.reader import open_slide, slide_file
+from slidemake.slides.opening import open_slide, slide_file
 
 pydicom = pytest.importorskip("pydicom")
 DATA = os.environ.get("SLIDEMAKE_TEST_DATA")

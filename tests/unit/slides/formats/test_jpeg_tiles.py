@@ -10,7 +10,7 @@ import pytest
 import pyvips
 from PIL import Image
 from slidemake.slides.formats import jpeg_tiles
-from slidemake.slides.reader import open_slide
+from slidemake.slides.opening import open_slide
 from slidemake.tiles.grid import Grid, plan_window, tile_positions
 from slidemake.tiles.reading import read_tiles, reduction
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from slidemake.cohort.sheet_checks import safe_id
 from slidemake.core import csv_cells
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.marker import MARKER
+from slidemake.core.words import safe_id
 from slidemake.slides.formats.dicom_files import is_dicom, read_dicom, slide_series
 
 log = logging.getLogger("slidemake")
