@@ -1,6 +1,6 @@
 """The cohort as its sample sheet describes it, checked before any slide is opened.
 
-`read_sheet` reports every problem at once, with row, column and what to write instead; `check_task` says whether the
+`read_sheet` reports every problem at once, with row, column and what to write instead; `task_problems` says whether the
 labels can be learned as a task asks for it.
 """
 
@@ -20,7 +20,7 @@ from slidemake.cohort.spellings import doubtful_names, number_problems, spelling
 from slidemake.core.failures import RunError
 from slidemake.core.words import nearest
 from slidemake.splits.methods import split_column
-from slidemake.tasks.labels import CLASSES, about_label, is_number, label_columns, task_type
+from slidemake.tasks.labels import CLASSES, is_number, label_columns, task_type
 
 log = logging.getLogger("slidemake")
 
@@ -72,7 +72,7 @@ def read_sheet(
     """Rows of a sample sheet in file order, excluded ones too; all as text but for mpp and exclude.
 
     columns: label columns that must be there. tasks: the configuration's tasks; their labels are checked in the same
-    go (`check_task`). Ids that look as if a spreadsheet had taken their leading zeros are warned of in the log.
+    go (`task_problems`). Ids that look as if a spreadsheet had taken their leading zeros are warned of in the log.
     Raises RunError that lists every problem (the first 50, and how many more there are).
     """
     path, tasks = Path(path), tasks or {}
@@ -175,24 +175,12 @@ def sheet_records(path: str | Path) -> list[dict[str, str]]:
 # -- tasks ---------------------------------------------------------------------------------------------------------
 
 
-def check_task(rows: list[SlideRow], task: Mapping[str, Any], name: str = "task") -> dict[str, Any]:
-    """Can this task be learned from these rows? Excluded slides do not count, slides without a label are only counted.
+def task_counts(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to learn from, of rows that fit the task; excluded slides do not count.
 
     Returns {"classes": {class: patients}, "patients", "slides", "unlabelled": slides without a label}; classes of types
-    that have some. Raises RunError that lists every problem: no such column, one class, fewer patients in a class than
-    folds, a cell that is no label, no event, a patient with two labels or in two folds, folds or sites that are not
-    given.
+    that have some.
     """
-    problems = task_problems(rows, task, name)
-    if problems:
-        listed = "\n  ".join(str(problem) for problem in problems[:MAX_SHOWN])
-        more = f"\n  ... and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        raise RunError(f"The sample sheet does not fit {name} (label {about_label(task)}):\n  {listed}{more}")
-    return task_counts(rows, task)
-
-
-def task_counts(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> dict[str, Any]:
-    """What `check_task` returns, of rows that fit the task."""
     included = [row for row in rows if not row.exclude]
     labels = patient_labels(_cells(included, task), task)
     labelled = [row for row in included if row.patient_id in labels and any(_label_cells(row, task).values())]
@@ -231,14 +219,6 @@ def patients_per_class(rows: Iterable[SlideRow], label: str) -> Counter[str]:
     """Number of patients in each class, over slides that are labelled and not excluded."""
     classes = {row.patient_id: row.labels[label] for row in rows if not row.exclude and row.labels.get(label)}
     return Counter(classes.values())
-
-
-def task_classes(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> list[str]:
-    """Class names in alphabetical order, the positive class of a binary task last."""
-    classes = sorted(patients_per_class(rows, task["label"]))
-    if task.get("positive") in classes:
-        classes = [name for name in classes if name != task["positive"]] + [task["positive"]]
-    return classes
 
 
 def task_problems(rows: list[SlideRow], task: Mapping[str, Any], name: str) -> list[Problem]:

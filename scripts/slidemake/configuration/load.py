@@ -11,7 +11,7 @@ import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slidemake.configuration.checks import cross_check, phrase, sections
 from slidemake.configuration.schema import filled, schema
@@ -20,9 +20,6 @@ from slidemake.core.failures import RunError
 from slidemake.core.json_schemas import validator as json_validator
 from slidemake.splits.methods import split_column
 from slidemake.tasks.labels import label_columns, label_task
-
-if TYPE_CHECKING:
-    pass
 
 EVALUATED = (
     "bootstrap",

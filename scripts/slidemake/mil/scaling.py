@@ -24,7 +24,6 @@ from slidemake.mil.bags import Bags
 if TYPE_CHECKING:
     from slidemake.mil.aggregators import Aggregator
 
-SCALINGS = ("each", "centred", "none", "principal", "whitened")
 PROJECTED = ("principal", "whitened")
 COMPONENTS = {"principal": 128, "whitened": 32}  # where the settings name no number
 TILES = 512  # per patient, evenly spaced, that scaling is estimated on

@@ -1,4 +1,4 @@
-"""Figures of the report for tasks that are no plain classes, as SVG text (see `report_figures.py`)."""
+"""Figures of the report for tasks that are no plain classes, as SVG text (see `figures.py`)."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ def check_leakage(
     if torn:
         raise RunError(
             f"Leak: patients in two folds: {some(list(dict.fromkeys(torn)))}. Test results would be worth nothing; "
-            "give "
-            "each patient one fold."
+            "give each patient one fold."
         )
     holders: dict[str, set[str]] = defaultdict(set)
     for slide, identity in (identities or {}).items():
@@ -41,8 +40,7 @@ def check_leakage(
             if len({f for p in patients for f in seen.get((repeat, p), ())}) > 1:
                 raise RunError(
                     f"Leak: the same scan (content {identity}) belongs to patients {', '.join(sorted(patients))}, "
-                    "who are in "
-                    "different folds. Keep one of the rows, or give both the same patient_id."
+                    "who are in different folds. Keep one of the rows, or give both the same patient_id."
                 )
 
 

@@ -22,7 +22,6 @@ import numpy as np
 
 from slidemake.core.failures import RunError
 
-TYPES = ("binary", "multiclass", "ordinal", "multilabel", "regression", "survival")
 CLASSES = ("binary", "multiclass", "ordinal")  # types whose label is the name of a class
 QUANTILES = 4  # bins of a number, for folds
 TIMES = 3  # bins of times, of events and of censored patients apart

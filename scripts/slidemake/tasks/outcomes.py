@@ -36,7 +36,6 @@ class Outcome:
 
     kind = ""
     score = "auroc"  # of held-out patients, shown beside the validation loss
-    higher = "the positive class"  # what it means when a tile raises the score that is explained
     classes: tuple[str, ...] = ()
     outputs = 1  # of the aggregator
     rises = True  # whether outputs rise with the label
@@ -99,7 +98,6 @@ class ClassOutcome(Outcome):
         self.classes = tuple(classes)
         self.kind = kind or ("binary" if len(self.classes) == 2 else "multiclass")
         self.outputs = len(self.classes)
-        self.higher = self.classes[-1]
 
     def about(self) -> dict[str, Any]:
         return {"type": self.kind, "classes": list(self.classes)}
@@ -170,12 +168,10 @@ class OrdinalOutcome(ClassOutcome):
 
     score = "c_index"  # of the expected grade: needs no calibrated decisions
     rises = False
-    higher = "higher grades"
 
     def __init__(self, classes: Sequence[str]):
         super().__init__(classes, "ordinal")
         self.outputs = len(self.classes) - 1
-        self.higher = f"higher grades ({self.classes[-1]})"
 
     def scale(self, labels: Sequence[int]) -> dict[str, Any]:
         return {"outputs": self.outputs}
@@ -231,7 +227,6 @@ class MultilabelOutcome(Outcome):
     def __init__(self, labels: Sequence[str]):
         self.labels = tuple(labels)
         self.outputs = len(self.labels)
-        self.higher = self.labels[0]
 
     def about(self) -> dict[str, Any]:
         return {"type": self.kind, "labels": list(self.labels)}
@@ -289,7 +284,7 @@ class MultilabelOutcome(Outcome):
 class RegressionOutcome(Outcome):
     """A number: one output, in standard deviations of the training labels."""
 
-    kind, score, higher = "regression", "pearson", "higher values"
+    kind, score = "regression", "pearson"
 
     def __init__(self, unit: str = ""):
         self.unit = unit

@@ -33,7 +33,7 @@ def default_horizons(times: np.ndarray) -> list[float]:
 class SurvivalOutcome(Outcome):
     """What both models share."""
 
-    kind, score, higher = "survival", "c_index", "a higher risk"
+    kind, score = "survival", "c_index"
     method = ""
 
     def __init__(self, horizons: Sequence[float], unit: str = ""):

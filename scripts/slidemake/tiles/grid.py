@@ -34,11 +34,6 @@ class Grid:
         return self.tile_px * self.mpp
 
 
-def grid_name(tile_px: int, mpp: float) -> str:
-    """`224px_0.5mpp`: the grid that an encoder with this input asks for."""
-    return f"{tile_px}px_{mpp:g}mpp"
-
-
 def parse_grid(name: str, stride_px: int | None = None) -> Grid:
     """The grid behind a name such as `224px_0.5mpp`. `stride_px` below the tile size makes tiles overlap."""
     match = _NAME.fullmatch(name)

@@ -50,11 +50,6 @@ def find_glass(rgb: np.ndarray, usable: np.ndarray, mpp: float) -> Glass:
     return Glass(_brightest_mode(bright, 0.08), "glass")
 
 
-def glass_white_point(rgb: np.ndarray, usable: np.ndarray, mpp: float = 8.0) -> np.ndarray:
-    """(3,) float64: the colour that `find_glass` finds."""
-    return find_glass(rgb, usable, mpp).white
-
-
 def _flat_colour(rgb: np.ndarray, usable: np.ndarray, mpp: float, least: float) -> Glass | None:
     """Glass of unusual colour: what is flat, covers `least` px or more, and is not outshone by a fifth of the rest."""
     grey = rgb.mean(2, dtype=np.float32)

@@ -26,7 +26,6 @@ from slidemake.core.files import (
     write_json,
     write_text,
 )
-from slidemake.tissue.detection import DEFAULTS as DETECTION_DEFAULTS
 from slidemake.tissue.detection import (
     UNSURE,
     Pieces,
@@ -242,6 +241,3 @@ def sample_focus(slide: Any, mask: np.ndarray, scale: tuple[float, float], mpp: 
         "focus_samples": len(values),
         "unreadable_samples": unreadable,
     }
-
-
-ALL_DEFAULTS: dict[str, Any] = {**DEFAULTS, **DETECTION_DEFAULTS}

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from slidemake.cohort.sheet import SlideRow, check_task, read_sheet, sheet_records, task_classes
+from slidemake.cohort.sheet import SlideRow, read_sheet, sheet_records, task_counts, task_problems
 from slidemake.cohort.sheet_checks import lost_zeros
 from slidemake.core.failures import RunError
 from slidemake.core.files import write_json
@@ -27,6 +27,13 @@ def sheet(tmp_path):
         return path
 
     return write
+
+
+def check_task(rows, task):
+    """Counts of rows that fit a task; RunError with every problem of those that do not."""
+    if problems := task_problems(rows, task, "task"):
+        raise RunError("\n".join(map(str, problems)))
+    return task_counts(rows, task)
 
 
 def fault(path, *columns, **more) -> str:
@@ -371,12 +378,6 @@ def test_leave_one_site_out():
     assert "need column site" in refused(cohort(labels), loso)
     rows.append(SlideRow("again", "x", "a", site="S", labels={"grade": "x"}, row=8))
     assert "row 8, column site" in refused(rows, loso)
-
-
-def test_order_of_classes():
-    rows = cohort({"a": "tumour", "b": "benign"})
-    assert task_classes(rows, task()) == ["benign", "tumour"]
-    assert task_classes(rows, task(positive="benign")) == ["tumour", "benign"]
 
 
 # -- first sheets --------------------------------------------------------------------------------------------------

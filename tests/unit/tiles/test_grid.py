@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from slidemake.core.failures import RunError, SlideFailure
-from slidemake.tiles.grid import grid_name, parse_grid, plan_window, tile_positions
+from slidemake.tiles.grid import parse_grid, plan_window, tile_positions
 
 
-def test_names_go_round():
-    assert grid_name(224, 0.5) == "224px_0.5mpp"
+def test_names_are_parsed():
     assert parse_grid("224px_0.5mpp").tile_um == 112.0
     assert parse_grid("256px_1mpp", 128).stride_px == 128
     with pytest.raises(RunError, match="<tile>px_<mpp>mpp"):

@@ -10,8 +10,11 @@ from __future__ import annotations
 from torch import nn
 
 from slidemake.mil.aggregators.attention import AttentionMIL
+from slidemake.mil.aggregators.registration import aggregator
 
 
+@aggregator("abmil_gated", gated=True)
+@aggregator("abmil", gated=False)
 class GatedABMIL(AttentionMIL):
     """hidden is L, attention the width of the gate; gated=False leaves out U (plain ABMIL)."""
 

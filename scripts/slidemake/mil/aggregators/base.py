@@ -86,12 +86,15 @@ class Aggregator(nn.Module):
     def __init__(self, features: int, outputs: int):
         super().__init__()
         self.outputs = outputs
-        self.slide_scores: nn.Module | None = None  # attention over slides, see `slides.py`
+        self.slide_scores: nn.Module | None = None  # attention over slides (`registry.build_aggregator`)
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_std", torch.ones(features))
         self.register_buffer("feature_axes", None)
         self.register_buffer("domain_scale", None)  # (K + 1, D), see `set_domains`
         self.register_buffer("domain_shift", None)
+
+    def start(self) -> None:
+        """Set weights that a method does not want to be random; called once they have been drawn."""
 
     def set_scaling(self, mean: Any, std: Any, axes: Any = None) -> None:
         """Mean and deviation (D,) and axes (D, K), arrays or tensors: the model's layers see K numbers of a tile."""

@@ -11,8 +11,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from slidemake.mil.aggregators.attention import AttentionMIL
+from slidemake.mil.aggregators.registration import aggregator
 
 
+@aggregator("chief")
 class CHIEFHead(AttentionMIL):
     def __init__(self, features: int, outputs: int, hidden: int = 128, attention: int = 64, dropout: float = 0.25):
         super().__init__(features, outputs, hidden, attention, dropout)

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from slidemake.mil.aggregators.attention import AttentionMIL
 from slidemake.mil.aggregators.base import BagLoss, Batch, Step, masked_softmax
+from slidemake.mil.aggregators.registration import aggregator
 
 TILES = 8  # B
 BAG_WEIGHT = 0.7  # c1
 
 
+@aggregator("clam_sb", branches="single")
+@aggregator("clam_mb", branches="multi")
 class CLAM(AttentionMIL):
     """branches "single": attention and pooled vector are shared; "multi": each class has its own."""
 

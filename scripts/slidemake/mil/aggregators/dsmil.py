@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from slidemake.mil.aggregators.base import Aggregator, BagLoss, Batch, Step, masked_softmax
+from slidemake.mil.aggregators.registration import aggregator
 
 
+@aggregator("dsmil", takes=("attention",))
 class DSMIL(Aggregator):
     def __init__(self, features: int, outputs: int, attention: int = 64):
         super().__init__(features, outputs)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from slidemake.mil.aggregators.attention import AttentionMIL
 from slidemake.mil.aggregators.base import Aggregator, BagLoss, Batch, GatedScores, Step
+from slidemake.mil.aggregators.registration import aggregator
 
 PSEUDO_BAGS = 4
 
 
+@aggregator("dtfd")
 class DTFD(AttentionMIL):
     def __init__(self, features: int, outputs: int, hidden: int = 128, attention: int = 64, dropout: float = 0.25):
         super().__init__(features, outputs, hidden, attention, dropout)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from slidemake.mil.aggregators.base import Aggregator, Learned, SeededDropout
+from slidemake.mil.aggregators.registration import aggregator
 
 LATENTS, BLOCKS, HEADS = 64, 2, 8
 
 
+@aggregator("ilra", takes=("hidden", "dropout"))
 class ILRA(Aggregator):
     def __init__(self, features: int, outputs: int, hidden: int = 128, dropout: float = 0.25):
         super().__init__(features, outputs)

@@ -25,12 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slidemake.mil.aggregators.base import Aggregator
+from slidemake.mil.aggregators.registration import aggregator
 
 POOLINGS = ("lse", "top", "mean", "noisy_or")
 SIDES = {"higher": (1.0,), "lower": (-1.0,), "both": (1.0, -1.0)}
 OR_TILES = 100  # number of tiles to which noisy-or brings a bag
 
 
+@aggregator("instance_linear", takes=("pooling", "sharpness", "share", "evidence", "falls", "contrast"))
 class InstanceLinear(Aggregator):
     """falls: outputs fall with what is predicted. contrast: two classes share one output s, as logits -s / 2 and s / 2.
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from slidemake.mil.aggregators.base import Aggregator
+from slidemake.mil.aggregators.registration import aggregator
 
 
+@aggregator("max_pool", takes=())
 class MaxPool(Aggregator):
     def __init__(self, features: int, outputs: int):
         super().__init__(features, outputs)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from slidemake.mil.aggregators.base import SeededDropout
 from slidemake.mil.aggregators.mean_pool import MeanPool
+from slidemake.mil.aggregators.registration import aggregator
 
 
+@aggregator("mean_mlp", takes=("hidden", "dropout"))
 class MeanMLP(MeanPool):
     def __init__(self, features: int, outputs: int, hidden: int = 128, dropout: float = 0.25):
         super().__init__(features, outputs)

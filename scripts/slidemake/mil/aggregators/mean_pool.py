@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from slidemake.mil.aggregators.base import AttentionPool
+from slidemake.mil.aggregators.registration import aggregator
 
 
+@aggregator("mean_pool", takes=())
 class MeanPool(AttentionPool):
     def __init__(self, features: int, outputs: int):
         super().__init__(features, outputs)

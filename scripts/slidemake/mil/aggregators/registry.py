@@ -1,56 +1,22 @@
-"""Aggregators by the names that configuration and bundles use, and how they are built."""
+"""Aggregators by the names that configuration and bundles use (`registration`), and how they are built."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from slidemake.mil.aggregators.abmil import GatedABMIL
-from slidemake.mil.aggregators.additive import AdditiveMIL
 from slidemake.mil.aggregators.base import Aggregator, GatedScores, Learned
-from slidemake.mil.aggregators.chief import CHIEFHead
-from slidemake.mil.aggregators.clam import CLAM
-from slidemake.mil.aggregators.dsmil import DSMIL
-from slidemake.mil.aggregators.dtfd import DTFD
-from slidemake.mil.aggregators.ilra import ILRA
-from slidemake.mil.aggregators.instance_linear import InstanceLinear
-from slidemake.mil.aggregators.max_pool import MaxPool
-from slidemake.mil.aggregators.mean_mlp import MeanMLP
-from slidemake.mil.aggregators.mean_pool import MeanPool
-from slidemake.mil.aggregators.transmil import TransMIL
+from slidemake.mil.aggregators.registration import AGGREGATORS
 
-# name -> (class, fixed arguments)
-AGGREGATORS: dict[str, tuple[type[Aggregator], dict[str, Any]]] = {
-    "abmil_gated": (GatedABMIL, {"gated": True}),
-    "abmil": (GatedABMIL, {"gated": False}),
-    "mean_pool": (MeanPool, {}),
-    "max_pool": (MaxPool, {}),
-    "mean_mlp": (MeanMLP, {}),
-    "clam_sb": (CLAM, {"branches": "single"}),
-    "clam_mb": (CLAM, {"branches": "multi"}),
-    "dsmil": (DSMIL, {}),
-    "transmil": (TransMIL, {}),
-    "dtfd": (DTFD, {}),
-    "ilra": (ILRA, {}),
-    "additive": (AdditiveMIL, {}),
-    "chief": (CHIEFHead, {}),
-    "instance_linear": (InstanceLinear, {}),
-}
-# name -> the settings of a model that it takes
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "mean_pool": (),
-    "max_pool": (),
-    "mean_mlp": ("hidden", "dropout"),
-    "dsmil": ("attention",),
-    "transmil": ("hidden", "dropout"),
-    "ilra": ("hidden", "dropout"),
-    "instance_linear": ("pooling", "sharpness", "share", "evidence", "falls", "contrast"),
-}
-PARAMETERS = {name: PARAMETERS.get(name, ("hidden", "attention", "dropout")) for name in AGGREGATORS}
-IN_ORDER = ("transmil",)  # the order of a bag's tiles matters to these
+for _file in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each registers what it holds
+    if _file.name not in ("registry", "inference"):
+        importlib.import_module(f"slidemake.mil.aggregators.{_file.name}")
 SLIDE_ATTENTION = 64  # width of the attention over slides
 
 
@@ -59,19 +25,18 @@ def build_aggregator(
 ) -> Aggregator:
     """A freshly initialised aggregator; the same seed gives the same weights and leaves torch's global state alone.
 
-    parameters: settings of a model; those of PARAMETERS[name] are taken, and `slides: attention` adds attention over
-    the slides of a patient; `domains: K` makes room for the harmonisation of K scanners or sites, `components: K` for
-    the projection of the features on K axes.
+    parameters: settings of a model; those that it is registered for are taken, and `slides: attention` adds attention
+    over the slides of a patient; `domains: K` makes room for the harmonisation of K scanners or sites, `components: K`
+    for the projection of the features on K axes.
     """
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}; one of {', '.join(AGGREGATORS)}")
-    cls, fixed = AGGREGATORS[name]
-    known = {k: parameters[k] for k in PARAMETERS[name] if k in parameters}
+    registered = AGGREGATORS[name]
+    given = {key: parameters[key] for key in registered.takes if key in parameters}
     width = min(parameters.get("components") or features, features)
-    model = cls(width, outputs, **known, **fixed)
+    model = registered.build(width, outputs, **given, **registered.fixed)
     _initialise(model, seed)
-    if isinstance(model, InstanceLinear):
-        model.start()
+    model.start()
     if parameters.get("slides") == "attention":
         with torch.no_grad():
             pooled, _ = model.pool(*model.encode(torch.zeros(1, 1, width)))
@@ -88,7 +53,7 @@ def build_aggregator(
 
 def model_parameters(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a model's settings from which `build_aggregator` makes the same architecture again."""
-    kept = {k: settings[k] for k in PARAMETERS[name] if k in settings}
+    kept = {key: settings[key] for key in AGGREGATORS[name].takes if key in settings}
     if settings.get("slides") == "attention":
         kept["slides"] = "attention"
     if settings.get("components"):

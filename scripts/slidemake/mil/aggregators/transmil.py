@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from slidemake.mil.aggregators.base import Aggregator, Learned, SeededDropout
+from slidemake.mil.aggregators.registration import aggregator
 
 LANDMARKS, ITERATIONS, HEADS = 256, 6, 8
 
 
+@aggregator("transmil", takes=("hidden", "dropout"), in_order=True)
 class TransMIL(Aggregator):
     def __init__(self, features: int, outputs: int, hidden: int = 128, dropout: float = 0.1):
         super().__init__(features, outputs)

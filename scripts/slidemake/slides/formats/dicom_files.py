@@ -13,7 +13,6 @@ from pathlib import Path
 from slidemake.core.failures import SlideFailure
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
-DIRECTORY = "1.2.840.10008.1.3.10"  # DICOMDIR: a table of contents
 OTHERS = {  # what else lies beside slides, by the beginning of its SOP class
     "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation (SEG)",
     "1.2.840.10008.5.1.4.1.1.66.7": "a segmentation (label map)",

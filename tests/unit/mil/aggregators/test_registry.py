@@ -7,7 +7,6 @@ import pytest
 import torch
 from slidemake.mil.aggregators import (
     AGGREGATORS,
-    IN_ORDER,
     SeededDropout,
     build_aggregator,
     encode_bag,
@@ -25,7 +24,7 @@ def test_order_of_tiles_does_not_matter(name, n):
     order = np.random.default_rng(1).permutation(n)
     logits, attention = predict_bag(model, x)
     moved_logits, moved = predict_bag(model, x[order])
-    if name in IN_ORDER and n > 1:  # says of itself that it is none: then a new order must show
+    if AGGREGATORS[name].in_order and n > 1:  # says of itself that it is none: then a new order must show
         assert np.abs(moved_logits - logits).max() > 1e-4
     else:
         np.testing.assert_allclose(moved_logits, logits, atol=2e-6)
@@ -92,7 +91,7 @@ def test_mean_pool_is_the_mean():
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("n", [2, 7, 40])
 def test_leave_one_out_equals_brute_force(name, classes, n):
-    if name in IN_ORDER and n == 40:
+    if AGGREGATORS[name].in_order and n == 40:
         n = 12  # one by one: the same code as with more
     model, x = model_of(name, classes), tiles(n)
     got = leave_one_out(model, x, target=1)
