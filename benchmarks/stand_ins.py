@@ -64,7 +64,7 @@ def fabricate(path: Path, rule: str, wildcards: dict[str, str], slide_ids: list[
 
 def vouch(manifest: Path, stage: str, slide_ids: list[str]) -> None:
     """Empty files in the place of what a manifest vouches for: plans look whether it is there."""
-    from slidemake.core.currency import ARTEFACTS
+    from slidemake.core.stages import ARTEFACTS
 
     steps = list(manifest.parts)
     results, where = Path(*steps[: steps.index("manifests")]), "/".join(steps[steps.index(stage) + 1 : -1])

@@ -18,7 +18,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 from slidemake.training.paper_tables import load_recipe
 from slidemake.core.failures import RunError
-from slidemake.core.files import STAGE_VERSIONS
+from slidemake.core.stages import STAGE_VERSIONS
 
 try:
     RECIPE = load_recipe(config)

@@ -15,7 +15,7 @@ from slidemake.core.failures import RunError
 from slidemake.workflow.snakemake_plan import attach
 from slidemake.workflow.summary import slides_in_plan
 from slidemake.workflow.progress import Watch
-from slidemake.core.files import STAGE_VERSIONS
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.jobs.racks import Machine
 from slidemake.workflow.running import (
     check_writable,

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, read_json, write_json
+from slidemake.core.files import file_sums, placed, read_json, write_json
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.core.tables import write_table
 from slidemake.evaluation.ranking import COLUMNS, compare, comparison_rows
 from slidemake.jobs.job import job

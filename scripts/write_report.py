@@ -3,7 +3,8 @@
 import shlex
 from pathlib import Path
 
-from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, write_json
+from slidemake.core.files import file_sums, placed, write_json
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.jobs.job import job
 from slidemake.report.page import write_report
 from slidemake.report.pictures import encoder_facts, stain_pictures

@@ -221,12 +221,14 @@ def test_embedding_store(results):
 
 def test_cohort_table(results):
     from slidemake.cohort.table import FAILURE_COLUMNS, cohort_rows
+    from slidemake.stain.stage import judgement_columns
 
     stages = ("screen", "tissue", "stain", "tiles", "embed")
     manifests = {stage: read(results / "manifests" / f"{stage}.json")["slides"] for stage in stages}
     manifests[f"tiles {GRID}"] = manifests.pop("tiles")
     sheet = {"slide_id": "a", "path": "slide.tiff", "patient_id": "a", "site": ""}
-    (row,) = cohort_rows([sheet], manifests, results, {}, json.loads((results / "target.json").read_text()))
+    target = json.loads((results / "target.json").read_text())
+    (row,) = cohort_rows([sheet], manifests, results, {}, partial(judgement_columns, results, target))
     assert {name.replace(GRID, "<grid>") for name in set(row) - set(sheet)} == documented("Cohort")
     assert all(f"`{name}`" in FORMATS.read_text() for name in FAILURE_COLUMNS)
 

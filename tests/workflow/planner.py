@@ -70,7 +70,7 @@ def _dry_run(request: dict[str, Any], folder: Path, terminal: Path) -> None:
             os.dup2(out.fileno(), 2)
         os.chdir(request.get("cwd", folder))
         from slidemake.core import currency
-        from slidemake.core.files import STAGE_VERSIONS
+        from slidemake.core.stages import STAGE_VERSIONS
         from slidemake.workflow import snakemake_plan as planning
         from snakemake import cli
 

@@ -23,7 +23,8 @@ import yaml
 from planner import plans
 from slidemake.configuration.load import load_configuration
 from slidemake.configuration.schema import leaves, resolved
-from slidemake.core.files import STAGE_VERSIONS, read_json, write_json
+from slidemake.core.files import read_json, write_json
+from slidemake.core.stages import STAGE_VERSIONS
 from snakemake_run import CONFIG, ENCODER, GRID, REPO, Outcome, Project, environment
 
 pytestmark = pytest.mark.workflow

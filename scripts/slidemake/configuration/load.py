@@ -18,36 +18,9 @@ from slidemake.configuration.schema import filled, schema
 from slidemake.configuration.sweeps import expand_sweeps, in_sweeps
 from slidemake.core.failures import RunError
 from slidemake.core.json_schemas import validator as json_validator
+from slidemake.core.stages import STAGES
 from slidemake.splits.methods import split_column
 from slidemake.tasks.labels import label_columns, label_task
-
-EVALUATED = (
-    "bootstrap",
-    "seed",
-    "ece_bins",
-    "level",
-    "stratify",
-    "specificity",
-    "abstention_alpha",
-    "subgroups",
-    "subgroup_patients",
-    "subgroup_class",
-)
-
-# stage -> the part of the configuration that its results depend on: a section, or some of its keys.
-STAGES: dict[str, tuple[str, tuple[str, ...] | None]] = {
-    "screen": ("screening", ("default_mpp", "reader")),
-    "tissue": ("tissue", None),
-    "stain": ("stain", ("method", "target", "white_point", "max_pixels")),
-    "tiles": ("tiling", None),
-    "embed": ("embedding", None),
-    "train": ("models", None),
-    "evaluate": ("evaluation", EVALUATED),
-    "background": ("background", None),
-    "stress": ("stress", None),
-    "explain": ("explain", ("slides", "truth", "top_tiles")),
-    "report": ("report", None),
-}
 
 
 def load_configuration(
@@ -92,12 +65,15 @@ def in_order(value: Any) -> Any:
 
 
 def stage_options(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The settings that the results of `stage` (a key of STAGES) depend on, as a new dict with sorted keys.
+    """The settings that the results of `stage` (a key of `core.stages`) depend on, as a new dict with sorted keys.
 
     `stain` holds the target, which only the rules that apply the stain need; `train` is all models by name.
     """
-    section, keys = STAGES[stage]
-    return in_order({key: value for key, value in config[section].items() if keys is None or key in keys})
+    asked = STAGES[stage]
+    if asked.section is None:
+        raise KeyError(f"stage {stage} depends on no section of the configuration")
+    settings = config[asked.section].items()
+    return in_order({key: value for key, value in settings if asked.keys is None or key in asked.keys})
 
 
 def sheet_columns(config: dict[str, Any], bundle: Mapping[str, Any] | None = None) -> list[str]:

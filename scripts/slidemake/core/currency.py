@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.files import read_json, read_json_if_whole, write_json
+from slidemake.core.stages import ARTEFACTS
 
 PLAN_FILE = "plan.json"  # in the results folder: what the last run that was started wanted to be there
 FOLDER = "digests"
@@ -31,15 +32,6 @@ NOT_DETERMINING = {"results", "fetching", "configfiles", "slides", "sheet", "bun
 PATHS = ("sheet", "bundle", "encoders_file")  # of the configuration, as the report shows it
 # Failures of slides at an address that may be over by the next run, and nothing here would have changed.
 PASSING = {"unreachable", "missing_file", "wrong_checksum"}
-ARTEFACTS = {  # stage -> what its manifest vouches for of each slide; {where}: grid, encoder, or task/model
-    "screen": "slides/{slide}/slide.json",
-    "tissue": "slides/{slide}/tissue.json",
-    "stain": "slides/{slide}/stain.json",
-    "tiles": "tiles/{where}/{slide}.zarr",
-    "embed": "embeddings/{where}/{slide}.zarr",
-    "background": "slides/{slide}/background_{where}.json",
-    "explain": "explain/{where}/{slide}",
-}
 
 
 @dataclass(frozen=True)

@@ -24,28 +24,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.failures import SlideFailure, damaged
-
-# Raised by one when a stage's output changes for the same input; part of every fingerprint and of every rule's params.
-STAGE_VERSIONS: dict[str, int] = {
-    "demo": 2,
-    "fetch": 1,
-    "screen": 4,
-    "tissue": 4,
-    "stain": 2,
-    "tiles": 4,
-    "embed": 3,
-    "bags": 2,
-    "splits": 3,
-    "train": 9,
-    "evaluate": 8,
-    "compare": 2,
-    "background": 1,
-    "stress": 3,
-    "explain": 2,
-    "predict": 2,
-    "drift": 3,
-    "report": 2,
-}
+from slidemake.core.stages import STAGE_VERSIONS
 
 NETWORK_FILE_SYSTEMS = {
     "nfs",

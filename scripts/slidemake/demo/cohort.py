@@ -27,7 +27,6 @@ import numpy as np
 
 from slidemake.core.failures import RunError
 from slidemake.core.files import (
-    STAGE_VERSIONS,
     committed,
     file_sha256,
     fingerprint,
@@ -36,6 +35,7 @@ from slidemake.core.files import (
     write_json,
     write_text,
 )
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.demo.histology import draw_tissue
 from slidemake.demo.layout import CELL, MakeUp
 from slidemake.demo.scanner import MPP, SITES, defocus, dust, fold, mark_with_pen, scan, trap_bubble, write_slide

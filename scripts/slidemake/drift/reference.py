@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.failures import RunError, SlideFailure
-from slidemake.core.files import STAGE_VERSIONS, read_json, read_json_if_whole, write_json
+from slidemake.core.files import read_json, read_json_if_whole, write_json
 from slidemake.core.spacing import thinned
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.evaluation.probabilities.conformal import conformal_limit, prediction_sets
 from slidemake.mil.bags import Bags
 from slidemake.tasks.outcomes import Outcome, number

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, read_json, write_json
+from slidemake.core.files import file_sums, placed, read_json, write_json
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.core.tables import read_table, write_table
 from slidemake.drift.judgement import Sample, judge
 from slidemake.drift.reference import (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.failures import RunError
-from slidemake.core.files import STAGE_VERSIONS
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.core.tables import read_table
 from slidemake.evaluation.choice import validation_loss, with_choice
 from slidemake.evaluation.comparisons import adjust, compare

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.failures import RunError
-from slidemake.core.files import STAGE_VERSIONS
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.core.tables import read_table
 from slidemake.core.words import contamination_warning
 from slidemake.evaluation.choice import with_choice

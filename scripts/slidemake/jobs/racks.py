@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.failures import Failure, RunError, SlideFailure, disk_trouble
-from slidemake.core.files import STAGE_VERSIONS, check_place, placed, read_json, write_json
+from slidemake.core.files import check_place, placed, read_json, write_json
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.jobs import isolation, timings
 
 log = logging.getLogger("slidemake")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.files import read_json, read_json_if_whole, versions, write_text
+from slidemake.core.stages import STAGES
 from slidemake.core.tables import read_table
 from slidemake.core.words import duration
 from slidemake.jobs.racks import read_manifests
@@ -30,14 +31,6 @@ from slidemake.tasks.controls import SHUFFLED
 
 TEMPLATES = Path(__file__).parent / "templates"
 ALIKE = 3  # lines of a verdict of one kind that are all shown
-STAGE_TITLES = {
-    "screen": "screening",
-    "tissue": "tissue detection",
-    "stain": "stain fit",
-    "tiles": "tiling",
-    "embed": "embedding",
-    "explain": "explanation",
-}
 METRIC_TITLES = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
@@ -85,7 +78,7 @@ def stage_times(results: Path, manifests: list[str]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in manifests:
         parts = Path(path).relative_to(results / "manifests").parts
-        title = STAGE_TITLES.get(parts[0], parts[0]) + (f" ({'/'.join(parts[1:-1])})" if len(parts) > 2 else "")
+        title = (STAGES[parts[0]].title or parts[0]) + (f" ({'/'.join(parts[1:-1])})" if len(parts) > 2 else "")
         row = found.setdefault(title, {"stage": title, "seconds": 0.0, "slides": 0, "reused": 0, "tiles": 0})
         for record in read_manifests([path]):
             if record["status"] != "ok":

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.core.bundle_place import check_unseen
-from slidemake.core.files import STAGE_VERSIONS, file_sums, placed, write_json
+from slidemake.core.files import file_sums, placed, write_json
 from slidemake.core.spacing import thinned
+from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.embedding.engine import SlideJob
 from slidemake.mil.bundle import Bundle, check_features, load_bundle
 from slidemake.robustness.stress import Patient

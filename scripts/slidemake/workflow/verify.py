@@ -26,14 +26,17 @@ from slidemake.core.currency import PLAN_FILE
 from slidemake.core.failures import SlideFailure
 from slidemake.core.files import check_file, check_place, has_checksum, read_json
 from slidemake.core.marker import MARKER
+from slidemake.core.stages import ARTEFACTS
 from slidemake.embedding.background import record_name
 from slidemake.jobs.job import available_cpus
 from slidemake.jobs.racks import check_ids
 from slidemake.stores.integrity import problems
 from slidemake.workflow.verify_plan import check_plan, planned_files, what_is_not_covered
 
-STORES = {"tiles": "tiles", "embeddings": "embed"}  # folder -> stage
-SLIDE_FILES = {"slide.json": "screen", "tissue.json": "tissue", "stain.json": "stain"}
+STORES = {path.split("/")[0]: stage for stage, path in ARTEFACTS.items() if path.endswith(".zarr")}  # by folder
+SLIDE_FILES = {  # by name
+    Path(path).name: stage for stage, path in ARTEFACTS.items() if path.endswith(".json") and "{where}" not in path
+}
 
 
 @dataclass(frozen=True)

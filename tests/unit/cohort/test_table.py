@@ -1,10 +1,13 @@
 """The table of the cohort: first failure wins, duplicates, exclusion, the limit on failures."""
 
+from functools import partial
+
 import pytest
 from slidemake.cohort.table import FAILURE_COLUMNS, check_failed_fraction, cohort_rows, failure_rows
 from slidemake.core.failures import RunError, SlideFailure
 from slidemake.core.files import write_json
 from slidemake.core.tables import read_table, write_table
+from slidemake.stain.stage import judgement_columns
 
 
 def ok(slide_id, **figures):
@@ -55,14 +58,21 @@ def test_a_slide_whose_stain_is_refused_says_so(tmp_path):
     write_json(tmp_path / "slides" / "a" / "stain.json", {"slide_id": "a", **fit})
     target = {"status": "ok", "method": "macenko", "hash": "h", "white_point": [255.0] * 3}
     manifests = {"screen": [ok("a")], "stain": [{**ok("a"), "status": "none", "reason": "not_he"}]}
-    (row,) = cohort_rows(sheet, manifests, tmp_path, {}, target)
+    of_stain = partial(judgement_columns, tmp_path, target)
+    (row,) = cohort_rows(sheet, manifests, tmp_path, {}, of_stain)
     assert (row["status"], row["stain_fit"], row["stain_applied"], row["stain_reason"]) == (
         "ok",
         "not_he",
         "none",
         "not_he",
     )
-    (row,) = cohort_rows(sheet, {**manifests, "stain": [failed("a", "stain", "unreadable")]}, tmp_path, {}, target)
+    (row,) = cohort_rows(
+        sheet,
+        {**manifests, "stain": [failed("a", "stain", "unreadable")]},
+        tmp_path,
+        {},
+        partial(judgement_columns, tmp_path, target),
+    )
     assert "stain_applied" not in row
 
 

@@ -32,6 +32,7 @@ from slidemake.core.files import (
     write_image,
     write_json,
 )
+from slidemake.core.stages import STAGE_VERSIONS
 
 
 def test_equal_parts_equal_fingerprint():
@@ -44,7 +45,7 @@ def test_equal_parts_equal_fingerprint():
 
 def test_a_stage_version_changes_its_fingerprints(monkeypatch):
     before = fingerprint("tiles", a=1)
-    monkeypatch.setitem(__import__("slidemake.core.files").provenance.STAGE_VERSIONS, "tiles", 999)
+    monkeypatch.setitem(STAGE_VERSIONS, "tiles", 999)
     assert fingerprint("tiles", a=1) != before
 
 

@@ -258,7 +258,7 @@ def test_a_reader_refuses_a_damaged_store(results):
     with pytest.raises(SlideFailure, match="damaged in shard 1, tile 2") as caught:
         TileStore(store).read(0, 3)
     assert caught.value.code == "damaged"
-    assert "slidemake.workflow.verify" in caught.value.hint
+    assert "python -m slidemake verify" in caught.value.hint
     shard_path(store, 1).write_bytes(b"")
     assert store_fingerprint(store) is None
     with pytest.raises(SlideFailure, match="of 0 bytes instead of"):
@@ -284,7 +284,7 @@ def test_hostile_names_are_shown_harmless(results, capsys):
 
 def test_a_folder_that_is_no_results_is_refused(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "slidemake.workflow.verify", str(tmp_path)],
+        [sys.executable, "-m", "slidemake", "verify", str(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "scripts")},
