@@ -153,7 +153,10 @@ def start_run(files):
     if hint := rack_size_hint(PLAN, MACHINE):
         print(f"slidemake: {hint}", file=sys.stderr)
     for encoder, corpora in PLAN.contamination.items():
-        print(f"slidemake: warning: {contamination_warning(encoder, corpora)}", file=sys.stderr)
+        print(
+            f"slidemake: warning: {contamination_warning(encoder, corpora)}",
+            file=sys.stderr,
+        )
 
 
 def slides_of_plan():

@@ -166,7 +166,7 @@ def failures(project: Project) -> dict[str, dict[str, str]]:
 
 def verified(project: Project) -> list[str]:
     """What verify prints to be done."""
-    command = [sys.executable, "-m", "slidemake.workflow.verify", "results"]
+    command = [sys.executable, "-m", "slidemake", "verify", "results"]
     done = subprocess.run(command, cwd=project.folder, env=environment(), capture_output=True, text=True, timeout=300)
     return [line for line in done.stdout.splitlines() if line.startswith("  rm -r ")]
 
