@@ -129,7 +129,7 @@ def test_damaged_lines_are_passed_over(log_file):
     ]
     text = "\n".join([json.dumps(good), *odd, json.dumps(slide), torn])
     log_file.with_suffix(".jsonl").write_bytes(text.encode() + b"\xff\xfe")
-    (run,) = job_runs(log_file.parents[4])
+    (run,) = job_runs(log_file.parents[3])
     assert (run.started, run.ended, run.code, run.seen) == (5.0, 6.0, None, {"a"})
 
 
@@ -139,7 +139,7 @@ def test_a_start_begins_a_line_whatever_a_killed_job_left(log_file):
     timings.start(log_file, "tile_slides", {"rack": "r00000"}, 1, None)
     timings.end(0, forked=False)
     assert [e["event"] for e in events(log_file)] == ["start", "end"]
-    (run,) = job_runs(log_file.parents[4])
+    (run,) = job_runs(log_file.parents[3])
     assert run.code == 0
 
 
@@ -179,7 +179,7 @@ def test_a_file_that_has_grown_for_years_begins_anew(log_file, monkeypatch):
         timings.start(log_file, "tile_slides", {}, 1, None)
         timings.end(0, forked=False)
         assert log_file.with_suffix(".jsonl").stat().st_size < 400 + 600
-    assert 1 <= len(job_runs(log_file.parents[4])) < 6
+    assert 1 <= len(job_runs(log_file.parents[3])) < 6
 
 
 def test_without_a_log_file_nothing_is_recorded():
