@@ -13,9 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "workflow"))
 
+from drawn_slides import draw
 from snakemake_run import CONFIG, Project
-
-SIDE = 1536  # px: about a dozen tiles a slide
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,16 +54,6 @@ def once(folder: Path, name: str) -> Iterator[bool]:
         yield first
         if first:
             done.touch()
-
-
-def draw(folder: Path, rows: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    """Draw the slides of demo rows into `folder`; returns the rows with absolute paths, as a sheet has them."""
-    from slidemake.demo.cohort import EASY, SHEET_COLUMNS, draw_demo_slide
-
-    for row in rows:
-        row["path"] = str(folder / f"{row['slide_id']}.tiff")
-        draw_demo_slide(row, row["path"], side=SIDE, seed=seed, difficulty=EASY)
-    return [{column: row[column] for column in SHEET_COLUMNS} for row in rows]
 
 
 def cohort_rows() -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import draw
+from drawn_slides import draw
 from slidemake.core.files import read_json, write_json
 from snakemake_run import ENCODER, Project, stamps
 
