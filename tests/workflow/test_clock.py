@@ -30,7 +30,7 @@ def test_results_of_any_time_are_current_and_are_worked_on(project: Project):
         assert project.planned() == {}
     date(project.results.rglob("*"), AHEAD)
     project.configure(evaluation={"bootstrap": 120})
-    assert set(project.planned()) == {"evaluate", "write_report"}
+    assert set(project.planned()) == {"evaluate", "compare_models", "write_report"}
     project.succeed()
     assert project.planned() == {}
     assert project.json("tasks/tumour/metrics.json")["options"]["bootstrap"] == 120
