@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slidemake.core.files import fingerprint, read_json_if_whole, write_json
+from slidemake.core.files import fingerprint, placed, read_json_if_whole, write_json
 from slidemake.jobs import isolation
 from slidemake.robustness.linear_probe import (
     FOLDS,
@@ -64,13 +64,14 @@ def cohort_vectors(
     from slidemake.embedding.engine import single_threaded
 
     marks = [fingerprint("stain", comparison=job.slide_id, features=job.fingerprint, tiles=TILES) for job in jobs]
-    known = [(read_json_if_whole(folder / f"{mark}.json") or {}).get("vectors") for mark in marks]
+    known = [_vectors(folder / f"{mark}.json", job.slide_id) for mark, job in zip(marks, jobs, strict=True)]
     todo = [i for i, found in enumerate(known) if found is None]
     if todo:
         forward, done = make_forward(), len(jobs) - len(todo)
         with ThreadPoolExecutor(max(1, threads), initializer=single_threaded) as pool:
             for i, found in zip(todo, pool.map(lambda i: slide_vectors(jobs[i], forward), todo), strict=True):
-                write_json(folder / f"{marks[i]}.json", {"slide_id": jobs[i].slide_id, "vectors": found})
+                path = folder / f"{marks[i]}.json"
+                write_json(path, {"slide_id": jobs[i].slide_id, "vectors": found, **placed(path)})
                 known[i] = found
                 done += 1
                 tell(done, len(jobs))
@@ -79,6 +80,12 @@ def cohort_vectors(
         for job, found in zip(jobs, known, strict=True)
         if found
     }
+
+
+def _vectors(path: Path, slide_id: str) -> dict[str, list[float]] | None:
+    """What was kept of a slide; None where there is nothing whole of it."""
+    kept = read_json_if_whole(path)
+    return kept.get("vectors") if kept is not None and kept.get("slide_id") == slide_id else None
 
 
 def compare_stain(

@@ -152,7 +152,8 @@ class Results:
         except SlideFailure as failure:
             yield self.finding(path, str(failure).removeprefix(f"{path} "), *self.remake(path))
         named = content.get("slide_id") if isinstance(content, dict) else None
-        if named is not None and named != path.parent.name:
+        per_slide = path.relative_to(self.folder).parts[0] in ("slides", "explain")  # a folder for each slide
+        if per_slide and named is not None and named != path.parent.name:
             yield self.finding(path, f"is of slide {named}", *self.remake(path))
         if not isinstance(content, dict) or (self.folder / DIGESTS) in path.parents:
             return  # what a digest's files are like, `check_plan` sees

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,3 +82,9 @@ def test_what_was_embedded_is_kept(tmp_path, monkeypatch):
     jobs[0] = SimpleNamespace(slide_id="a", fingerprint="other tiles")
     cohort_vectors(jobs, lambda: 2.0, tmp_path, 2)
     assert calls.count("a") == 2
+    one, two = (p for p in tmp_path.glob("*.json") if json.loads(p.read_text())["slide_id"] in ("b", "empty"))
+    one.rename(tmp_path / "x")
+    two.rename(one)
+    (tmp_path / "x").rename(two)
+    cohort_vectors(jobs, lambda: 2.0, tmp_path, 2)
+    assert (calls.count("b"), calls.count("empty")) == (2, 2)  # what is of another slide is not taken

@@ -221,6 +221,18 @@ def test_whole_folders_that_changed_places_are_found(results):
     assert found["tasks/t/m/bundle/bundle.json"].delete == (one / "bundle", one / "train.json")
 
 
+def test_what_a_task_keeps_of_slides_has_its_place(results):
+    """In folders that are not the slides' own."""
+    one, two = (results / "tasks" / "t" / "stain" / f"{name}.json" for name in ("hash1", "hash2"))
+    for number, path in enumerate((one, two)):
+        write_json(path, {"slide_id": "ab"[number], "vectors": {}, **placed(path)})
+    assert verify(results)[0] == []
+    one.rename(results / "x.json")
+    two.rename(one)
+    (results / "x.json").rename(two)
+    assert {finding.path for finding in verify(results)[0]} == {one, two}
+
+
 def test_without_a_plan_verify_says_what_it_cannot_know(results, capsys):
     (results / "plan.json").unlink()
     assert main([str(results)]) == 0
