@@ -16,7 +16,7 @@ import numpy as np
 
 from slidemake.core.failures import RunError
 from slidemake.statistics.bootstrap import percentile_interval
-from slidemake.tasks.kinds import too_few
+from slidemake.statistics.sizes import too_few
 
 USUAL = ("site", "scanner", "stain")  # columns looked at where none are named
 PARTS = 3  # equal parts of a column of numbers

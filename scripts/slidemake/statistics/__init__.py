@@ -1,5 +1,6 @@
 """Arrays in, figures out: metrics, intervals and tests that know no file and no task.
 
 In reading order: bootstrap, association, class_metrics, ordinal_metrics, regression_metrics, survival,
-survival_metrics, reliability, temperature.
+survival_metrics, reliability, temperature,
+sizes (when a group is too small for figures).
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from slidemake.statistics import ordinal_metrics as metrics_ordinal
 from slidemake.statistics import regression_metrics as metrics_regression
 from slidemake.statistics import survival_metrics as metrics_survival
 from slidemake.statistics.class_metrics import log_loss
+from slidemake.statistics.sizes import too_few
 from slidemake.statistics.survival import kaplan_meier, log_rank, step
 from slidemake.tasks.outcome_table import OutcomeTable
 from slidemake.tasks.outcomes import median_grade
@@ -298,9 +298,3 @@ class SurvivalKind(Kind):
 
 
 KINDS: dict[str, Kind] = {k.kind: k for k in (OrdinalKind(), MultilabelKind(), RegressionKind(), SurvivalKind())}
-
-
-def too_few(patients: int, options: Mapping[str, Any]) -> str | None:
-    """Why a group of so many patients gets no figures, or None."""
-    needed = options["subgroup_patients"]
-    return f"{patients} patients; {needed} are needed" if patients < needed else None
