@@ -3,21 +3,26 @@
     .venv/bin/python benchmarks/nominal_rates.py                    # all sections, some minutes
     .venv/bin/python benchmarks/nominal_rates.py --sections drift --cohorts 400
 
-Every section simulates cohorts whose truth is known and prints the share of them in which something is said, with its
-Monte Carlo standard error. docs/statistics.md has the tables. A slice of each runs in the tests.
+Every section simulates cohorts whose truth is known and prints a share of them, or a mean over them, with its Monte
+Carlo standard error.
 
-survival   how often the ratio of seen to expected events accuses a model whose predictions are the true risks
-optimism   how often the alarm goes off where embeddings know nothing of sites of unequal sizes
-drift      how often new patients drawn as the training patients were are said to differ
+survival     how often the ratio of seen to expected events accuses a model whose predictions are the true risks
+optimism     how often the alarm goes off where labels are independent of sites of unequal sizes, with and without a
+             site effect in the embeddings
+drift        how often new patients are said to differ that were drawn as the training patients were, and that were not
+prevalence   mean predicted probability, calibration in the large and AUROC of the linear control and of attention at
+             prevalences of 0.5 to 0.05, out of fold, where the loss weights classes alike (docs/statistics.md)
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +31,19 @@ from slidemake.drift.judgement import Sample, judge
 from slidemake.drift.reference import sketched
 from slidemake.evaluation.probabilities.survival_calibration import expected_events, poisson_ratio
 from slidemake.evaluation.verdict_outcomes import FEW_EVENTS
+from slidemake.mil.bags import make_bags
 from slidemake.robustness.shortcuts import Slides, optimism
+from slidemake.splits.make import make_splits
+from slidemake.statistics.temperature import auroc, fit_intercepts
+from slidemake.tasks.prediction_table import read_predictions
+from slidemake.training.train import train_model
 
 FEATURES = 1280
+QUICK = {"epochs": 10, "min_epochs": 5, "hidden": 16, "attention": 8, "learning_rate": 0.005, "members": 2}
+MODELS = {
+    "linear control": {"control": "mean_pool_lr"},
+    "gated attention": {"aggregator": "abmil_gated"},
+}
 SITES = {  # patients of each site
     "24: 8, 8, 8": (8, 8, 8),
     "24: 16, 4, 4": (16, 4, 4),
@@ -99,6 +114,72 @@ def drifts(seed: int, decay: float, reference: int, new: int, shift: float = 0.0
     return str(judge(record, sample, seed)["groups"][0]["level"])
 
 
+def cohort_of(seed: int, shares: tuple[float, ...], patients: int, signal: float) -> tuple[Any, list[dict[str, str]]]:
+    """(bags, rows) of patients of len(shares) classes or grades; ten tiles of eight features, a class's own `signal`
+    deviations of the mean tile away."""
+    rng = np.random.default_rng([seed, patients, len(shares)])
+    counts = np.round(np.array(shares) * patients).astype(int)
+    labels = np.repeat(np.arange(len(shares)), counts)
+    x = rng.normal(size=(len(labels), 1, 8)) + rng.normal(size=(len(labels), 10, 8))
+    x[..., 0] += signal * labels[:, None]
+    names = [f"P{i:04d}" for i in range(len(labels))]
+    rows = [
+        {
+            "slide_id": n,
+            "patient_id": n,
+            "site": "s",
+            "label": str(k),
+            "a": str(int(k > 0)),
+            "b": str(int(k == len(shares) - 1)),
+        }
+        for n, k in zip(names, labels, strict=True)
+    ]
+    return make_bags(x.reshape(-1, 8).astype(np.float32), names, names, [10] * len(names), {"key": "x", "dim": 8}), rows
+
+
+def predicted(seed: int, shares: tuple[float, ...], patients: int, options: dict[str, Any], signal: float = 1.5) -> Any:
+    """Out of fold: (mean probability of the last class, its calibration in the large, its AUROC as reported, its Brier
+    score, and that of the prevalence)."""
+    bags, rows = cohort_of(seed, shares, patients, signal)
+    task = {
+        "label": "label",
+        "type": "binary" if len(shares) == 2 else "ordinal",
+        "order": ["0", "1", "2"][: len(shares)],
+    }
+    splits = make_splits(rows, task, {"folds": 5, "repeats": 1, "seed": seed})
+    with tempfile.TemporaryDirectory() as folder:
+        train_model(task, {**QUICK, **options}, bags, splits, Path(folder))
+        found = read_predictions(Path(folder) / "predictions_patients.csv", "model")
+    p, y = found.prob[0, :, -1], (found.labels == len(shares) - 1).astype(int)
+    b = fit_intercepts(np.log(np.stack([1 - p, p], 1)), y)
+    area = auroc(found.ranks[0, :, -1], y == 1)
+    return p.mean(), b[1] - b[0], area, ((p - y) ** 2).mean(), y.mean() * (1 - y.mean())
+
+
+def mean(values: np.ndarray) -> str:
+    """Mean over cohorts and its Monte Carlo standard error."""
+    return f"{values.mean():.3f} ({values.std(ddof=1) / np.sqrt(len(values)):.3f})"
+
+
+def prevalence_table(cohorts: int, pool: ProcessPoolExecutor) -> list[list[str]]:
+    rows = [
+        ["classes", "model", "mean predicted of the last", "in the large", "AUROC", "Brier", "Brier of the prevalence"]
+    ]
+    for shares in ((0.5, 0.5), (0.8, 0.2), (0.9, 0.1), (0.95, 0.05), (0.7, 0.25, 0.05)):
+        for name, options in MODELS.items():
+            one = partial(predicted, shares=shares, patients=200, options=options)
+            found = np.array(list(pool.map(one, range(cohorts), chunksize=2)))
+            rows.append(
+                [
+                    " / ".join(f"{s:g}" for s in shares),
+                    name,
+                    *(mean(column) for column in found.T[:4]),
+                    f"{found[:, 4].mean():.3f}",
+                ]
+            )
+    return rows
+
+
 def share(found: list[bool]) -> str:
     """A share of the cohorts and its Monte Carlo standard error."""
     p = float(np.mean(found))
@@ -135,7 +216,12 @@ def drift_table(cohorts: int, pool: ProcessPoolExecutor) -> list[list[str]]:
     return rows
 
 
-SECTIONS = {"survival": (survival_table, 2000), "optimism": (optimism_table, 300), "drift": (drift_table, 200)}
+SECTIONS = {
+    "survival": (survival_table, 2000),
+    "optimism": (optimism_table, 300),
+    "drift": (drift_table, 200),
+    "prevalence": (prevalence_table, 20),
+}
 
 
 def main() -> None:

@@ -238,17 +238,17 @@ def train_fold(
         plan = member_plan(fold.train, fold.val, by, 0.25, seed, type(work.outcome) is ClassOutcome)
         if shared is None:  # as in training: components are estimated once for all candidates, the first pays
             shared = FoldBags(work, fold, max(c.get("components") or 0 for c in CANDIDATES.values()))
-        found = train_members(plan, scale, settings, shared)
+        trained = train_members(plan, scale, settings, shared)
         seconds[model] = time.process_time() - began
-        held_out[model] = np.array([found.outputs[p] for p in sorted(found.outputs)])
+        held_out[model] = np.array([trained.outputs[p] for p in sorted(trained.outputs)])
         tested[model] = np.array(
-            [np.mean([predict_bag(m, bags.bag(p))[0] for m in found.models], 0) for p in fold.test]
+            [np.mean([predict_bag(m, bags.bag(p))[0] for m in trained.models], 0) for p in fold.test]
         )
-        labels = [work.labels[p] for p in sorted(found.outputs)]
+        labels = [work.labels[p] for p in sorted(trained.outputs)]
     mixed = mixture({c: held_out[c] for c in CANDIDATES}, work.outcome, labels, scale)
-    tested["auto"] = sum(weight * factor * tested[c] for c, (weight, factor, _) in mixed.items())
+    tested["auto"] = sum(found.weight * found.scale * tested[c] for c, found in mixed.items())
     seconds["auto"] = sum(seconds[c] for c in CANDIDATES)
-    weights = {c: weight for c, (weight, _, _) in mixed.items()}
+    weights = {c: found.weight for c, found in mixed.items()}
     return FoldOutputs(work.outcome, tested, [work.labels[p] for p in fold.test], seconds, weights)
 
 

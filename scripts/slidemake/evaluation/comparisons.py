@@ -142,7 +142,7 @@ def _delong_of(a: Predictions, b: Predictions) -> dict[str, Any]:
         return {**nothing, "reason": "one class only"}
     if not (np.isfinite(a.prob).all() and np.isfinite(b.prob).all()):
         return {**nothing, "reason": "the repeats tested different patients"}
-    found = delong(positive, a.prob[..., 1], b.prob[..., 1])
+    found = delong(positive, a.ranks[..., 1], b.ranks[..., 1])
     reason = None if found["p"] is not None else "no variance: every positive ranks alike against the negatives"
     return {**found, "reason": reason}
 

@@ -116,8 +116,8 @@ def _one_model(
 
 
 def _curves(p: Predictions, calibration: dict[str, Any]) -> dict[str, Any]:
-    """ROC, PR and calibration points of the mean probability; one curve per class with more than two classes."""
-    prob = mean_over_repeats(p.prob)
+    """ROC and PR of what ranks patients (mean over repeats), calibration points; of more than two classes one each."""
+    prob = mean_over_repeats(p.ranks)
     points = [
         {key: row[key] for key in ("predicted", "observed", "low", "high", "count")} for row in calibration["table"]
     ]

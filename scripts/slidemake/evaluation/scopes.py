@@ -24,6 +24,7 @@ MIN_SITE = 5  # patients below which a site gets no figures of its own
 def measured(
     labels: np.ndarray,
     prob: np.ndarray,
+    ranks: np.ndarray,
     predicted: np.ndarray | None,
     options: dict[str, Any],
     weights: np.ndarray | None = None,
@@ -31,7 +32,7 @@ def measured(
 ) -> dict[str, np.ndarray]:
     """`metrics_over` with the options of the evaluation; size: patients that count, where weights leave some out."""
     bins = bins_for(len(labels) if size is None else size, options["ece_bins"])
-    return metrics_over(labels, prob, predicted, bins, weights, options["specificity"])
+    return metrics_over(labels, prob, predicted, bins, weights, options["specificity"], ranks)
 
 
 class Draws:
@@ -87,7 +88,7 @@ def subset_scopes(p: Predictions, index: np.ndarray, scope: str, draws: Draws) -
         if not known.any():
             continue
         part = index[known]
-        of_repeat = (p.labels[part], p.prob[r, part], p.predicted[r, part], options)
+        of_repeat = (p.labels[part], p.prob[r, part], p.ranks[r, part], p.predicted[r, part], options)
         points.append(measured(*of_repeat))
         resampled.append(measured(*of_repeat, weights[:, known]))
         figures = figures_of(points[-1], resampled[-1], p.labels[part], p.classes, options["level"])
@@ -105,7 +106,7 @@ def fold_scopes(p: Predictions, draws: Draws) -> dict[str, Any]:
             inside = np.flatnonzero(p.fold[r] == fold)
             labels, name = p.labels[inside], f"fold:{repeat}/{fold}"
             weights = draws.weights(name, tuple(p.patients[i] for i in inside), labels)
-            of_fold = (labels, p.prob[r, inside], p.predicted[r, inside], draws.options)
+            of_fold = (labels, p.prob[r, inside], p.ranks[r, inside], p.predicted[r, inside], draws.options)
             values, resampled = measured(*of_fold), measured(*of_fold, weights)
             figures = figures_of(values, resampled, labels, p.classes, draws.options["level"])
             scopes[name] = scope_entry(labels, p.classes, figures)
@@ -145,7 +146,7 @@ def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Dra
         of_repeats = []
         for r in range(len(p.repeats)):
             known = np.isfinite(p.prob[r, :, 0])
-            of_repeat = (p.labels[known], p.prob[r, known], p.predicted[r, known], draws.options)
+            of_repeat = (p.labels[known], p.prob[r, known], p.ranks[r, known], p.predicted[r, known], draws.options)
             size = round(weights[0].sum())  # bins are those of a group, not of all its patients
             of_repeats.append(measured(*of_repeat, weights[:, known], size))
         return mean_over(of_repeats)
@@ -155,7 +156,7 @@ def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Dra
 
 def ensemble_scope(p: Predictions, draws: Draws) -> dict[str, Any]:
     weights = draws.weights("pooled", p.patients, p.labels)
-    of_mean = (p.labels, mean_over_repeats(p.prob), None, draws.options)
+    of_mean = (p.labels, mean_over_repeats(p.prob), mean_over_repeats(p.ranks), None, draws.options)
     values, resampled = measured(*of_mean), measured(*of_mean, weights)
     figures = figures_of(values, resampled, p.labels, p.classes, draws.options["level"])
     return scope_entry(p.labels, p.classes, figures)

@@ -22,7 +22,7 @@ GAP = 0.1  # pooled minus within-site AUROC worth a warning
 
 def _mean_auroc(p: Predictions, inside: np.ndarray) -> float | None:
     """AUROC among the patients `inside`, mean over repeats; None when a repeat has one class only."""
-    values = [auroc(p.labels[inside] == 1, p.prob[r, inside, 1]) for r in range(len(p.repeats))]
+    values = [auroc(p.labels[inside] == 1, p.ranks[r, inside, 1]) for r in range(len(p.repeats))]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
 

@@ -4,13 +4,15 @@ Every candidate is trained on the members of the fold's plan, so that each train
 that did not see it. A candidate's outputs O_c are brought to one scale by the factor s_c that minimises the loss of
 these patients (what a temperature does to logits), and the fold's output is
 
-    O = sum_c w_c s_c O_c,    w_c proportional to exp(-n L_c),
+    O = sum_c w_c s_c O_c,    w_c proportional to exp(n A_c),
 
-L_c being the mean loss of s_c O_c over n patients. These weights are the pseudo-Bayesian model average of Yao, Vehtari,
-Simpson and Gelman, "Using stacking to average Bayesian predictive distributions", Bayesian Analysis 2018: with few
-patients several candidates share the weight, with many the best takes it. The choice is made inside of each fold, on
-training patients alone, so that it is part of what the tested patients test (nested cross-validation). Candidates with
-less than `LEAST` of the weight are left out.
+A_c being the AUROC of these n patients (C-index of grades and, with n events, of survival; half the correlation of
+numbers, which spans twice as much). These are the exponential weights of Ridgway, Alquier, Chopin and Liang,
+"PAC-Bayesian AUC classification and scoring", NIPS 2014: with few patients several candidates share the weight, with
+many the best takes it. Ranks are used and not the loss, because each held-out patient is predicted by a single member:
+what makes a loss is then mostly how sure that member is, which averaging takes away. The choice is made inside of each
+fold, on training patients alone, so that it is part of what the tested patients test (nested cross-validation).
+Candidates with less than `LEAST` of the weight are left out.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.tasks.outcomes import Outcome, best_temperature
-from slidemake.tasks.survival_outcome import CoxOutcome
+from slidemake.tasks.outcomes import NO_SKILL, Outcome
+from slidemake.tasks.survival_outcome import SurvivalOutcome
 
 LEAST = 0.02
 
@@ -70,6 +72,16 @@ class Part:
     scale: float  # s_c
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A candidate by its outputs for held-out patients."""
+
+    weight: float  # w_c
+    scale: float  # s_c
+    score: float | None  # `Outcome.score`; None where it is not defined
+    loss: float | None
+
+
 def heaviest(parts: Sequence[Part]) -> slice:
     """Which of a group's members are the candidate's that weighs most; all of them where they are of one model."""
     if not parts:
@@ -88,24 +100,24 @@ def candidates(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def mixture(
     outputs: Mapping[str, np.ndarray], outcome: Outcome, labels: Sequence[Any], scale: Mapping[str, Any]
-) -> dict[str, tuple[float, float, float]]:
-    """{candidate: (weight, scale, loss)} from its outputs (V, C) of held-out patients; weights below `LEAST` are 0.
+) -> dict[str, Judged]:
+    """What each candidate is worth, from its outputs (V, C) of held-out patients; weights below `LEAST` are 0.
 
     labels (V): encoded; scale: `Outcome.scale`. Without held-out patients all candidates weigh the same.
     """
     n = len(labels)
     if not n:
-        return {name: (1 / len(outputs), 1.0, float("nan")) for name in outputs}
-    found = {}
-    for name, values in outputs.items():
-        t = best_temperature(lambda t, v=values: outcome.loss(v / t, labels, scale), 1 / n)
-        found[name] = 1 / t, outcome.loss(values / t, labels, scale)
-    counted = (
-        sum(bool(event) for _, event in labels) if isinstance(outcome, CoxOutcome) else n
-    )  # what a loss is mean of
-    losses = np.array([loss for _, loss in found.values()])
-    weights = np.exp(-counted * (losses - losses.min()))
+        return {name: Judged(1 / len(outputs), 1.0, None, None) for name in outputs}
+    settled = {name: outcome.settled(values, labels, scale) for name, values in outputs.items()}
+    found = {name: outcome.score_of(values, labels) for name, values in outputs.items()}
+    counted = sum(bool(event) for _, event in labels) if isinstance(outcome, SurvivalOutcome) else n
+    span = 1 - NO_SKILL[outcome.score]
+    scores = np.array([NO_SKILL[outcome.score] if score is None else score for score in found.values()])
+    weights = np.exp(-counted * (scores.max() - scores) * 0.5 / span)
     weights /= weights.sum()
     weights[weights < LEAST] = 0
     weights /= weights.sum()
-    return {name: (float(w), *found[name]) for name, w in zip(found, weights, strict=True)}
+    return {
+        name: Judged(float(w), 1 / settled[name][0], found[name], settled[name][1])
+        for name, w in zip(found, weights, strict=True)
+    }

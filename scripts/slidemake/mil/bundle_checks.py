@@ -90,6 +90,9 @@ def _together(info: Mapping[str, Any]) -> Iterator[str]:
             yield f"groups: the temperature of {group['name']} is {temperature}"
         elif isinstance(temperature, list) and len(temperature) != len(labels):
             yield f"groups: {group['name']} has {len(temperature)} temperatures for {len(labels)} labels"
+        wide = len(labels) if kind == "multilabel" else len(classes)
+        if "intercept" in group and len(group["intercept"]) != wide:
+            yield f"groups: {group['name']} has {len(group['intercept'])} intercepts for {wide} classes or labels"
         if len(group.get("times", [])) != len(group.get("hazard", [])):
             yield f"groups: {group['name']} has {len(group['times'])} times and another number of hazards"
         for key in ("times", "edges"):

@@ -190,15 +190,16 @@ def _metrics_of_chunk(
     bins: int,
     weights: np.ndarray,
     specificity: float,
+    ranks: np.ndarray,
 ) -> dict[str, np.ndarray]:
     classes = prob.shape[1]
     which = range(classes) if classes > 2 else [1]
-    ranked = [auroc_auprc(labels == c, prob[:, c], weights) for c in which]
+    ranked = [auroc_auprc(labels == c, ranks[:, c], weights) for c in which]
     found = {
         "auroc": np.mean([auroc for auroc, _ in ranked], axis=0),
         "auprc": np.mean([auprc for _, auprc in ranked], axis=0),
         "sensitivity_at_specificity": np.mean(
-            [sensitivity_at(labels == c, prob[:, c], weights, specificity) for c in which], axis=0
+            [sensitivity_at(labels == c, ranks[:, c], weights, specificity) for c in which], axis=0
         ),
         **_probabilistic(labels, prob, bins, weights),
     }
@@ -214,19 +215,23 @@ def metrics_over(
     bins: int = 15,
     weights: np.ndarray | None = None,
     specificity: float = 0.9,
+    ranks: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """All metrics for every row of `weights`.
 
     labels (n,) int; prob (n, C) rows summing to 1; predicted (n,) int, the decisions at the thresholds that the models
     brought along, or None to leave the thresholded metrics out; weights (B, n), default one row of ones; specificity
-    at which sensitivity is read off the ROC curve.
+    at which sensitivity is read off the ROC curve; ranks (n, C): what patients are ranked by, if not by prob.
     Returns {metric: (B,) float64}, NaN where undefined.
     """
     labels, prob = np.asarray(labels, int), np.asarray(prob, float)
+    ranks = prob if ranks is None else np.asarray(ranks, float)
     weights = np.ones((1, len(labels))) if weights is None else weights
     step = max(1, CHUNK // max(1, len(labels)))
     parts = [
-        _metrics_of_chunk(labels, prob, predicted, bins, weights[start : start + step].astype(float), specificity)
+        _metrics_of_chunk(
+            labels, prob, predicted, bins, weights[start : start + step].astype(float), specificity, ranks
+        )
         for start in range(0, len(weights), step)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,6 +1,8 @@
-"""Temperature and threshold of a fold, both from validation patients only. No torch here."""
+"""Temperature, intercepts and threshold of a fold, all from validation patients only. No torch here."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -10,32 +12,56 @@ from scipy.stats import rankdata
 TEMPERATURE_BOUNDS = (0.1, 10.0)
 
 
-def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """softmax(logits / T): (n, C) float64 rows that sum to 1."""
-    return softmax(np.asarray(logits, np.float64) / temperature, axis=-1)
+def probabilities(logits: np.ndarray, temperature: float = 1.0, intercept: Sequence[float] | float = 0.0) -> np.ndarray:
+    """softmax(logits / T + b): (n, C) float64 rows that sum to 1."""
+    return softmax(np.asarray(logits, np.float64) / temperature + np.asarray(intercept, float), axis=-1)
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature T that minimises the validation NLL of softmax(logits / T) (Guo et al. 2017).
+def fit_intercepts(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(C,) intercepts b, of sum 0, with which the mean of softmax(logits + b) is the share of every class.
+
+    It is the maximum of the likelihood. Where the loss of training weighted classes, or a model is of another cohort's
+    prevalence, this is what makes its probabilities right on average (calibration in the large). A class without any
+    of these patients counts as half of one, so that b stays finite.
+    """
+    logits = np.asarray(logits, np.float64)
+    counts = np.maximum(np.bincount(labels, minlength=logits.shape[1]), 0.5)
+    shares = counts / counts.sum()
+    b = np.log(shares) - np.log(softmax(logits, axis=1).mean(0))
+    for _ in range(50):
+        p = softmax(logits + b, axis=1)
+        slope = p.mean(0) - shares
+        if np.abs(slope).max() < 1e-10:
+            break
+        curve = np.diag(p.mean(0)) - p.T @ p / len(p)
+        step = np.linalg.pinv(curve, hermitian=True) @ slope
+        b = b - np.clip(step, -2, 2)  # of a nearly separated sample the curvature vanishes
+    return np.asarray(b - b.mean())
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> tuple[float, list[float]]:
+    """(T, b) that minimise the validation NLL of softmax(logits / T + b) (Guo et al. 2017, with intercepts).
 
     logits (n, C), labels (n,) class indices. A handful of validation patients is often perfectly separated, and then
     the plain NLL sends T to 0 and every probability to 0 or 1. So the targets are smoothed as Platt (1999) does, by one
     pseudo-count per class: (n_c + 1) / (n_c + C) for the true class. With hundreds of patients this changes nothing.
-    Dividing by T never changes the predicted order of classes. Returns 1.0 when there is nothing to fit on.
+    The intercepts are those of `fit_intercepts` at each T. (1, 0) when there is nothing to fit on.
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels, int)
-    if len(labels) == 0 or len(np.unique(labels)) < 2:
-        return 1.0
     n_classes = logits.shape[1]
+    if len(labels) == 0 or len(np.unique(labels)) < 2:
+        return 1.0, [0.0] * n_classes
     of_class = np.bincount(labels, minlength=n_classes)[labels].astype(float)
     targets = np.repeat(1 / (of_class + n_classes)[:, None], n_classes, axis=1)
     targets[np.arange(len(labels)), labels] = (of_class + 1) / (of_class + n_classes)
 
     def nll(log_t: float) -> float:
-        return float(-(targets * log_softmax(logits / np.exp(log_t), axis=1)).sum(1).mean())
+        scaled = logits / np.exp(log_t)
+        return float(-(targets * log_softmax(scaled + fit_intercepts(scaled, labels), axis=1)).sum(1).mean())
 
     bounds = tuple(np.log(TEMPERATURE_BOUNDS))
-    return float(np.exp(minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    t = float(np.exp(minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    return t, fit_intercepts(logits / t, labels).tolist()
 
 
 def youden_threshold(scores: np.ndarray, positive: np.ndarray) -> float:

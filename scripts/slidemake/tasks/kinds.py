@@ -105,6 +105,7 @@ class Kind(ABC):
             decisions=np.where(known, decisions, np.nan),
             raw=None,
             validation=None,
+            of_folds=False,
         )
 
 
@@ -114,8 +115,8 @@ class OrdinalKind(Kind):
     few = "of the rarest grade"
 
     def over(self, table: OutcomeTable, repeat: int, chosen: np.ndarray, weights: np.ndarray | None) -> Figures:
-        truth, prob = table.truth[chosen, 0].astype(int), table.values[repeat, chosen]
-        expected = prob @ np.arange(len(table.names))
+        truth = table.truth[chosen, 0].astype(int)
+        expected = table.ranks[repeat, chosen] @ np.arange(len(table.names))
         decided = table.decisions[repeat, chosen, 0].astype(int)
         return metrics_ordinal.metrics_over(truth, expected, decided, len(table.names), weights)
 
@@ -164,8 +165,8 @@ class MultilabelKind(Kind):
             inside = chosen[known]
             truth, prob = table.truth[inside, k].astype(int), table.values[repeat, inside, k]
             decided = table.decisions[repeat, inside, k].astype(int)
-            two = np.stack([1 - prob, prob], axis=1)
-            by_label[name] = metrics.metrics_over(truth, two, decided, weights=weights[:, known])
+            two, ranks = (np.stack([1 - p, p], axis=1) for p in (prob, table.ranks[repeat, inside, k]))
+            by_label[name] = metrics.metrics_over(truth, two, decided, weights=weights[:, known], ranks=ranks)
         found: Figures = {}
         for metric in LABEL_METRICS:
             each = [by_label[name][metric] for name in self._both(table, chosen)]

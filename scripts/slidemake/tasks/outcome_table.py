@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from slidemake.core.failures import RunError
 from slidemake.core.tables import read_columns
 from slidemake.tasks.labels import parse_multilabel, parse_survival
-from slidemake.tasks.prediction_table import NEEDED, Predictions, validation_of_folds
+from slidemake.tasks.prediction_table import NEEDED, Predictions, validation_of_folds, without_prevalence
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class OutcomeTable:
     validation: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
     # (R, n, C) logits before temperature, of ordinal and multilabel tables that have them (see outcomes.py)
     raw: np.ndarray | None = None
+    of_folds: bool = False  # each fold's model knows how common grades or labels are in the other folds
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """(R, n, P) the values by which patients are ranked: of grades and labels without the prevalence of each fold's
+        training patients (`without_prevalence`)."""
+        if self.of_folds and self.kind == "ordinal":
+            return without_prevalence(self.values, self.truth[:, 0].astype(int), self.fold)
+        if not self.of_folds or self.kind != "multilabel":
+            return self.values
+        found = self.values.copy()
+        for k, truth in enumerate(self.truth.astype(int).T):
+            told = truth >= 0
+            two = np.stack([1 - found[:, told, k], found[:, told, k]], axis=-1)
+            found[:, told, k] = without_prevalence(two, truth[told], self.fold[:, told])[..., 1]
+        return found
 
     def known(self, repeat: int) -> np.ndarray:
         """(n,) whether the repeat (its index) predicts a patient."""
@@ -150,7 +167,7 @@ def parse_outcomes(
         sites[i] = row.get("site") or ""
     table = np.array([truth[i] for i in range(len(patients))], float)
     about = (name, kind, names, patients, tuple(sites), table, repeats)
-    return OutcomeTable(*about, values, decisions, fold, raw=raw if of_raw else None)
+    return OutcomeTable(*about, values, decisions, fold, raw=raw if of_raw else None, of_folds=True)
 
 
 def read_outcome_validation(path: str | Path, table: OutcomeTable, truth: Mapping[str, str]) -> OutcomeTable:

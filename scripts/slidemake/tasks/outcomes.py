@@ -17,7 +17,7 @@ import torch
 from scipy.special import expit, log_expit, log_softmax
 from torch import Tensor
 
-from slidemake.statistics.temperature import auroc, fit_temperature, probabilities, youden_threshold
+from slidemake.statistics.temperature import auroc, fit_intercepts, fit_temperature, probabilities, youden_threshold
 from slidemake.tasks.labels import parse_multilabel, why_untrainable
 
 Threshold = float | list[float] | None
@@ -61,6 +61,15 @@ class Outcome:
     def score_of(self, outputs: np.ndarray, labels: Sequence[Any]) -> float | None:
         """The score (attribute `score`) of held-out outputs (V, C); None where it is not defined."""
         return None
+
+    def settled(self, outputs: np.ndarray, labels: Sequence[Any], scale: Mapping[str, Any]) -> tuple[float, float]:
+        """(temperature, mean loss) of held-out outputs (V, C) once they are divided by it, and shifted where a link of
+        this type shifts: what is left when neither confidence nor class weights count."""
+        t = best_temperature(lambda t: self.loss(self._shifted(outputs / t, labels), labels, scale), 1 / len(labels))
+        return t, self.loss(self._shifted(outputs / t, labels), labels, scale)
+
+    def _shifted(self, outputs: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
+        return outputs
 
     def link(self, outputs: np.ndarray, labels: Sequence[Any], scale: Mapping[str, Any]) -> dict[str, Any]:
         """From the outputs (V, C) of validation patients: all that `predict` needs. Goes into the bundle."""
@@ -109,13 +118,22 @@ class ClassOutcome(Outcome):
         return float(-log_softmax(outputs, axis=1)[np.arange(len(labels)), np.asarray(labels, int)].mean())
 
     def score_of(self, outputs: np.ndarray, labels: Sequence[int]) -> float | None:
-        return auroc(outputs[:, 1] - outputs[:, 0], np.asarray(labels) == 1) if len(self.classes) == 2 else None
+        if len(self.classes) == 2:
+            return auroc(outputs[:, 1] - outputs[:, 0], np.asarray(labels) == 1)
+        p = probabilities(outputs)
+        areas = [auroc(p[:, c], np.asarray(labels) == c) for c in range(p.shape[1])]
+        found = [area for area in areas if area is not None]
+        return float(np.mean(found)) if found else None
+
+    def _shifted(self, outputs: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+        return outputs + fit_intercepts(outputs, np.asarray(labels, int))
 
     def link(self, outputs: np.ndarray, labels: Sequence[int], scale: Mapping[str, Any]) -> dict[str, Any]:
-        return {"temperature": fit_temperature(outputs, np.asarray(labels, int))}
+        temperature, intercept = fit_temperature(outputs, np.asarray(labels, int))
+        return {"temperature": temperature, "intercept": intercept}
 
     def predict(self, outputs: np.ndarray, link: Mapping[str, Any]) -> np.ndarray:
-        return probabilities(outputs, link["temperature"])
+        return probabilities(outputs, link["temperature"], link.get("intercept", 0.0))
 
     def threshold(self, values: np.ndarray, labels: Sequence[int]) -> Threshold:
         if len(self.classes) != 2:
@@ -162,8 +180,9 @@ def best_temperature(loss_at: Any, penalty: float) -> float:
 class OrdinalOutcome(ClassOutcome):
     """Grades in order by continuation ratios: one logit for each grade but the last, of P(y = k | y >= k).
 
-    The probabilities of all grades follow and sum to 1 (Fienberg 1980; the conditional form of CORN, Shi et al. 2023).
-    The grade predicted is the median of the distribution, which minimises the expected number of grades it is off.
+    The probabilities of all grades follow and sum to 1 (Fienberg 1980; the conditional form of CORN, Shi et al. 2023);
+    the link multiplies each grade's by a factor of its own, since grades are weighted in training, and divides by their
+    sum. The grade predicted is the median of the distribution, which minimises the expected number of grades it is off.
     """
 
     score = "c_index"  # of the expected grade: needs no calibrated decisions
@@ -185,13 +204,24 @@ class OrdinalOutcome(ClassOutcome):
         expected = np.exp(stages(outputs)) @ np.arange(len(self.classes))
         return concordance(np.asarray(labels, float), np.ones(len(labels), bool), -expected)
 
+    def settled(self, outputs: np.ndarray, labels: Sequence[int], scale: Mapping[str, Any]) -> tuple[float, float]:
+        grades = ClassOutcome(self.classes)
+
+        def loss_at(t: float) -> float:
+            return grades.loss(self._shifted(stages(outputs / t), labels), labels, scale)
+
+        t = best_temperature(loss_at, 1 / len(labels))
+        return t, loss_at(t)
+
     def link(self, outputs: np.ndarray, labels: Sequence[int], scale: Mapping[str, Any]) -> dict[str, Any]:
         if not len(labels):
-            return {"temperature": 1.0}
-        return {"temperature": best_temperature(lambda t: self.loss(outputs / t, labels, scale), 1 / len(labels))}
+            return {"temperature": 1.0, "intercept": [0.0] * len(self.classes)}
+        t, _ = self.settled(outputs, labels, scale)
+        return {"temperature": t, "intercept": fit_intercepts(stages(outputs / t), np.asarray(labels, int)).tolist()}
 
     def predict(self, outputs: np.ndarray, link: Mapping[str, Any]) -> np.ndarray:
-        return np.exp(stages(np.asarray(outputs, float) / link["temperature"]))
+        logits = stages(np.asarray(outputs, float) / link["temperature"])
+        return probabilities(logits, intercept=link.get("intercept", 0.0))
 
     def threshold(self, values: np.ndarray, labels: Sequence[int]) -> Threshold:
         return None
@@ -211,6 +241,11 @@ class OrdinalOutcome(ClassOutcome):
 
     def headline(self, values: np.ndarray) -> float:
         return float(values @ np.arange(len(values)))
+
+
+def _two(logit: np.ndarray) -> np.ndarray:
+    """(n, 2) logits of no and yes, from that of yes (n,)."""
+    return np.stack([np.zeros_like(logit), logit], axis=1)
 
 
 def median_grade(prob: np.ndarray) -> np.ndarray:
@@ -250,17 +285,23 @@ class MultilabelOutcome(Outcome):
         found = [area for area in areas if area is not None]
         return float(np.mean(found)) if found else None
 
+    def _shifted(self, outputs: np.ndarray, labels: Sequence[np.ndarray]) -> np.ndarray:
+        truth, known = self._known(labels)
+        shifted = np.array(outputs, float)
+        for k in range(self.outputs):
+            if known[:, k].any():
+                two = _two(outputs[known[:, k], k])
+                shifted[:, k] += np.diff(fit_intercepts(two, truth[known[:, k], k]))[0]
+        return shifted
+
     def link(self, outputs: np.ndarray, labels: Sequence[np.ndarray], scale: Mapping[str, Any]) -> dict[str, Any]:
         truth, known = self._known(labels)
-        temperatures = []
-        for k in range(self.outputs):
-            logit, positive = outputs[known[:, k], k], truth[known[:, k], k]
-            two = np.stack([np.zeros_like(logit), logit], axis=1)
-            temperatures.append(fit_temperature(two, positive))
-        return {"temperature": temperatures}
+        found = [fit_temperature(_two(outputs[at, k]), truth[at, k]) for k, at in enumerate(known.T)]
+        return {"temperature": [t for t, _ in found], "intercept": [float(b[1] - b[0]) for _, b in found]}
 
     def predict(self, outputs: np.ndarray, link: Mapping[str, Any]) -> np.ndarray:
-        return expit(np.asarray(outputs, float) / np.asarray(link["temperature"], float))
+        scaled = np.asarray(outputs, float) / np.asarray(link["temperature"], float)
+        return expit(scaled + np.asarray(link.get("intercept", 0.0), float))
 
     def threshold(self, values: np.ndarray, labels: Sequence[np.ndarray]) -> Threshold:
         truth, known = self._known(labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,36 @@ class Predictions:
     logits: np.ndarray | None = None  # (R, n, C) before temperature, where the file has them
     # (repeat, fold) -> P (m, C) and labels (m,) of validation patients, predicted by members not fitted to them
     validation: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
+    of_folds: bool = False  # each fold's model knows how common the classes are among the patients of the other folds
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """(R, n, C) what patients are ranked by, see `without_prevalence`."""
+        return without_prevalence(self.prob, self.labels, self.fold) if self.of_folds else self.prob
 
     def cohort(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """What two models must share to be compared patient by patient."""
         return self.patients, tuple(int(v) for v in self.labels)
+
+
+def without_prevalence(prob: np.ndarray, labels: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """(R, n, C) probabilities p / q, divided by their sum over classes; q: share of a class in the other folds.
+
+    A model's probabilities rest on the prevalence of its training patients. That is lower where the tested fold's is
+    higher, so that probabilities of different folds rank patients the wrong way round: a model that knows nothing else
+    has an AUROC far below 0.5. Within a fold of two classes the order does not change. prob (R, n, C), labels (n,)
+    class indices, fold (R, n) with -1 where a patient was not tested; a class without any counts half of one patient. A
+    repeat of a single fold is left as it is.
+    """
+    found = np.array(prob, float)
+    for r, of in enumerate(fold):
+        names = sorted(set(of.tolist()) - {-1})
+        for name in names if len(names) > 1 else ():
+            others = np.maximum(np.bincount(labels[(of >= 0) & (of != name)], minlength=prob.shape[2]), 0.5)
+            at = of == name
+            found[r, at] /= others / others.sum()
+            found[r, at] /= found[r, at].sum(1, keepdims=True)
+    return found
 
 
 def _number(row: dict[str, str], column: str, where: str) -> float:
@@ -106,7 +133,8 @@ def read_predictions(path: str | Path, name: str) -> Predictions:
         predicted[r, i] = _decision(row, list(prob[r, i]), classes, where)
         if logits is not None:
             logits[r, i] = [_number(row, f"logit_{name}", where) for name in classes]
-    return Predictions(name, classes, patients, tuple(sites), labels, repeats, prob, predicted, fold, logits)
+    about = (name, classes, patients, tuple(sites), labels, repeats)
+    return Predictions(*about, prob, predicted, fold, logits, of_folds=True)
 
 
 def read_validation(path: str | Path, p: Predictions, truth: Mapping[str, str]) -> Predictions:

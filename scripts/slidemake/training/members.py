@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -55,13 +55,12 @@ def train_fold_models(work: Work, fold: Fold, plan: Plan, scale: Mapping[str, An
         for name, found in trained.items()
     }
     mixed = mixture(stacked, work.outcome, [work.labels[p] for p in patients], scale)
-    outputs = sum(weight * factor * stacked[name] for name, (weight, factor, _) in mixed.items())
-    best = trained[max(mixed, key=lambda name: mixed[name][0])]
-    parts = tuple(Part(c, len(trained[c].models), weight, factor) for c, (weight, factor, _) in mixed.items() if weight)
-    shares = {
-        name: {"weight": weight, "scale": factor, "loss": None if np.isnan(loss) else loss} | _figures(trained[name])
-        for name, (weight, factor, loss) in mixed.items()
-    }
+    outputs = sum(found.weight * found.scale * stacked[name] for name, found in mixed.items())
+    best = trained[max(mixed, key=lambda name: mixed[name].weight)]
+    parts = tuple(
+        Part(c, len(trained[c].models), found.weight, found.scale) for c, found in mixed.items() if found.weight
+    )
+    shares = {name: asdict(found) | _figures(trained[name]) for name, found in mixed.items()}
     models = [model for part in parts for model in trained[part.candidate].models]
     of_patient = dict(zip(patients, np.asarray(outputs), strict=True))
     return FoldModels(models, parts, of_patient, best.curves, _figures(best) | {"mixture": shares})

@@ -109,7 +109,7 @@ def _run_fold(work: Work, fold: Fold, place: int, total: int) -> dict[str, Any]:
         fold=fold.fold,
     )
     info = bundle.info
-    link = {key: info["groups"][0][key] for key in ("temperature", "slope") if key in info["groups"][0]}
+    link = {key: info["groups"][0][key] for key in ("temperature", "intercept", "slope") if key in info["groups"][0]}
     group = bundle.groups[0]
     scores = np.array([row["member_scores"] for row in patients])
     agree = agreement(scores[:, heaviest(group.parts)] if len(scores) else scores)

@@ -15,7 +15,8 @@ from slidemake.evaluation.files import metrics_table
 from slidemake.evaluation.probabilities.calibration import bins_for
 from slidemake.statistics.association import association_test
 from slidemake.statistics.bootstrap import bootstrap_indices, percentile_interval, scope_seed
-from slidemake.tasks.prediction_table import Predictions, read_predictions
+from slidemake.statistics.temperature import auroc
+from slidemake.tasks.prediction_table import Predictions, read_predictions, without_prevalence
 
 FEW = {"bootstrap": 100, "seed": 5}
 
@@ -269,3 +270,27 @@ def test_encoder_that_has_seen_the_cohort_is_named():
     result, _ = evaluate_models(cohort(), FEW, {"phikon": ["TCGA"]})
     [said] = [finding["text"] for finding in result["verdict"] if finding["code"] == "contaminated"]
     assert said.startswith("Encoder phikon was pretrained on TCGA")
+
+
+def test_a_model_that_knows_only_how_common_classes_are_is_at_chance():
+    """Five folds of 60 patients, twelve positive: probabilities are the prevalence of the other folds. Their pooled
+    AUROC is far below 0.5 by construction; what patients are ranked by is the same for all. Within a fold the order
+    stays, and a single tested fold is left as it is."""
+    rng = np.random.default_rng(0)
+    labels = np.array([1] * 12 + [0] * 48)
+    fold = np.stack([np.r_[np.arange(12) % 5, np.arange(48) % 5], np.r_[np.arange(12) % 2, np.arange(48) % 3]])
+    share = np.array([[(labels[of != k] == 1).mean() for k in of] for of in fold])
+    prob = np.stack([1 - share, share], -1)
+    assert auroc(prob[0, :, 1], labels == 1) < 0.46  # dealt evenly, but 12 is no multiple of 5
+    assert auroc(prob[1, :, 1], labels == 1) < 0.4
+    ranks = without_prevalence(prob, labels, fold)
+    np.testing.assert_allclose(ranks, 0.5)
+    own = rng.uniform(0.01, 0.99, (2, 60))
+    ranks = without_prevalence(np.stack([1 - own, own], -1), labels, fold)
+    assert np.allclose(ranks.sum(-1), 1)
+    for r in range(2):
+        for k in range(2):
+            inside = fold[r] == k
+            assert (ranks[r, inside, 1].argsort() == own[r, inside].argsort()).all()
+    one = np.zeros_like(fold)
+    np.testing.assert_array_equal(without_prevalence(prob, labels, one), prob)

@@ -152,19 +152,17 @@ def test_subgroups_and_the_gap_between_them(kind):
     said = {
         key: np.where(on_b[None, :, None], getattr(spoilt, key), getattr(made, key)) for key in ("values", "decisions")
     }
-    made = OutcomeTable(**{**made.__dict__, **said})
+    made = replace(made, **said)
     scanner = {p: "B" if b else "A" for p, b in zip(made.patients, on_b, strict=True)}
     of_age = {p: "few" if i < 6 else "others" for i, p in enumerate(made.patients)}
     result, curves = evaluate_tables([made], QUICK, groups={"scanner": scanner, "age": of_age})
     check_no_nan(result, curves)
     subgroups, primary = result["models"]["m"]["subgroups"], result["primary"]
-    alone = OutcomeTable(
-        **{
-            **made.__dict__,
-            **{key: tuple(np.array(getattr(made, key))[on_b]) for key in ("patients", "sites")},
-            "truth": made.truth[on_b],
-            **{key: getattr(made, key)[:, on_b] for key in ("values", "decisions", "fold")},
-        }
+    alone = replace(
+        made,
+        **{key: tuple(np.array(getattr(made, key))[on_b]) for key in ("patients", "sites")},
+        truth=made.truth[on_b],
+        **{key: getattr(made, key)[:, on_b] for key in ("values", "decisions", "fold")},
     )
     expected = figures(evaluate_tables([alone], QUICK)[0])[primary]
     assert subgroups["scanner"]["groups"]["B"]["metrics"][primary]["value"] == pytest.approx(expected)

@@ -8,14 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mil_cohort import ENCODER, STAIN, planted
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import roc_auc_score
 from slidemake.mil.aggregators import leave_one_out, predict_bag
 from slidemake.mil.automatic import CANDIDATES, LEAST, LINEAR, mixture
 from slidemake.mil.bags import make_bags
 from slidemake.mil.bundle import bundle_leave_one_out, load_bundle, predict
 from slidemake.mil.fitting import DEFAULTS
 from slidemake.splits.make import VAL, make_splits
-from slidemake.tasks.outcomes import ClassOutcome
+from slidemake.tasks.outcomes import ClassOutcome, RegressionOutcome
 from slidemake.tasks.survival_outcome import CoxOutcome
 from slidemake.training.train import train_model
 
@@ -28,46 +29,60 @@ def logits(labels, gap, rng):
     return np.stack([-score / 2, score / 2], 1)
 
 
-def test_weights_fall_with_the_held_out_loss():
+def test_weights_fall_with_the_auroc_of_held_out_patients():
     rng = np.random.default_rng(0)
     labels = [0, 1] * 8
     outputs = {"good": logits(labels, 3, rng), "fair": logits(labels, 2.5, rng), "noise": logits(labels, 0, rng)}
     found = mixture(outputs, TWO, labels, {})
-    weights = {name: weight for name, (weight, _, _) in found.items()}
+    weights = {name: judged.weight for name, judged in found.items()}
     assert sum(weights.values()) == pytest.approx(1)
-    for name, (_, scale, loss) in found.items():
-        own = -log_softmax(scale * outputs[name], 1)[np.arange(16), labels].mean()
-        assert loss == pytest.approx(own)
-        assert loss <= -log_softmax(outputs[name], 1)[np.arange(16), labels].mean() + 1e-3  # scaled to be better
-    kept = [name for name in weights if weights[name]]
-    a, b = kept[0], kept[1]
-    assert weights[a] / weights[b] == pytest.approx(np.exp(-16 * (found[a][2] - found[b][2])))
+    for name, judged in found.items():
+        assert judged.score == pytest.approx(roc_auc_score(labels, outputs[name][:, 1]))
+        own = -log_softmax(judged.scale * outputs[name], 1)[np.arange(16), labels].mean()
+        assert judged.loss <= own + 1e-9  # the intercept is the best
+        assert judged.loss <= -log_softmax(outputs[name], 1)[np.arange(16), labels].mean() + 1e-3  # so is the scale
+    better = found["good"].score - found["fair"].score
+    assert weights["good"] / weights["fair"] == pytest.approx(np.exp(16 * better))
     assert weights["noise"] == 0 < LEAST  # sixteen patients tell it from the others
 
 
-def test_a_scale_of_its_own_hardly_changes_a_candidates_weight():
-    """Outputs three times as large are as good as they were, but for the pull of the scale towards 1."""
+def test_a_scale_of_its_own_does_not_change_a_candidates_weight():
+    """Outputs three times as large are as good as they were; their scale is smaller, but for its pull towards 1."""
     rng = np.random.default_rng(1)
     labels = [0, 1] * 10
     one, other = logits(labels, 2, rng), logits(labels, 2, rng)
     before = mixture({"a": one, "b": other}, TWO, labels, {})
     after = mixture({"a": 3 * one, "b": other}, TWO, labels, {})
-    assert after["a"][0] == pytest.approx(before["a"][0], abs=0.03)
-    assert 3 * after["a"][1] == pytest.approx(before["a"][1], rel=0.4)
+    assert after["a"].weight == before["a"].weight
+    assert 3 * after["a"].scale == pytest.approx(before["a"].scale, rel=0.4)
 
 
 def test_nothing_held_out_leaves_equal_weights():
     found = mixture({"a": np.empty((0, 2)), "b": np.empty((0, 2))}, TWO, [], {})
-    assert [weight for weight, _, _ in found.values()] == [0.5, 0.5]
+    assert [judged.weight for judged in found.values()] == [0.5, 0.5]
 
 
 def test_survival_counts_events():
-    """Of ten patients with one event, that one pair of risk sets is all that the weights go by."""
+    """Of ten patients with one event, that one is all that the weights go by."""
     rng = np.random.default_rng(2)
     labels = [(float(t), t == 3) for t in range(1, 11)]
     outputs = {"a": rng.normal(size=(10, 1)), "b": rng.normal(size=(10, 1))}
     found = mixture(outputs, CoxOutcome([5.0]), labels, {})
-    assert found["a"][0] / found["b"][0] == pytest.approx(np.exp(-(found["a"][2] - found["b"][2])))
+    assert found["a"].weight / found["b"].weight == pytest.approx(np.exp(found["a"].score - found["b"].score))
+
+
+def test_numbers_count_half_of_their_correlation_and_classes_the_mean_of_each():
+    rng = np.random.default_rng(3)
+    truth = rng.normal(size=20)
+    outputs = {name: (truth + s * rng.normal(size=20))[:, None] for name, s in (("a", 0.5), ("b", 1.0))}
+    found = mixture(outputs, RegressionOutcome(), list(truth), {"mean": 0.0, "sd": 1.0})
+    r = {name: np.corrcoef(values[:, 0], truth)[0, 1] for name, values in outputs.items()}
+    assert found["a"].weight / found["b"].weight == pytest.approx(np.exp(10 * (r["a"] - r["b"])))
+    labels = list(np.arange(18) % 3)
+    outputs = {name: rng.normal(size=(18, 3)) + s * np.eye(3)[labels] for name, s in (("a", 2.0), ("b", 1.0))}
+    found = mixture(outputs, ClassOutcome(["x", "y", "z"]), labels, {})
+    area = {name: roc_auc_score(labels, softmax(v, 1), multi_class="ovr") for name, v in outputs.items()}
+    assert found["a"].weight / found["b"].weight == pytest.approx(np.exp(18 * (area["a"] - area["b"])))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +215,9 @@ def test_given_validation_patients_of_one_class(tmp_path):
     one_class = [p for p, label in splits.labels.items() if label == "Y"][:2]
     splits = replace(splits, folds={0: {**splits.folds[0], **dict.fromkeys(one_class, VAL)}})
     record = train_model({"label": "label"}, FEW, bags, splits, tmp_path)
-    assert all(np.isfinite([p["loss"] for p in fold["mixture"].values()]).all() for fold in record["folds"])
+    for fold in record["folds"]:  # without two classes there is no AUROC, and nothing to choose by
+        assert {part["weight"] for part in fold["mixture"].values()} == {1 / len(CANDIDATES)}
+        assert np.isfinite([part["loss"] for part in fold["mixture"].values()]).all()
     assert all(0.1 <= fold["temperature"] <= 10 for fold in record["folds"])
     values = predict(load_bundle(tmp_path / "bundle"), bags.bag("P00")).values
     assert np.isfinite(values).all()

@@ -230,7 +230,7 @@ def theirs(folder, **changes):
     path = folder / "bundle.json"
     info = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     for key, value in changes.items():
-        if key in ("temperature", "members", "name"):
+        if key in ("temperature", "intercept", "members", "name"):
             info["groups"][1][key] = value
         else:
             info[key] = value
@@ -254,6 +254,9 @@ def checksum_of(info):
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": "2"}, "temperature"),
         ({"temperature": [1.0]}, "temperature of b"),
+        ({"intercept": [0.5]}, "1 intercepts for 2 classes"),
+        ({"intercept": 0.5}, "intercept"),
+        ({"intercept": ["0.5", 0]}, "intercept"),
         ({"temperature": float("nan")}, "it holds NaN"),
         ({"temperature": float("inf")}, "it holds Infinity"),
         ({"threshold": 7}, "threshold: 7 is not a number from 0 to 1"),

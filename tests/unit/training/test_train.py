@@ -19,7 +19,7 @@ from slidemake.mil.fitting import DEFAULTS, fit_member, sample_batch
 from slidemake.mil.losses import class_objective, class_weights
 from slidemake.mil.scaling import feature_statistics
 from slidemake.splits.make import Splits
-from slidemake.statistics.temperature import auroc, fit_temperature, probabilities, youden_threshold
+from slidemake.statistics.temperature import auroc, fit_intercepts, fit_temperature, probabilities, youden_threshold
 from slidemake.tasks.registry import class_order
 from slidemake.training.plan import member_plan
 from slidemake.training.train import train_model
@@ -61,12 +61,12 @@ def test_planted_signal_is_found(trained):
     assert read_json(out / "train.json") == json.loads(json.dumps(record))
 
 
-def test_calibrated_probabilities_are_the_logits_over_temperature(trained):
+def test_calibrated_probabilities_are_the_logits_over_temperature_and_shifted(trained):
     out, _, _, record = trained
-    temperature = {(f["repeat"], f["fold"]): f["temperature"] for f in record["folds"]}
+    link = {(f["repeat"], f["fold"]): (f["temperature"], f["intercept"]) for f in record["folds"]}
     for row in rows_of(out / "predictions_patients.csv"):
         logits = np.array([float(row["logit_N"]), float(row["logit_Y"])])
-        prob = probabilities(logits, temperature[int(row["repeat"]), row["fold"]])
+        prob = probabilities(logits, *link[int(row["repeat"]), row["fold"]])
         assert float(row["prob_Y"]) == pytest.approx(prob[1], abs=1e-6)
 
 
@@ -293,16 +293,38 @@ def test_temperature_of_doubled_logits_is_two():
     for classes in (2, 4):
         logits = rng.normal(size=(20000, classes)) * 2
         labels = np.array([rng.choice(classes, p=p) for p in probabilities(logits)])
-        assert fit_temperature(logits, labels) == pytest.approx(1, rel=0.05)
-        assert fit_temperature(logits * 2, labels) == pytest.approx(2, rel=0.05)
+        shift = np.linspace(-1, 1, classes)
+        for factor, moved in ((1, 0), (2, 0), (2, shift)):
+            temperature, intercept = fit_temperature(logits * factor + moved, labels)
+            assert temperature == pytest.approx(factor, rel=0.05)
+            np.testing.assert_allclose(intercept, -np.asarray(moved) / factor * np.ones(classes), atol=0.08)
+
+
+def test_intercepts_undo_what_weighting_classes_does():
+    """Logits that are right for equal classes, at a prevalence of 10 %: b is the log-odds of the prevalence."""
+    rng = np.random.default_rng(1)
+    labels = (rng.random(20000) < 0.1).astype(int)
+    score = rng.normal(size=20000) + 2 * labels - 1  # log-odds at equal classes: 2 score
+    b = fit_intercepts(np.stack([-score, score], 1), labels)
+    assert b.sum() == pytest.approx(0)
+    assert b[1] - b[0] == pytest.approx(np.log(labels.mean() / (1 - labels.mean())), abs=0.06)
+    for few in (
+        [0] * 9 + [1],
+        [0] * 5,
+        [0, 0, 2, 2],
+    ):  # means are the shares, a class without patients counts half of one
+        logits = rng.normal(size=(len(few), 3)) * 8
+        counts = np.maximum(np.bincount(few, minlength=3), 0.5)
+        found = probabilities(logits, intercept=fit_intercepts(logits, np.array(few))).mean(0)
+        np.testing.assert_allclose(found, counts / counts.sum(), atol=1e-6)
 
 
 def test_temperature_of_few_separated_patients_stays_sane():
     logits = np.array([[2.0, -2.0]] * 9 + [[-2.0, 2.0]] * 10)
-    temperature = fit_temperature(logits, np.array([0] * 9 + [1] * 10))
-    assert 0.85 < probabilities(logits[:1], temperature)[0, 0] < 0.95  # about (n + 1) / (n + 2)
-    assert fit_temperature(np.zeros((0, 2)), np.zeros(0)) == 1.0
-    assert fit_temperature(logits[:3], np.zeros(3)) == 1.0
+    found = fit_temperature(logits, np.array([0] * 9 + [1] * 10))
+    assert 0.85 < probabilities(logits[:1], *found)[0, 0] < 0.95  # about (n + 1) / (n + 2)
+    assert fit_temperature(np.zeros((0, 2)), np.zeros(0)) == (1.0, [0.0, 0.0])
+    assert fit_temperature(logits[:3], np.zeros(3)) == (1.0, [0.0, 0.0])
 
 
 def test_youden_threshold_by_hand_and_by_brute_force():
