@@ -11,7 +11,9 @@ optimism     how often the alarm goes off where labels are independent of sites 
              site effect in the embeddings
 drift        how often new patients are said to differ that were drawn as the training patients were, and that were not
 prevalence   mean predicted probability, calibration in the large and AUROC of the linear control and of attention at
-             prevalences of 0.5 to 0.05, out of fold, where the loss weights classes alike (docs/statistics.md)
+             prevalences of 0.5 to 0.05, out of fold, where the loss weights classes alike (docs/training.md)
+penalty      AUROC of the linear control for 2,000 new patients with the C it takes, with the best of its grid, and with
+             the C of the least loss of bare logits (docs/training.md)
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from slidemake.robustness.shortcuts import Slides, optimism
 from slidemake.splits.make import make_splits
 from slidemake.statistics.temperature import auroc, fit_intercepts
 from slidemake.tasks.prediction_table import read_predictions
+from slidemake.training.class_baselines import C_GRID, fit_lr, fit_mean_pool_lr
+from slidemake.training.plan import member_plan
 from slidemake.training.train import train_model
 
 FEATURES = 1280
@@ -156,6 +160,51 @@ def predicted(seed: int, shares: tuple[float, ...], patients: int, options: dict
     return p.mean(), b[1] - b[0], area, ((p - y) ** 2).mean(), y.mean() * (1 - y.mean())
 
 
+def penalised(seed: int, patients: int, features: int, prevalence: float) -> tuple[float, float, float]:
+    """AUROC on new patients: (with the C taken, with the best of the grid, with the C of the least bare loss); a tenth
+    of the features tell the classes a little."""
+    rng = np.random.default_rng([seed, patients, features])
+    effect = np.where(np.arange(features) < features // 10, 2.5 / np.sqrt(features / 10), 0)
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.r_[np.ones(max(2, round(prevalence * n)), int), np.zeros(n - max(2, round(prevalence * n)), int)]
+        return (rng.normal(size=(n, features)) + np.outer(y - 0.5, effect)).astype(np.float32), y
+
+    (x, y), (x_new, y_new) = draw(patients), draw(2000)
+    names = [f"P{i:03d}" for i in range(patients)]
+    bags = make_bags(x, names, names, [1] * patients, {"key": "x", "dim": features})
+    labels = dict(zip(names, y.tolist(), strict=True))
+    plan = member_plan(names, [], {name: str(k) for name, k in labels.items()}, 0.25, seed)
+    fitted = fit_mean_pool_lr(bags, labels, names, plan, 2)
+
+    def area(scaler: Any, regression: Any) -> float:
+        found = auroc(regression.decision_function(scaler.transform(x_new)), y_new == 1)
+        assert found is not None
+        return found
+
+    by_c, loss = {}, {}
+    at = {name: i for i, name in enumerate(names)}
+    for c in C_GRID:
+        by_c[c] = area(*fit_lr(x, y, c))
+        held_out = np.zeros(patients)
+        for inner, val in plan:
+            rows, tested = [at[n] for n in inner], [at[n] for n in val]
+            scaler, regression = fit_lr(x[rows], y[rows], c)
+            held_out[tested] = regression.decision_function(scaler.transform(x[tested]))
+        loss[c] = float(np.logaddexp(0, np.where(y == 1, -held_out, held_out)).mean())
+    return by_c[fitted.c], max(by_c.values()), by_c[min(loss, key=lambda c: loss[c])]
+
+
+def penalty_table(cohorts: int, pool: ProcessPoolExecutor) -> list[list[str]]:
+    rows = [["patients, features, prevalence", "C taken", "best of the grid", "taken minus best", "C by bare loss"]]
+    for patients, features, prevalence in ((24, 1280, 0.5), (40, 1024, 0.5), (60, 1280, 0.5), (100, 256, 0.1)):
+        one = partial(penalised, patients=patients, features=features, prevalence=prevalence)
+        taken, best, bare = np.array(list(pool.map(one, range(cohorts)))).T
+        cells = [mean(taken), mean(best), mean(taken - best), mean(bare)]
+        rows.append([f"{patients}, {features}, {prevalence:g}", *cells])
+    return rows
+
+
 def mean(values: np.ndarray) -> str:
     """Mean over cohorts and its Monte Carlo standard error."""
     return f"{values.mean():.3f} ({values.std(ddof=1) / np.sqrt(len(values)):.3f})"
@@ -221,6 +270,7 @@ SECTIONS = {
     "optimism": (optimism_table, 300),
     "drift": (drift_table, 200),
     "prevalence": (prevalence_table, 20),
+    "penalty": (penalty_table, 20),
 }
 
 

@@ -290,6 +290,8 @@ def interval(values: np.ndarray) -> str:
 
 def table(found: list[dict[str, Any]], title: str) -> None:
     """Markdown of cohorts that were run."""
+    if not found:
+        return
     names = list(found[0]["auroc"])
     auroc = {name: np.array([row["auroc"][name] for row in found]) for name in names}
     print(f"\n| model | {title}, mean of {len(found)} cohorts | minus before | least of these | processor time |")

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from slidemake.mil.bags import Bags
+from slidemake.tasks.outcomes import ClassOutcome, Outcome
 
 if TYPE_CHECKING:
     from slidemake.mil.aggregators import Aggregator
 
-C_GRID = tuple(10.0**k for k in range(-5, 2))
+C_GRID = tuple(10.0**k for k in range(-5, 4))
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def mean_vectors(bags: Bags, patients: Sequence[str]) -> np.ndarray:
     return means
 
 
-def _fit(x: np.ndarray, y: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:
+def fit_lr(x: np.ndarray, y: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:
+    """Logistic regression of y (n,) on the standardised x (n, D), classes weighed alike, with inverse penalty c."""
     scaler = StandardScaler().fit(x)
     return scaler, LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(scaler.transform(x), y)
 
@@ -66,12 +67,12 @@ def fit_mean_pool_lr(
     plan: Sequence[tuple[Sequence[str], Sequence[str]]],
     classes: int,
 ) -> MeanPoolLR:
-    """Choose C by the pooled negative log-likelihood of inner validation (`plan`), then fit on all of `train`.
+    """Choose C by what inner validation (`plan`) is worth, see `worth`, then fit on all of `train`.
 
     plan: (train, validation) patients of each inner fold (`training_plan.member_plan`). The scaler is fitted on the
     training side of each fit only. Without validation patients C is 0.01.
     """
-    best, chosen, kept = float("inf"), 0.01, {}
+    outcome, best, chosen, kept = ClassOutcome([str(c) for c in range(classes)]), (-1.0, 0.0), 0.01, {}
     vectors = dict(
         zip(everyone := sorted({*train, *(p for _, v in plan for p in v)}), mean_vectors(bags, everyone), strict=True)
     )
@@ -80,18 +81,30 @@ def fit_mean_pool_lr(
         for inner, val in plan:
             if not val:
                 continue
-            fitted = _fit(np.stack([vectors[p] for p in inner]), np.array([labels[p] for p in inner]), c)
+            fitted = fit_lr(np.stack([vectors[p] for p in inner]), np.array([labels[p] for p in inner]), c)
             out = _logits(*fitted, np.stack([vectors[p] for p in val]), classes)
             for patient, row in zip(val, out, strict=True):
                 logits.setdefault(patient, []).append(row)
         if not logits:
             break
         pooled = {p: np.mean(rows, axis=0) for p, rows in logits.items()}
-        nll = -np.mean([log_softmax(row)[labels[p]] for p, row in pooled.items()])
-        if nll < best:
-            best, chosen, kept = nll, c, pooled
-    scaler, regression = _fit(np.stack([vectors[p] for p in train]), np.array([labels[p] for p in train]), chosen)
+        found = worth(outcome, np.array(list(pooled.values())), [labels[p] for p in pooled], {})
+        if found > best:
+            best, chosen, kept = found, c, pooled
+    scaler, regression = fit_lr(np.stack([vectors[p] for p in train]), np.array([labels[p] for p in train]), chosen)
     return MeanPoolLR(scaler, regression, chosen, kept)
+
+
+def worth(
+    outcome: Outcome, outputs: np.ndarray, labels: Sequence[Any], scale: Mapping[str, Any]
+) -> tuple[float, float]:
+    """What held-out outputs (V, C) are worth: their score and, between equal ones, the loss that is left, negated.
+
+    The loss of bare logits would choose a C so small that nothing is learned: with few patients a weak penalty is too
+    sure of itself, which the temperature sets right afterwards.
+    """
+    score = outcome.score_of(outputs, labels)
+    return 0.0 if score is None else score, -outcome.settled(outputs, labels, scale)[1]
 
 
 def as_aggregator(fitted: MeanPoolLR, classes: int) -> Aggregator:

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from slidemake.mil.bags import Bags
 from slidemake.statistics.survival import RiskSets
 from slidemake.tasks.outcomes import MultilabelOutcome, OrdinalOutcome, Outcome, RegressionOutcome
-from slidemake.training.class_baselines import C_GRID, mean_vectors
+from slidemake.training.class_baselines import C_GRID, mean_vectors, worth
 
 CERTAIN = 10.0  # logit of a stage or label that training had only one value of
 Fit = Callable[[np.ndarray, list[Any], float, Mapping[str, Any]], tuple[np.ndarray, np.ndarray]]
@@ -47,9 +47,10 @@ def fit_linear(
     plan: Sequence[tuple[Sequence[str], Sequence[str]]],
     scale: Mapping[str, Any],
 ) -> LinearModel:
-    """Choose C by the loss of inner validation (`plan`), then fit on all of `train`; without validation C is 0.01.
+    """Choose C by inner validation (`plan`), then fit on all of `train`; without validation C is 0.01.
 
-    labels: patient -> encoded label. scale: `Outcome.scale`.
+    Grades and labels, whose outputs are still calibrated, are chosen by what they are `worth`; numbers and survival by
+    the loss. labels: patient -> encoded label. scale: `Outcome.scale`.
     """
     everyone = sorted({*train, *(p for _, v in plan for p in v)})
     vectors = dict(zip(everyone, mean_vectors(bags, everyone), strict=True))
@@ -58,7 +59,8 @@ def fit_linear(
         scaler = StandardScaler().fit(x := np.stack([vectors[p] for p in patients]))
         return scaler, *_solver(outcome)(scaler.transform(x), [labels[p] for p in patients], c, scale)
 
-    best, chosen, kept = float("inf"), 0.01, {}
+    best, chosen, kept = (-np.inf, -np.inf), 0.01, {}
+    by_rank = isinstance(outcome, OrdinalOutcome | MultilabelOutcome)
     for c in C_GRID:
         outputs: dict[str, list[np.ndarray]] = {}
         total, held_out = 0.0, 0
@@ -73,9 +75,12 @@ def fit_linear(
                 outputs.setdefault(patient, []).append(row)
         if not held_out:
             break
-        if total / held_out < best:
-            best, chosen = total / held_out, c
-            kept = {p: np.mean(rows, axis=0) for p, rows in outputs.items()}
+        pooled = {p: np.mean(rows, axis=0) for p, rows in outputs.items()}
+        found = (0.0, -total / held_out)
+        if by_rank:
+            found = worth(outcome, np.array(list(pooled.values())), [labels[p] for p in pooled], scale)
+        if found > best:
+            best, chosen, kept = found, c, pooled
     return LinearModel(*fit(train, chosen), chosen, kept)
 
 

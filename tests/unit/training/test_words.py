@@ -64,7 +64,7 @@ def test_what_to_try_is_read_by_the_model(aggregator):
 
 def test_penalty_at_the_edge_of_its_grid():
     assert codes([fold(c=1e-5), fold(c=1e-5)]) == ["penalty_edge"]
-    assert codes([fold(c=10.0), fold(c=0.1)]) == ["penalty_edge"]
+    assert codes([fold(c=1000.0), fold(c=0.1)]) == ["penalty_edge"]
     assert codes([fold(c=0.1)]) == []
 
 

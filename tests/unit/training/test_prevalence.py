@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from slidemake.tasks.outcomes import MultilabelOutcome
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from nominal_rates import MODELS, predicted
 
 
