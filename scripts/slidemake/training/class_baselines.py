@@ -1,8 +1,8 @@
 """The baselines that every task's table carries: mean pooling with a linear model, and the site alone.
 
-mean_pool_lr is logistic regression here, and for other types than classes the linear model of `baselines_linear.py`;
-site_only of other types is in `baselines_site.py`. The third control, shuffled_label, is the first configured
-aggregator on `splits.permuted_control`. No torch here but in `as_mean_pool`, which keeps a fitted model in the form
+mean_pool_lr is logistic regression here, and for other types than classes the linear model of `linear_baseline.py`;
+site_only of other types is in `site_baseline.py`. The third control, shuffled_label, is the first configured
+aggregator on `splits.permuted_control`. Only `as_mean_pool` makes a torch model, which keeps a fit in the form
 that bundles know.
 """
 
