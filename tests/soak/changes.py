@@ -192,7 +192,8 @@ class Stage:
         if spelling == "elsewhere":
             (self.base / "elsewhere").mkdir(exist_ok=True)
             config = str(folder / "config.yaml")
-            extra = ["--config", f"sheet={folder}/slides.csv", f"output={folder}/results"]
+            paths = {"sheet": "slides.csv", "output": "results", "encoders_file": "toy.yaml"}
+            extra = ["--config", *(f"{key}={folder}/{name}" for key, name in paths.items())]
             folder = self.base / "elsewhere"
         elif spelling == "other":
             extra = ["--config", f"output={folder}/./results/"]
