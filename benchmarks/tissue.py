@@ -1,4 +1,4 @@
-"""Masks of tissue against the truth: slidemake's, and TIAToolbox's two maskers on the same overviews.
+"""Masks of tissue against the truth: slidemake's, TIAToolbox's two maskers and simple rules on the same overviews.
 
     python benchmarks/tissue.py --composed COHORT --images DATA/images/sections
 
@@ -6,6 +6,9 @@ Three kinds of truth. Real sections with outlines drawn by hand (tests/outlines)
 the mask they were composed by (a folder of `<slide>.tiff` and `<slide>_tissue16.png`). Pictures drawn here by
 Beer-Lambert with one trouble each: a halo of eosin, ink beside and on tissue, fat, a fold, a bubble, dust, scratches,
 the edge of a label, faint IHC, pale and greenish tissue.
+
+HistoQC itself could not be installed (PyPI has no package of that name): `brightness` has fixed thresholds of its kind,
+at its working resolution.
 
 Prints a Markdown table: IoU, surplus (share of the mask that is no tissue) and loss (share of the tissue that is not in
 the mask), mean over the pictures.
@@ -167,6 +170,22 @@ def _membranes(rng: np.random.Generator, area: np.ndarray, cell: int) -> np.ndar
     return walls
 
 
+def by_brightness(rgb: np.ndarray, mpp: float) -> np.ndarray:
+    """Fixed rules in the manner of HistoQC (Janowczyk et al. 2019): neither bright nor dark, without specks and holes.
+
+    Grey between 0.15 and 0.9 of white at 8 um per px; holes below 1,000 px filled, objects below 64 px removed.
+    """
+    grey = ndi.gaussian_filter(rgb.mean(2) / 255, 1)
+    mask = (grey < 0.9) & (grey > 0.15)
+    unit = (MPP / mpp) ** 2
+    for value, least in ((False, 1000 * unit), (True, 64 * unit)):
+        labels, _ = ndi.label(mask == value)
+        small = np.bincount(labels.ravel()) < least
+        small[0] = False
+        mask = np.where(small[labels], not value, mask)
+    return mask
+
+
 def maskers() -> dict[str, Callable[[np.ndarray, float], np.ndarray]]:
     from tiatoolbox.tools.tissuemask import MorphologicalMasker, OtsuTissueMasker
 
@@ -176,6 +195,7 @@ def maskers() -> dict[str, Callable[[np.ndarray, float], np.ndarray]]:
         "TIAToolbox morphological": lambda rgb, mpp: np.asarray(
             MorphologicalMasker(mpp=mpp).fit_transform(rgb[None])[0], bool
         ),
+        "brightness": by_brightness,
     }
 
 

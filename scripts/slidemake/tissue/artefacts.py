@@ -16,6 +16,7 @@ from scipy import ndimage as ndi
 from slidemake.tissue.pixels import (
     box_mean,
     channel_range,
+    close_gaps,
     component_areas,
     dilate,
     grow,
@@ -111,6 +112,124 @@ def _strokes(
     connected = np.bincount(labels[core], minlength=count + 1) > 0
     connected[0] = False
     return connected[labels]
+
+
+def followed_ink(od: Sequence[np.ndarray], pen: np.ndarray, usable: np.ndarray, mpp: float) -> np.ndarray:
+    """(h, w) bool: where strokes that were found on glass go on over tissue.
+
+    Thin ink over tissue has the colour of tissue with more haematoxylin and less eosin, so that colour alone cannot
+    tell. A stroke goes on in one piece and as wide as it was, and there the tissue is darker by the ink's own densities
+    than the tissue beside it. Looked at in blocks of 24 um.
+    """
+    step = max(1, round(24.0 / mpp))
+    height, width = (side // step for side in pen.shape)
+    out = np.zeros_like(pen)
+    if height < 8 or width < 8 or not pen.any():
+        return out
+
+    def blocks(values: np.ndarray) -> np.ndarray:
+        cut = values[: height * step, : width * step].astype(np.float32)
+        down = np.add.reduceat(cut, np.arange(0, height * step, step), axis=0)
+        return np.add.reduceat(down, np.arange(0, width * step, step), axis=1) / step**2
+
+    scale = mpp * step
+    density = np.stack([blocks(channel) for channel in od], -1)
+    ink, free = blocks(pen) > 0.5, blocks(usable) > 0.99
+    tissue = free & ~ink & (density.sum(-1) > 0.1)
+    labels, count = ndi.label(ink, structure=np.ones((3, 3), bool))
+    inner = shrink(ink, 1)
+    inside = component_areas(labels * inner, count)
+    inks: list[tuple[np.ndarray, np.ndarray]] = []  # colour, and the strokes of it
+    for label in np.flatnonzero(inside[1:] * scale**2 >= MIN_PEN_UM2) + 1:
+        stroke = labels == label
+        amounts = density[stroke & inner]
+        thinnest = amounts.sum(-1) <= np.median(amounts.sum(-1))  # where it lies on glass
+        colour = np.median(amounts[thinnest], axis=0)
+        alike = [strokes for other, strokes in inks if np.linalg.norm(colour - other) < 0.3 * np.linalg.norm(other)]
+        if alike:
+            alike[0] |= stroke
+        else:
+            inks.append((colour, stroke))
+    found = np.zeros_like(ink)
+    for colour, strokes in inks:
+        edge = max(1, int((strokes & ~inner).sum()))
+        wide = 2 * int(strokes.sum()) / edge  # an edge of one block on both sides
+        smooth = np.stack([box_mean(density[..., c], max(80.0 / scale, 0.5 * wide)) for c in range(3)], -1)
+        found |= _going_on(smooth, colour, strokes, tissue, wide, 75.0 / scale)
+    out[: height * step, : width * step] = np.repeat(np.repeat(found, step, 0), step, 1)
+    return out & usable
+
+
+def _going_on(
+    density: np.ndarray, colour: np.ndarray, stroke: np.ndarray, tissue: np.ndarray, wide: float, gap: float
+) -> np.ndarray:
+    """Tissue that is darker than the tissue around by `colour`, in bands of the stroke's width that begin at it."""
+    band = np.zeros_like(stroke)
+    for _ in range(2):  # the second time, what was found is not among the tissue around
+        beside = tissue & ~band
+        weight = box_mean(beside.astype(np.float32), 6 * wide)
+        around = np.stack(
+            [box_mean(density[..., c] * beside, 6 * wide) / np.maximum(weight, 1e-3) for c in range(3)], -1
+        )
+        more = density - around
+        share = more @ colour / float(colour @ colour)
+        rest = np.linalg.norm(more - share[..., None] * colour, axis=-1) / float(np.linalg.norm(colour))
+        alike = tissue & (share > 0.4) & (share < 2.0) & (rest < 0.4) & (weight > 0.02)
+        reach = max(1.0, 0.2 * wide)
+        alike = grow(shrink(alike, reach), reach) & alike
+        alike &= ~grow(shrink(alike, 0.9 * wide), 0.9 * wide)  # wider than any stroke: a region of the tissue
+        joined = close_gaps(alike | dilate(stroke, gap + 1), wide)
+        labels, count = ndi.label(joined, structure=np.ones((3, 3), bool))
+        begun = np.bincount(labels[stroke], minlength=count + 1) > 0
+        begun[0] = False
+        band = begun[labels] & alike
+    return band
+
+
+def border_strips(rgb: np.ndarray, mpp: float) -> np.ndarray:
+    """(h, w) bool: strips of one flat colour along a whole side that end in a straight line: the edge of a label.
+
+    rgb (h, w, 3) uint8, median-filtered. What is printed on a strip belongs to it.
+    """
+    found = np.zeros(rgb.shape[:2], bool)
+    step = max(1, round(24.0 / mpp))
+    for turns in range(4):  # the side that is looked at is on the left
+        view = np.rot90(found, turns)  # a view: writing to it writes to `found`
+        widths = _strip(np.rot90(rgb[::step, ::step], turns), mpp * step)
+        if widths is not None:
+            rows = widths[np.minimum(np.arange(view.shape[0]) // step, len(widths) - 1)] * step
+            view |= np.arange(view.shape[1])[None, :] < rows[:, None]
+    return found
+
+
+def _strip(rgb: np.ndarray, mpp: float) -> np.ndarray | None:
+    """How wide the strip at the left border is, (h,) px, or None where there is none."""
+    widest, outer = int(0.3 * rgb.shape[1]), max(3, round(80.0 / mpp))
+    if widest <= 2 * outer:
+        return None
+    border = rgb[:, :outer].reshape(-1, 3)
+    bins = (border >> 4).astype(np.int32) @ np.array([256, 16, 1])
+    colour = np.median(border[bins == np.bincount(bins).argmax()], axis=0)
+    colour = np.median(border[np.abs(border - colour).max(1) <= 20], axis=0)  # the bins' bounds may cut it
+    if colour.min() >= 254 or colour.max() <= 12:  # painted where nothing was scanned
+        return None
+    near = rgb[:, :widest].astype(np.int16) - colour.astype(np.int16)
+    low, high = channel_range(near)
+    alike = (low >= -14) & (high <= 14)
+    if alike[:, :outer].mean() < 0.5:
+        return None
+    alike = close_gaps(alike, 300.0 / mpp)  # over what is printed
+    ends = np.where(alike.all(1), widest, np.argmin(alike, axis=1))
+    third = max(1, len(ends) // 3)
+    first, last = np.median(ends[:third]), np.median(ends[-third:])
+    line = first + (last - first) * (np.arange(len(ends)) - third / 2) / max(1, len(ends) - third)
+    if np.median(ends) * mpp < 150 or np.median(ends) > 0.9 * widest or (np.abs(ends - line) * mpp < 60).mean() < 0.85:
+        return None
+    beyond = np.clip(ends + max(1, round(40.0 / mpp)), 0, widest - 1)
+    step = np.abs(near[np.arange(len(ends)), beyond]).max(-1)
+    if np.median(step) < 17:  # 3 grey levels more than at the edge; shading changes by less than one over 40 um
+        return None
+    return line + 50.0 / mpp
 
 
 def fold_mask(od: Sequence[np.ndarray], saturation: np.ndarray, tissue: np.ndarray, mpp: float) -> np.ndarray:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage as ndi
 
-from slidemake.tissue.artefacts import black_areas, glass_edges, pen_mask
+from slidemake.tissue.artefacts import black_areas, border_strips, followed_ink, glass_edges, pen_mask
 from slidemake.tissue.glass import Glass, find_glass
 from slidemake.tissue.pixels import (
     TINY,
     box_mean,
+    close_gaps,
     component_areas,
     dilate,
     extreme,
@@ -37,9 +38,14 @@ TEXTURED = (0.015, 0.008)
 # A whole piece with less colour than (share of OD, absolute) is no tissue. Measured: the pale cortex of a DAB slide
 # (0.08, 0.015), mounting medium (0.055, 0.005), a scanner's shadow (0.04, 0.012).
 GREY_PIECE = (0.065, 0.010)
+# Less is asked for where so much of a piece is textured: grey films have specks, not structure. Drawn tissue that is
+# pale and greenish: (0.106, 0.007); a film of mounting medium with specks: (0.081, 0.007), a tenth of it textured.
+PALE_PIECE = (0.09, 0.003)
+SPOTTED_PIECE = 0.35
 # Mean OD sum over 40 um above which tissue needs no structure (colloid, cartilage, what is out of focus). The densest
 # halo measured has 0.12.
 DENSE = 0.25
+SPOTS_UM = 64.0  # pale tissue is textured in spots: what lies between them is textured, too
 EDGE = 0.2
 STRUCTURED_PIECE = 0.5  # share of a piece that is textured, to be tissue without a pixel as dense as the threshold
 
@@ -58,12 +64,13 @@ class Layers:
     pen: np.ndarray
     pen_wide: np.ndarray
     black: np.ndarray
+    strip: np.ndarray  # edge of the slide's label
     fine_od: list[np.ndarray]  # three float32: OD of the unfiltered overview
     structure: Structure
 
     @property
     def usable(self) -> np.ndarray:
-        return ~(self.black | self.pen_wide)
+        return ~(self.black | self.strip | self.pen_wide)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,9 @@ def measure(rgb: np.ndarray, mpp: float, pens: list[str], pen_margin_um: float) 
         raise ValueError(f"an overview is (h, w, 3) uint8, this one {rgb.shape} {rgb.dtype}")
     black = black_areas(rgb, mpp)
     smooth = median3(median3(rgb))
-    glass = find_glass(smooth, ~black, mpp)
+    strip = border_strips(smooth, mpp) & ~black
+    unseen = black | strip
+    glass = find_glass(smooth, ~unseen, mpp)
     od = optical_density(smooth, glass.white)
     total = od[0] + od[1] + od[2]
     local = [box_mean(channel, 24.0 / mpp) for channel in od]
@@ -91,12 +100,12 @@ def measure(rgb: np.ndarray, mpp: float, pens: list[str], pen_margin_um: float) 
     chroma = np.maximum(np.maximum(local[0], local[1]), local[2])
     chroma -= np.minimum(np.minimum(local[0], local[1]), local[2])
     shade = hsv(smooth, vivid=60)  # no pen is less saturated
-    pen = pen_mask(od, shade, ~black, mpp, pens)
+    pen = pen_mask(od, shade, ~unseen, mpp, pens)
+    pen |= followed_ink(od, pen, ~unseen, mpp)
     wide = dilate(pen, pen_margin_um / mpp) if pen.any() else pen
     fine_od = optical_density(rgb, glass.white, -1.0)  # lines of one pixel do not outlive a median
     unfiltered = fine_od[0] + fine_od[1] + fine_od[2]
-    if black.any():
-        unfiltered[black] = 0
+    unfiltered[unseen] = 0
     return Layers(
         od=od,
         total=total,
@@ -108,8 +117,9 @@ def measure(rgb: np.ndarray, mpp: float, pens: list[str], pen_margin_um: float) 
         pen=pen,
         pen_wide=wide,
         black=black,
+        strip=strip,
         fine_od=fine_od,
-        structure=measure_structure(unfiltered, ~black, mpp),
+        structure=measure_structure(unfiltered, ~unseen, mpp),
     )
 
 
@@ -147,7 +157,7 @@ def density_mask(layers: Layers, threshold: float, mpp: float, fat: str) -> Foun
     tinted = layers.colour > COLOURED[1]
     seen = (layers.score > low) & usable
     dense = box_mean(layers.total, 40.0 / mpp) > DENSE
-    textured = structure.textured
+    textured = structure.textured | close_gaps(structure.textured & seen & tinted, SPOTS_UM / mpp)
     faint = seen & (textured | (dense & tinted)) & (tinted | (structure.fine > TEXTURED[1]))
     # A coverslip's edge is a colourless line, often joined to a second one or to tissue: it goes before joining does.
     lines = thin_parts(faint, 60.0 / mpp)
@@ -160,7 +170,7 @@ def density_mask(layers: Layers, threshold: float, mpp: float, fat: str) -> Foun
         faint &= ~adipose
         strong &= ~adipose
         adipose = np.zeros_like(adipose)
-    return _pieces(layers, faint, strong, coloured, adipose, vote, textured, mpp)
+    return _pieces(layers, faint, strong, coloured, adipose, vote, textured, structure.textured, mpp)
 
 
 def _edges(total: np.ndarray, faint: np.ndarray, strong: np.ndarray, mpp: float) -> tuple[np.ndarray, np.ndarray]:
@@ -184,6 +194,7 @@ def _pieces(
     fat: np.ndarray,
     vote: np.ndarray,
     textured: np.ndarray,
+    spots: np.ndarray,
     mpp: float,
 ) -> Found:
     """Keep the connected pieces that have clear tissue in them, or structure and colour throughout, or are fat."""
@@ -198,8 +209,11 @@ def _pieces(
 
     seeds, solid = totals(strong), totals(faint)
     wanted = (seeds >= 3) & (seeds >= 0.02 * solid)
-    wanted |= (totals(textured & coloured & faint) >= STRUCTURED_PIECE * sizes) & (sizes * mpp**2 >= 20_000)
-    grey = np.maximum(GREY_PIECE[0] * totals(faint, layers.total), GREY_PIECE[1] * solid)
+    large = sizes * mpp**2 >= 20_000
+    wanted |= (totals(textured & coloured & faint) >= STRUCTURED_PIECE * sizes) & large
+    pale = (totals(spots & faint) >= SPOTTED_PIECE * sizes) & large
+    least = [np.where(pale, *limits) for limits in zip(PALE_PIECE, GREY_PIECE, strict=True)]
+    grey = np.maximum(least[0] * totals(faint, layers.total), least[1] * solid)
     wanted &= totals(faint, layers.chroma) > grey
     wanted &= ~glass_edges(labels, sizes, coloured, mpp)
     wanted |= totals(fat) * mpp**2 >= MIN_LONE_FAT_UM2

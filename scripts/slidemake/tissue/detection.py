@@ -8,9 +8,9 @@ overview (never per window: an empty window has no threshold to find), faint tis
 outwards, and what scanners and people leave on the glass (pen, padding, labels, coverslip edges, shading) is taken
 out. Every length and area rule is in um or um^2, so the same rule holds at any overview resolution.
 
-`density` is the method described here, `grandqc` a learned one (`tissue_models`); `otsu` and `morphological` are
-TIAToolbox's maskers on the same overview (Pocock et al. 2022, Commun. Med. 2:120). Pen and padding removal and the area
-rules apply to all.
+`density` is the method described here, `grandqc`, `hest` and `sam` are learned (`tissue_models`); `otsu` and
+`morphological` are TIAToolbox's maskers on the same overview (Pocock et al. 2022, Commun. Med. 2:120). Pen and padding
+removal and the area rules apply to all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scipy import ndimage as ndi
 from slidemake.core.failures import RunError
 from slidemake.tissue.artefacts import PEN_COLOURS, bubble_mask, fold_mask
 from slidemake.tissue.density import THRESHOLD_RANGE, Found, Layers, density_mask, measure, strong_threshold
-from slidemake.tissue.models import MODELS, model_mask
+from slidemake.tissue.models import MODELS, Finer, model_mask
 from slidemake.tissue.pixels import (
     channel_range,
     close_gaps,
@@ -42,7 +42,7 @@ FAT = ("keep", "drop")
 # Options of `detect_tissue`; the stage adds its own (overview resolution, focus samples).
 DEFAULTS: dict[str, Any] = {
     "method": "density",
-    "weights": None,  # file with the weights of a learned method
+    "weights": None,  # file (sam: folder) with the weights of a learned method
     "threshold": None,  # strong threshold on the density score; None: Otsu, held within THRESHOLD_RANGE
     "min_area_um2": 20_000.0,  # smaller pieces are debris (one 224 px tile at 0.5 um/px is 12,544 um^2)
     "fill_holes_um2": 50_000.0,  # smaller holes are lumina and count as tissue; 0 keeps every hole
@@ -55,7 +55,14 @@ DEFAULTS: dict[str, Any] = {
 
 # Shares above which a flag is raised.
 FLAG_AT = {"pen": 0.005, "black": 0.01, "fold": 0.01, "blur": 0.15, "faint": 0.5, "bubble": 0.002, "smear": 0.01}
-OVERVIEW_SHARES = ("pen_fraction", "black_fraction", "bubble_fraction", "smear_fraction", "tissue_fraction")
+OVERVIEW_SHARES = (
+    "pen_fraction",
+    "black_fraction",
+    "label_fraction",
+    "bubble_fraction",
+    "smear_fraction",
+    "tissue_fraction",
+)
 UNSURE = 0.75  # a piece is unsure when colour and structure agree on less of it
 UNSURE_SHARE = 0.05  # so is a slide when such pieces make up this share of its tissue
 GLASS_FLAGS = {"none": "no_glass", "tinted": "tinted_glass", "implausible": "implausible_colours"}
@@ -75,8 +82,8 @@ class TissueResult:
     value of TIAToolbox's maskers; None for a mask that was given); pieces with their confidence (None where only one
     method looked).
 
-    `pen_fraction`, `black_fraction`, `bubble_fraction` and `smear_fraction` are shares of the overview,
-    `fold_fraction`, `faint_fraction`, `fat_fraction` and `unsure_fraction` of the tissue.
+    `pen_fraction`, `black_fraction`, `label_fraction`, `bubble_fraction` and `smear_fraction` are shares of the
+    overview, `fold_fraction`, `faint_fraction`, `fat_fraction` and `unsure_fraction` of the tissue.
     """
 
     mask: np.ndarray
@@ -99,17 +106,21 @@ class _Notes:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def detect_tissue(rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = None) -> TissueResult:
+def detect_tissue(
+    rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = None, finer: Finer | None = None
+) -> TissueResult:
     """Find tissue on an overview.
 
-    rgb: (h, w, 3) uint8; mpp: um per px of this overview (8 is a good choice; 2 to 60 work); options: see `DEFAULTS`.
+    rgb: (h, w, 3) uint8; mpp: um per px of this overview (8 is a good choice; 2 to 60 work); options: see `DEFAULTS`;
+    finer: reads the slide for a learned model that sees finer than the overview.
     A slide without tissue gives an empty mask, not an error, and so does one whose colours are not those of
     transmitted light (flag `implausible_colours`). Raises RunError for an unknown option or method.
     """
     settings = check_options(options or {})
     window = _scanned(rgb, mpp)
     if window is not None:
-        return _within(detect_tissue(rgb[window], mpp, settings), window, rgb.shape[:2])
+        inside = detect_tissue(rgb[window], mpp, settings, finer and _shifted(finer, window))
+        return _within(inside, window, rgb.shape[:2])
     layers = measure(rgb, mpp, settings["pen"], settings["pen_margin_um"])
     notes = _Notes()
     found = None
@@ -120,7 +131,7 @@ def detect_tissue(rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = 
         found = density_mask(layers, notes.threshold, mpp, settings["fat"])
         mask, strong = found.mask, found.strong
     elif settings["method"] in MODELS:
-        mask = strong = model_mask(rgb, mpp, settings["method"], settings["weights"]) & layers.usable
+        mask = strong = _learned(rgb, layers, mpp, settings, finer)
     else:
         mask, notes.threshold = _tiatoolbox_mask(rgb, layers.usable, layers.glass.white, mpp, settings["method"])
         strong = mask
@@ -130,6 +141,20 @@ def detect_tissue(rgb: np.ndarray, mpp: float, options: dict[str, Any] | None = 
         notes.fat = found.fat & mask
         notes.pieces, notes.smear = _agreement(found, mask, layers.usable, mpp)
     return _result(layers, mask, notes, mpp, settings)
+
+
+def _learned(rgb: np.ndarray, layers: Layers, mpp: float, settings: dict[str, Any], finer: Finer | None) -> np.ndarray:
+    """The mask of a learned model; `sam` is shown the pieces of `density`, `hest` all that is not as pale as glass."""
+    method, pieces = settings["method"], layers.usable & (layers.score > THRESHOLD_RANGE[0] / 2)
+    if method == "sam":
+        found = density_mask(layers, strong_threshold(layers, settings["threshold"])[0], mpp, settings["fat"])
+        pieces = _finish(layers, found.mask, found.strong, mpp, settings)
+    return model_mask(rgb, mpp, method, settings["weights"], pieces, finer) & layers.usable
+
+
+def _shifted(finer: Finer, window: tuple[slice, slice]) -> Finer:
+    """`finer` in px of a window of the overview."""
+    return lambda x, y, width, side: finer(x + window[1].start, y + window[0].start, width, side)
 
 
 def _scanned(rgb: np.ndarray, mpp: float) -> tuple[slice, slice] | None:
@@ -227,6 +252,7 @@ def _result(layers: Layers, mask: np.ndarray, notes: _Notes, mpp: float, setting
     qc = {
         "pen_fraction": share(layers.pen, mask.size),
         "black_fraction": share(layers.black, mask.size),
+        "label_fraction": share(layers.strip, mask.size),
         "bubble_fraction": share(bubbles, mask.size),
         "smear_fraction": share(notes.smear, mask.size),
         "fold_fraction": share(folds, area),
@@ -259,10 +285,10 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
         if settings[key] not in known:
             raise RunError(f"tissue {key} {settings[key]!r} is not one of {', '.join(known)}")
     if settings["method"] in MODELS and not settings["weights"]:
-        home = MODELS[settings["method"]].home
+        about = MODELS[settings["method"]]
         raise RunError(
-            f"tissue.method {settings['method']} needs tissue.weights, the file with its weights: slidemake downloads "
-            f"none. They are at {home} (mind their licence)."
+            f"tissue.method {settings['method']} needs tissue.weights, the {'folder' if about.folder else 'file'} with "
+            f"its weights: slidemake downloads none. They are at {about.home} (mind their licence)."
         )
     wrong = sorted(set(settings["pen"]) - set(PEN_COLOURS))
     if wrong:

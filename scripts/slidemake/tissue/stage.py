@@ -37,7 +37,7 @@ from slidemake.tissue.detection import (
 )
 from slidemake.tissue.focus import focus
 from slidemake.tissue.geometry import mask_polygons, polygons_geojson, polygons_mask, read_geojson
-from slidemake.tissue.models import MODELS
+from slidemake.tissue.models import Finer, weights_files, weights_mark
 from slidemake.tissue.pixels import shrink
 from slidemake.tissue.preview import draw_preview
 
@@ -70,8 +70,9 @@ def process_slide(
         read_geojson(geojson)  # says what is wrong
     outline = file_sha256(geojson) if geojson is not None else None
     told: dict[str, Any] = {**settings, **detection}
-    if detection["method"] in MODELS and Path(detection["weights"]).is_file():
-        told["weights"] = file_sha256(detection["weights"])  # the same name may hold other weights
+    files = weights_files(detection["method"], detection["weights"])
+    if files and all(file.is_file() for file in files):
+        told["weights"] = weights_mark(detection["method"], detection["weights"])  # one name may hold other weights
     mark = fingerprint("tissue", slide=record["fingerprint"], options=told, outline=outline)
     done = read_json_if_whole(folder / "tissue.json")
     if done and done.get("fingerprint") == mark and "files" in done and files_are_whole(folder, done):
@@ -100,7 +101,7 @@ def _make(
         mask_mpp = (mpp_x * sx + mpp_y * sy) / 2
         confidence: list[float] = []
         if geojson is None:
-            found = detect_tissue(rgb, mask_mpp, detection)
+            found = detect_tissue(rgb, mask_mpp, detection, finer_pixels(slide, (sx, sy)))
             polygons = mask_polygons(found.mask, (sx, sy))
             confidence = piece_confidence(found.pieces, polygons, (sx, sy))
         else:
@@ -131,6 +132,21 @@ def _make(
         feature["properties"] |= {"confidence": round(value, 3), "unsure": value < UNSURE}
     _write(folder, rgb, found, outline, mask_mpp, figures)
     return figures
+
+
+def finer_pixels(slide: Any, scale: tuple[float, float]) -> Finer:
+    """Reads squares of the slide; scale: level-0 px per px of the overview. White beyond the slide."""
+    from slidemake.slides.reader import best_level
+
+    def read(x: float, y: float, width: float, side: int) -> np.ndarray:
+        wanted = [width * factor / side for factor in scale]  # level-0 px per px that is asked for
+        level = best_level(slide, min(wanted))
+        fine = slide.levels[level].downsample
+        w, h = (max(1, round(side * factor / fine)) for factor in wanted)
+        region = slide.read(x * scale[0], y * scale[1], level, w, h)
+        return np.asarray(Image.fromarray(region).resize((side, side), Image.Resampling.BOX))
+
+    return read
 
 
 def _write(

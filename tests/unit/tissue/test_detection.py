@@ -18,7 +18,7 @@ from slidemake.core.files import read_json
 from slidemake.tissue.detection import detect_tissue
 from slidemake.tissue.geometry import polygons_mask
 from slidemake.tissue.glass import find_glass
-from slidemake.tissue.models import model_mask
+from slidemake.tissue.models import model_mask, weights_mark
 from slidemake.tissue.pixels import extreme, median3
 from slidemake.tissue.stage import process_slide
 
@@ -135,7 +135,9 @@ def test_pen_on_glass_and_across_tissue_is_removed_and_tissue_kept(pen):
         assert (kept.mask & across & truth).sum() > 0.9 * (across & truth).sum()
 
 
-@pytest.mark.parametrize("kind", ["teal on dense purple", "scratches", "halo", "dust"])
+@pytest.mark.parametrize(
+    "kind", ["teal on dense purple", "light ink on tissue", "scratches", "pink label", "green label", "pale, greenish"]
+)
 def test_troubles_of_the_benchmark(kind):
     """Surplus and loss under 5 %, on a picture that no rule was set by."""
     rgb, truth = drawn(kind, np.random.default_rng(1234))
@@ -258,6 +260,33 @@ def test_whole_picture_black_or_tissue():
     assert detect_tissue(rgb, MPP).mask.mean() > 0.95
 
 
+def test_a_strip_of_one_colour_at_any_border_is_no_tissue_and_a_border_of_tissue_is_none():
+    rgb, truth = draw()
+    for turns in range(4):
+        labelled = np.rot90(rgb, turns).copy()
+        labelled[:, -40:] = (176, 205, 226)
+        found = detect_tissue(np.rot90(labelled, -turns), MPP)
+        assert iou(found.mask, truth) > 0.97
+        assert found.qc["label_fraction"] == pytest.approx(45 / labelled.shape[1], abs=0.01)
+    rgb, truth = draw(pieces=((250, -50, 400, 250),), mix=(("h", 0.03), ("e", 0.03)))  # pale tissue along a whole side
+    found = detect_tissue(rgb, MPP)
+    assert found.qc["label_fraction"] == 0
+    assert iou(found.mask, truth) > 0.9
+
+
+def test_dense_tissue_beside_a_stroke_on_glass_is_not_taken_for_ink():
+    """Ink on glass alone that touches tissue: bluish tissue as wide as it lies there is no stroke."""
+    rgb, truth = draw(mix=(("h", 0.35), ("e", 0.02)))
+    pale, _ = draw(mix=(("h", 0.1), ("e", 0.2)), seed=1)
+    left = np.broadcast_to(np.arange(600)[None, :, None] < 200, rgb.shape)
+    rgb = np.where(left & truth[..., None], pale, rgb)
+    ink = stroke(truth.shape, (40, 325), (460, 325), 24)
+    rgb[ink & ~truth] = (145, 210, 201)
+    found = detect_tissue(rgb, MPP)
+    far = truth & (ndi.distance_transform_edt(~ink) * MPP > 200)
+    assert (found.mask & far).sum() > 0.97 * far.sum()
+
+
 def test_a_small_scan_on_a_large_white_slide_is_looked_at_alone():
     rgb, _ = draw(shape=(300, 300), pieces=((150, 150, 90, 90),))
     whole = np.full((900, 1200, 3), 255, np.uint8)
@@ -348,6 +377,8 @@ def test_a_learned_method_asks_for_its_weights():
         detect_tissue(draw()[0], MPP, {"method": "grandqc"})
     with pytest.raises(RunError, match="does not exist"):
         detect_tissue(draw()[0], MPP, {"method": "grandqc", "weights": "/nowhere/weights.pth"})
+    with pytest.raises(RunError, match=r"config\.json does not exist. Name the folder with config.json and model"):
+        detect_tissue(draw()[0], MPP, {"method": "sam", "weights": "/nowhere"})
 
 
 @pytest.mark.slow
@@ -372,6 +403,104 @@ def test_grandqc_with_random_weights_is_that_of_tiatoolbox(tmp_path):
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(RunError, match="does not hold the weights of grandqc"):
         model_mask(rgb, 10.0, "grandqc", tmp_path / "other.pth")
+
+
+@pytest.mark.slow
+def test_hest_with_random_weights_is_that_of_torchvision(tmp_path):
+    """One window at 1 um per px, and the same window read from the slide for an overview of 8; saved as HEST's is."""
+    torch = pytest.importorskip("torch")
+    segmentation = pytest.importorskip("torchvision.models.segmentation")
+    torch.manual_seed(0)
+    theirs = segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=2, aux_loss=True).eval()
+    rgb, _ = draw(shape=(512, 512))
+    pixels = (rgb / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    batch = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+    with torch.inference_mode():  # so that about half of the pixels come out as tissue
+        logits = theirs(batch)["out"]
+        theirs.classifier[4].bias[0] += (logits[:, 1] - logits[:, 0]).median()
+        expected = torch.softmax(theirs(batch)["out"], 1)[0, 1].numpy() > 0.5
+    state = {f"model.{key}": value for key, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "weights.ckpt")
+    found = model_mask(rgb, 1.0, "hest", tmp_path / "weights.ckpt")
+    assert 0.2 < expected.mean() < 0.8
+    assert (found == expected).mean() > 0.999  # 1 px of the window is 1 px of the picture
+    asked = []
+    small = np.asarray(Image.fromarray(rgb).resize((64, 64), Image.Resampling.BOX))
+
+    def finer(x: float, y: float, width: float, side: int) -> np.ndarray:
+        asked.append((x, y, width, side))
+        return rgb
+
+    coarse = model_mask(small, 8.0, "hest", tmp_path / "weights.ckpt", np.ones((64, 64), bool), finer)
+    blocks = expected.reshape(64, 8, 64, 8).mean((1, 3))
+    clear = np.abs(blocks - 0.5) > 0.4
+    assert asked == [(0, 0, 64, 512)]
+    assert (coarse == (blocks > 0.5))[clear].mean() > 0.97
+    assert not model_mask(small, 8.0, "hest", tmp_path / "weights.ckpt", np.zeros((64, 64), bool), finer).any()
+    with pytest.raises(RunError, match="sees 1 um per px, and this picture has 8"):
+        model_mask(small, 8.0, "hest", tmp_path / "weights.ckpt")
+
+
+def tiny_sam(folder: Path) -> None:
+    """A model of the architecture of Segment Anything, tiny and with random weights, as transformers saves one."""
+    import torch
+    import transformers as t
+
+    torch.manual_seed(0)
+    vision = t.SamVisionConfig(
+        hidden_size=32,
+        output_channels=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=128,
+        mlp_dim=64,
+        global_attn_indexes=[1],
+        num_pos_feats=8,
+        window_size=4,
+    )
+    prompt = t.SamPromptEncoderConfig(hidden_size=16, image_size=128, mask_input_channels=4)
+    mask = t.SamMaskDecoderConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mlp_dim=32,
+        iou_head_hidden_dim=16,
+        attention_downsample_rate=1,
+    )
+    config = t.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask)
+    t.SamModel(config).save_pretrained(folder)
+    sizes = {"size": 128, "mask_size": 32}
+    pads = {"pad_size": 128, "mask_pad_size": 32}
+    t.SamProcessor(
+        t.SamImageProcessor(
+            **{key: {"longest_edge": side} for key, side in sizes.items()},
+            **{key: {"height": side, "width": side} for key, side in pads.items()},
+        )
+    ).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_sam_with_random_weights_outlines_each_piece_within_its_box(tmp_path):
+    sam = pytest.importorskip("tiatoolbox.models.architecture.sam")
+    tiny_sam(tmp_path / "sam")
+    rgb, _ = draw(pieces=((130, 150, 70, 90), (380, 430, 60, 100)))
+    pieces = np.zeros(rgb.shape[:2], bool)
+    pieces[60:201, 60:241] = True
+    pieces[320:441, 330:531] = True
+    theirs, expected = sam.SAM(str(tmp_path / "sam")), np.zeros_like(pieces)
+    for top, left, bottom, right in ((60, 60, 201, 241), (320, 330, 441, 531)):  # 200 um are 25 px
+        window = slice(top - 25, bottom + 25), slice(left - 25, right + 25)
+        box = np.array([[25, 25, right - left + 25, bottom - top + 25]])
+        found, _ = theirs.infer_batch(theirs, [rgb[window]], box_coords=[box])
+        expected[window] |= found.reshape(rgb[window].shape[:2]).astype(bool)
+    mask = model_mask(rgb, MPP, "sam", tmp_path / "sam", pieces)
+    assert mask.any()
+    assert np.array_equal(mask, expected)
+    whole = detect_tissue(rgb, MPP, {"method": "sam", "weights": str(tmp_path / "sam")})
+    assert whole.mask.shape == rgb.shape[:2]
+    before = weights_mark("sam", tmp_path / "sam")
+    (tmp_path / "sam" / "config.json").write_text("{}")
+    assert weights_mark("sam", tmp_path / "sam") != before
 
 
 # --- the stage, on slides written here ----------------------------------------------------------------------------
