@@ -194,7 +194,7 @@ def border_strips(rgb: np.ndarray, mpp: float) -> np.ndarray:
     found = np.zeros(rgb.shape[:2], bool)
     step = max(1, round(24.0 / mpp))
     for turns in range(4):  # the side that is looked at is on the left
-        view = np.rot90(found, turns)  # a view: writing to it writes to `found`
+        view: np.ndarray = np.rot90(found, turns)  # a view: writing to it writes to `found`
         widths = _strip(np.rot90(rgb[::step, ::step], turns), mpp * step)
         if widths is not None:
             rows = widths[np.minimum(np.arange(view.shape[0]) // step, len(widths) - 1)] * step
