@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from slidemake.demo.cohort import SHEET_COLUMNS, demo_rows
 from snakemake_run import REPO, Outcome, Project, environment
 
 pytestmark = pytest.mark.workflow
@@ -31,6 +32,17 @@ def test_slides_named_on_the_command_line_are_not_the_demo(new_project: Callable
     assert found.jobs()["embed_tiles"] == 1
     assert not {"draw_demo_slides", "train_aggregator"} & set(found.jobs())
     assert "draw_demo_slides" in plan(project.folder, "--dry-run").jobs(), "nothing named: the demo"
+
+
+def test_a_demo_that_has_run_has_nothing_to_do(tmp_path: Path):
+    """Its slides and the masks of their truth are drawn by the run, after its plan has looked for them."""
+    project = Project(tmp_path)
+    project.configure(demo={"side": 1536, "seed": 0})
+    rows = [{column: row[column] for column in SHEET_COLUMNS} for row in demo_rows(8)]
+    project.write_sheet([row | {"path": f"demo_slides/{row['slide_id']}.tiff"} for row in rows])
+    project.succeed("explain")
+    assert list((project.folder / "demo_slides" / "truth").glob("*.png"))
+    assert project.planned("explain") == {}
 
 
 def test_values_alone_are_not_laid_over_the_demo(tmp_path: Path):
