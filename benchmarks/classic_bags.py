@@ -3,13 +3,13 @@
     python benchmarks/classic_bags.py run OUT [--runs 2] TABLE...       # one JSON each run and table; resumes
     python benchmarks/classic_bags.py kather FILE.mat OUT [--seeds 3]   # tables of bags with known instances
     python benchmarks/classic_bags.py convert FILE.mat OUT.csv          # Fox, Tiger, Elephant as in PRTools' MIL box
-    python benchmarks/classic_bags.py table OUT                         # the table of docs/training.md
+    python benchmarks/classic_bags.py table OUT                         # of what was run
 
-A table is a CSV without header: label (0 or 1), name of the bag, features of one instance a row (`bag_tables.py`). On
-the same five folds: the candidates of `aggregator: auto`, `auto`, gated attention on features divided one by one (the
-default before) by the trainer's own code, and the plainest loop of gated attention (`yardstick.py`), one model a fold.
-Figures are AUROC within folds. The interval of a difference is Nadeau and Bengio's corrected t over the folds of all
-runs: training sets overlap.
+A table is a CSV without header: label (0 or 1), name of the bag, features of one instance a row (as
+`training/paper_tables.py` reads it). On the same five folds: the candidates of `aggregator: auto`, `auto`, gated
+attention on features divided one by one (the default before) by the trainer's own code, and the plainest loop of gated
+attention (`yardstick.py`), one model a fold. Figures are AUROC within folds. The interval of a difference is Nadeau and
+Bengio's corrected t over the folds of all runs: training sets overlap.
 """
 
 from __future__ import annotations

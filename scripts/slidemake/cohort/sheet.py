@@ -211,7 +211,7 @@ def _label_cells(row: SlideRow, task: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cells(rows: Iterable[SlideRow], task: Mapping[str, Any]) -> list[Cells]:
-    """Rows as `sheet_labels` wants them."""
+    """Rows as `label_checks` wants them."""
     return [(row.row, row.patient_id, _label_cells(row, task)) for row in rows]
 
 

@@ -1,7 +1,7 @@
 """The user's configuration: checked against config.schema.json, filled with its defaults, in one go.
 
 The schema is the only place where a key, its type, its default and its meaning are written; errors are phrased from
-it (`describe`), and so is docs/configuration.md (`configuration_page`). `stage_options` names the part of the
+it (`describe`), and so is docs/configuration.md (`page`). `stage_options` names the part of the
 configuration that a stage depends on, which is all that enters the stage's params and fingerprints.
 """
 

@@ -1,6 +1,6 @@
 """Lay a piece of bowel wall onto a slide: where which tissue is, its textures, glands and cells, as stain densities.
 
-The plan (`demo_plan`) is at 1/16 of the resolution of the slide; the painting reads it with linear interpolation in
+The plan (`layout`) is at 1/16 of the resolution of the slide; the painting reads it with linear interpolation in
 blocks of 512 px, so that memory is two uint8 planes whatever is drawn on them.
 """
 

@@ -1,4 +1,4 @@
-"""Stamps of the demo cohort: nuclei and cells as stain densities; glands and vessels are in `demo_glands`.
+"""Stamps of the demo cohort: nuclei and cells as stain densities; glands and vessels are in `glands`.
 
 Everything here is a pair of planes (haematoxylin, eosin) in units of 1/`DENSITY` of natural-log optical density, at
 0.5 um per pixel. A stamp is drawn once per process and laid onto the slide many times, mirrored and turned.

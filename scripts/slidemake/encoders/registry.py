@@ -2,7 +2,7 @@
 
 One record per encoder in `encoders.yaml` (documented there), checked against its schema. A user's own file
 (`encoders_file`) adds records and changes single keys of known ones. Nothing here imports torch: the plan of a run,
-its access check and its grid come from records alone. `encoder_loading` makes a model of a record.
+its access check and its grid come from records alone. `loading` makes a model of a record.
 """
 
 from __future__ import annotations

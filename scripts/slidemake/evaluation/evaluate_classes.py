@@ -23,7 +23,7 @@ from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.core.tables import read_table
 from slidemake.evaluation.choice import validation_loss, with_choice
 from slidemake.evaluation.comparisons import adjust, compare
-from slidemake.evaluation.files import write_metrics
+from slidemake.evaluation.files import read_models, write_metrics
 from slidemake.evaluation.probabilities.calibration import calibration_report, mean_over_repeats
 from slidemake.evaluation.probabilities.conformal import conformal, risk_coverage
 from slidemake.evaluation.scopes import (
@@ -198,15 +198,7 @@ def evaluate(
     slides: cohort/slides.csv, for the subgroups; splits: splits.csv, for the labels of validation patients. Without
     them there are no subgroups, and no conformal sets. contamination, split: see `evaluate_models`.
     """
-    if len(predictions) != len(names):
-        raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
-    models = [read_predictions(path, name) for path, name in zip(predictions, names, strict=True)]
-    if splits is not None:
-        truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
-        models = [
-            m if m.name in CONTROLS and m.name != REFERENCE else read_validation(path, m, truth)
-            for path, m in zip(predictions, models, strict=True)
-        ]
+    models = read_models(predictions, names, splits, read_predictions, read_validation)
     groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
     result, points = evaluate_models(models, options, contamination, groups, split)
     write_metrics(result, points, metrics, table, curves)

@@ -2,11 +2,12 @@
 
 Scopes, intervals, controls and files are as in `evaluation.py`: `pooled` is the mean over repeats of a metric on each
 repeat's out-of-fold predictions, with a percentile interval over resamples of patients, the same in all repeats and
-models; `ensemble` is of the prediction averaged over repeats. What is computed comes from `evaluation_kinds.py`.
+models; `ensemble` is of the prediction averaged over repeats. What is computed comes from `tasks/kinds.py`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from slidemake.core.tables import read_table
 from slidemake.core.words import contamination_warning
 from slidemake.evaluation.choice import with_choice
 from slidemake.evaluation.comparisons import adjust, paired
-from slidemake.evaluation.files import write_metrics
+from slidemake.evaluation.files import read_models, write_metrics
 from slidemake.evaluation.probabilities.about import about_predictions
 from slidemake.evaluation.subgroups import by_group, groups_of
 from slidemake.evaluation.verdict_outcomes import outcome_verdict
@@ -269,16 +270,9 @@ def evaluate_outcomes(
     slides: cohort/slides.csv, for the subgroups; splits: splits.csv, for the labels of validation patients. Without
     them there are no subgroups, no choice among models and no conformal intervals.
     """
-    if len(predictions) != len(names):
-        raise RunError(f"evaluate: {len(predictions)} prediction files for {len(names)} model names")
-    tables = [read_outcomes(path, name, kind) for path, name in zip(predictions, names, strict=True)]
+    read = partial(read_outcomes, kind=kind)
+    tables = read_models(predictions, names, splits, read, read_outcome_validation)
     groups = groups_of(read_table(slides), options.get("subgroups")) if slides is not None else {}
-    if splits is not None:
-        truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
-        tables = [
-            t if t.name in CONTROLS and t.name != REFERENCE else read_outcome_validation(path, t, truth)
-            for path, t in zip(predictions, tables, strict=True)
-        ]
     result, points = evaluate_tables(tables, options, contamination, groups, split)
     write_metrics(result, points, metrics, table, curves)
     return result

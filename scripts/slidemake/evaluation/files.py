@@ -1,17 +1,52 @@
-"""Writing what an evaluation found: metrics.json, metrics.csv, curves.json, for tasks of all types."""
+"""What an evaluation reads and writes, for tasks of all types: predictions; metrics.json, metrics.csv, curves.json."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from slidemake.core.csv_cells import write_rows
+from slidemake.core.failures import RunError
 from slidemake.core.files import file_sums, placed, write_json, write_text
+from slidemake.core.tables import read_table
 from slidemake.evaluation.subgroups import as_scopes
+from slidemake.tasks.controls import CONTROLS, REFERENCE
 
 FIGURES, OF_CLASSES = ("model", "metric", "scope", "value", "low", "high", "n", "positives"), ("prevalence",)
+
+
+class Named(Protocol):
+    """Predictions that know which model they are of."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Table = TypeVar("Table", bound=Named)
+
+
+def read_models(
+    paths: Sequence[str | Path],
+    names: Sequence[str],
+    splits: str | Path | None,
+    read: Callable[[str | Path, str], Table],
+    read_validation: Callable[[str | Path, Table, dict[str, str]], Table],
+) -> list[Table]:
+    """The predictions of every model of a task. With splits.csv those of validation patients are read, too, but of
+    controls: only the linear one has conformal sets and can be chosen. RunError for paths and names that do not pair.
+    """
+    if len(paths) != len(names):
+        raise RunError(f"evaluate: {len(paths)} prediction files for {len(names)} model names")
+    tables = [read(path, name) for path, name in zip(paths, names, strict=True)]
+    if splits is None:
+        return tables
+    truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
+    return [
+        table if table.name in CONTROLS and table.name != REFERENCE else read_validation(path, table, truth)
+        for path, table in zip(paths, tables, strict=True)
+    ]
 
 
 def _number(value: float | None) -> str:

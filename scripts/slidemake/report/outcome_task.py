@@ -54,7 +54,7 @@ HEADLINES = 4
 def outcome_section(
     folder: Path, metrics: dict[str, Any], curves: dict[str, Any], splits: dict[str, Any], main: str
 ) -> dict[str, Any]:
-    """What the section of a task in `folder` shows of a metrics.json that `evaluation_outcomes` wrote."""
+    """What the section of a task in `folder` shows of a metrics.json that `evaluation.evaluate_outcomes` wrote."""
     kind, titles = metrics["type"], TITLES[metrics["type"]]
     unit = _unit(folder / main)
     wide = report_figures.forest(metrics, metrics["primary"], titles[metrics["primary"]], metrics["chance"])

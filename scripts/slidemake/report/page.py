@@ -180,7 +180,7 @@ def task_section(
 
 
 def training_section(folder: Path, models: list[str]) -> list[dict[str, str]]:
-    """What the training of a task's models said about itself (`training_words`), models that say the same together."""
+    """What the training of a task's models said about itself (`training.words`), models that say the same together."""
     of_text: dict[str, dict[str, Any]] = {}
     for model in [model for model in models if model != SHUFFLED]:  # whose labels tell nothing
         for finding in (read_json_if_whole(folder / model / "train.json") or {}).get("findings", ()):
@@ -269,7 +269,7 @@ def write_report(
     """Write report/index.html.
 
     `tasks` maps a task to {"models": [...], "explained": model or None}; `stain_pictures` are those of
-    `report_pictures.stain_pictures`; `config` is the validated configuration.
+    `pictures.stain_pictures`; `config` is the validated configuration.
     """
     rows = read_table(results / "cohort" / "slides.csv")
     failures = read_table(results / "cohort" / "failures.csv")

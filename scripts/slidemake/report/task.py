@@ -1,4 +1,4 @@
-"""The report's part on folds, comparisons and subgroups of a task; what is of probabilities is `report_calibration`."""
+"""The report's part on folds, comparisons and subgroups of a task; what is of probabilities is `calibration`."""
 
 from __future__ import annotations
 

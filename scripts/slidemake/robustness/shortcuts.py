@@ -11,7 +11,7 @@ optimism       AUROC of a linear model on the mean embeddings under folds that k
                sites are dealt anew among the patients of each class: folds of the same sizes and classes, so that the
                difference is what is gained by having seen the site, and not by training on more patients.
 null           the same linear model with permuted labels: where it should be, and how often chance does as well.
-robustness     `embedding_robustness`.
+robustness     `neighbours`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ given               the sheet's `split` column (or another) names the fold. The 
                     is a tested fold.
 file                a split file of CLAM, Patho-Bench or STAMP.
 
-All of them are nested: within the training side of every fold `training_plan.member_plan` deals inner folds, on which
+All of them are nested: within the training side of every fold `training.plan.member_plan` deals inner folds, on which
 early stopping, temperature and threshold are decided; the tested patients decide nothing.
 
 Tested folds are numbered from 0 in every table and file name; `fold_name` keeps what the sheet calls them. No torch

@@ -1,7 +1,7 @@
 """Stain normalisation: the fit of one slide and the transform to a reference, in float64 numpy.
 
 A stain is fitted once per slide on pooled tissue pixels, never per tile: on a tile with little of one stain the
-estimate turns on noise. What is applied to pixels afterwards (`stain_torch` on the device, `apply_stain_numpy` here)
+estimate turns on noise. What is applied to pixels afterwards (`on_device` on the device, `apply_stain_numpy` here)
 is data: a 3 x 3 matrix in optical density, or two sets of CIELAB moments.
 
 Methods: macenko (Macenko et al., ISBI 2009), vahadane (Vahadane et al., IEEE TMI 2016), ruifrok (fixed vectors;
@@ -156,7 +156,7 @@ class StainTransform:
     pixels brighter than an optical density of `GLASS_OD` fade to balanced white, so that glass stays white.
     `status` none leaves pixels as they are (method none, or a slide whose fit was refused or did not pass, with the
     `reason`). `applied` says which stains are brought to the reference: both, haematoxylin, eosin, or none;
-    `judgement` has the figures of `stain_judgement` that it was decided on.
+    `judgement` has the figures that it was decided on.
     """
 
     method: str
@@ -211,7 +211,7 @@ def stain_transform(fit: StainFit | dict[str, Any], target: dict[str, Any]) -> S
 
 
 def apply_stain_numpy(tiles: np.ndarray, transform: StainTransform, chunk: int = 16) -> np.ndarray:
-    """Normalise tiles (n, H, W, 3) uint8 -> uint8, with the numbers of `stain_torch.apply_stain`, rounded.
+    """Normalise tiles (n, H, W, 3) uint8 -> uint8, with the numbers of `on_device.apply_stain`, rounded.
 
     A tile with fewer than 0.5 % of tissue-like pixels comes back as it is.
     """

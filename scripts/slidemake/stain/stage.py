@@ -60,7 +60,7 @@ def fit_slide(
     `record` is the tissue stage's (slide_id, fingerprint); path, reader and mpp come from slide.json, the mask from
     tissue.png. A stain that cannot be fitted is no failure: status none, with `reason` (a key of stain.REFUSALS) and
     `message`, and the slide goes on unnormalised. `tissue` is what a fit is judged by before it is used, `unfit` why it
-    is of no use whatever the reference (`stain_judgement`). Regions that do not decode are left out and counted. A
+    is of no use whatever the reference (`judgement`). Regions that do not decode are left out and counted. A
     finished stain.json with the same fingerprint is taken as it is (`reused`). Raises SlideFailure `unreadable` when no
     region decodes, and what the reader raises.
     """

@@ -22,7 +22,7 @@ def no_target(reason: str) -> dict[str, Any]:
 def target_from_pixels(pixels: np.ndarray, method: str, source: str = "pixels") -> dict[str, Any]:
     """Reference from RGB pixels (..., 3) uint8, all of them, with a white point of 255. Raises RunError if not H&E.
 
-    Whatever the method, Macenko's vectors must be those of two stains that both are there (`stain_judgement`): every
+    Whatever the method, Macenko's vectors must be those of two stains that both are there (`judgement`): every
     slide would be brought to what is wrong here.
     """
     pixels = pixels.reshape(-1, 3)

@@ -1,7 +1,7 @@
 """What the evaluation of a type of task consists of: its metrics, its baseline without a model, its groups.
 
-One description for each type that is no plain classes; `evaluation_outcomes` works through scopes and resamples and
-knows no type but through it.
+One description for each type that is no plain classes; `evaluation.evaluate_outcomes` works through scopes and
+resamples and knows no type but through it.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 Everything is measured as optical density (OD) against the slide's own glass, so that H&E, DAB and a pale haematoxylin
 are treated alike and a yellowish or grey background does no harm. Colour and structure decide together: what is faint
-must have structure (`tissue_structure`), or it is a smear of stain; what has structure must have colour, or it is dust
+must have structure (`structure`), or it is a smear of stain; what has structure must have colour, or it is dust
 or a scratch; a net of membranes is fat, though most of it is as empty as glass. One threshold is found for the whole
 overview (never per window: an empty window has no threshold to find), faint tissue is followed from clear tissue
 outwards, and what scanners and people leave on the glass (pen, padding, labels, coverslip edges, shading) is taken
 out. Every length and area rule is in um or um^2, so the same rule holds at any overview resolution.
 
-`density` is the method described here, `grandqc`, `hest` and `sam` are learned (`tissue_models`); `otsu` and
+`density` is the method described here, `grandqc`, `hest` and `sam` are learned (`models`); `otsu` and
 `morphological` are TIAToolbox's maskers on the same overview (Pocock et al. 2022, Commun. Med. 2:120). Pen and padding
 removal and the area rules apply to all.
 """

@@ -69,7 +69,7 @@ def fit_mean_pool_lr(
 ) -> MeanPoolLR:
     """Choose C by what inner validation (`plan`) is worth, see `worth`, then fit on all of `train`.
 
-    plan: (train, validation) patients of each inner fold (`training_plan.member_plan`). The scaler is fitted on the
+    plan: (train, validation) patients of each inner fold (`plan.member_plan`). The scaler is fitted on the
     training side of each fit only. Without validation patients C is 0.01.
     """
     outcome, best, chosen, kept = ClassOutcome([str(c) for c in range(classes)]), (-1.0, 0.0), 0.01, {}

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from slidemake.core import files as provenance
+from slidemake.core import files
 from slidemake.core.content import content_identity, trace_of
 from slidemake.core.failures import SlideFailure
 from slidemake.core.files import (
@@ -134,19 +134,19 @@ def test_what_a_network_file_system_shows_late_is_waited_for(tmp_path, monkeypat
         if len(naps) == 3:
             write_json(tmp_path / "late.json", {"a": 1, "files": {"x": "0"}})
 
-    monkeypatch.setattr(provenance, "on_network", lambda path: True)
-    monkeypatch.setattr(provenance.time, "sleep", nap)
-    monkeypatch.setattr(provenance, "_waited", 0.0)
+    monkeypatch.setattr(files, "on_network", lambda path: True)
+    monkeypatch.setattr(files.time, "sleep", nap)
+    monkeypatch.setattr(files, "_waited", 0.0)
     assert read_json_if_whole(tmp_path / "late.json") is None  # only a question
     assert not naps
     assert read_json(tmp_path / "late.json")["a"] == 1
     assert len(naps) == 3
     with pytest.raises(SlideFailure, match="is missing"):
         read_json(tmp_path / "never.json")
-    assert sum(naps) == provenance.LATE
+    assert sum(naps) == files.LATE
     with pytest.raises(SlideFailure, match="is missing"):  # patience is used up
         check_file(tmp_path / "x", {"files": {"x": "0"}})
-    assert sum(naps) == provenance.LATE
+    assert sum(naps) == files.LATE
 
 
 def test_network_file_systems_are_known_by_their_mount(tmp_path):
@@ -246,7 +246,7 @@ def test_a_picture_on_a_full_disk_is_an_error(monkeypatch):
     def full(path):
         yield Path("/dev/full")
 
-    monkeypatch.setattr(provenance, "committed", full)
+    monkeypatch.setattr(files, "committed", full)
     for kind in ("JPEG", "PNG"):
         with pytest.raises(OSError, match="No space left"):
             write_image("x", picture, format=kind)
@@ -261,10 +261,10 @@ def test_a_picture_is_what_pillow_writes(tmp_path):
 
 def test_names_of_the_greatest_length_on_a_host_with_a_long_name(tmp_path, monkeypatch):
     """200 characters of a slide_id, and what is added to them for a while, are less than the 255 of a file system."""
-    monkeypatch.setattr(provenance.socket, "gethostname", lambda: "a-host-with-a-long-name." * 3)
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "a-host-with-a-long-name." * 3)
     one, two = (tmp_path / ("x" * 199 + letter + ".zarr") for letter in "ab")
-    left = provenance.temporary_sibling(one)
-    other = provenance.temporary_sibling(two)
+    left = files.temporary_sibling(one)
+    other = files.temporary_sibling(two)
     for path in (left, other):
         path.mkdir()
         path.rename(path.with_name(re.sub(rf"-{os.getpid()}-", "-999999999-", path.name)))  # of a process that is gone

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -299,7 +300,7 @@ def test_a_disk_that_is_full_ends_the_job_and_leaves_nothing(rack, monkeypatch):
 class Other(ToyEncoder):
     """Another encoder on the same tiles: twice the numbers of the first."""
 
-    identity = {"key": "other"}  # noqa: RUF012
+    identity: ClassVar = {"key": "other"}
 
     def forward(self, batch, stain=None):
         return 2 * super().forward(batch, stain)

@@ -239,10 +239,10 @@ def theirs(folder, **changes):
 
 
 def checksum_of(info):
-    from slidemake.core import files as provenance
+    from slidemake.core import files
 
     try:
-        return provenance.checksum(info)
+        return files.checksum(info)
     except ValueError:  # numbers that JSON does not know have none
         return "0" * 32
 
