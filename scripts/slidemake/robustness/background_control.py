@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from slidemake.evaluation.verdict import NARROW
 from slidemake.robustness.linear_probe import reduce_vectors
 from slidemake.robustness.shortcut_words import P
 from slidemake.robustness.shortcuts import NULLS, Slides, label_null
@@ -31,15 +32,15 @@ def background_control(
     result: dict[str, Any] = {"slides": len(kept), "without": len(of_task) - len(kept), "patients": len(set(patients))}
     if len(set(patients)) < 4 or len({labels[p] for p in patients}) < 2:
         nothing = {"auroc": None, "reason": "too few patients whose slides have background, or one class only"}
-        return {**result, **nothing, "finding": _finding(nothing)}
+        return {**result, **nothing, "finding": judged(nothing)}
     known = tuple(labels[p] for p in patients)
     none = ("",) * len(kept)
     slides = Slides(np.stack([vectors[row["slide_id"]] for row in kept]), patients, known, none, none)
     result |= label_null(reduce_vectors(slides.vectors), slides, seed, nulls)
-    return {**result, "finding": _finding(result)}
+    return {**result, "finding": judged(result)}
 
 
-def _finding(found: Mapping[str, Any]) -> dict[str, str]:
+def judged(found: Mapping[str, Any]) -> dict[str, str]:
     """What a reader should conclude: {level, code, text}."""
     if found["auroc"] is None:
         text = f"Whether the label can be told from the background alone is not defined: {found['reason']}."
@@ -53,4 +54,7 @@ def _finding(found: Mapping[str, Any]) -> dict[str, str]:
             "and a model can score by that. Believe figures under folds that keep sites whole, or on another cohort."
         )
         return {"level": "warning", "code": "background", "text": text}
-    return {"level": "good", "code": "background_blind", "text": f"{text}: no better than chance, as it should be."}
+    if found["low"] is not None and found["low"] <= 0.5 <= found["high"] <= found["low"] + NARROW:
+        return {"level": "good", "code": "background_blind", "text": f"{text}, which contains 0.5, as it must."}
+    text += ": not shown to be more than chance, which is not to say that there is nothing in the glass."
+    return {"level": "note", "code": "background_not_shown", "text": text}

@@ -11,7 +11,7 @@ from PIL import Image
 from slidemake.core.files import read_json, write_json
 from slidemake.embedding.background import background_tiles, background_vectors, embed_background
 from slidemake.embedding.engine import Forward
-from slidemake.robustness.background_control import background_control
+from slidemake.robustness.background_control import background_control, judged
 from slidemake.tiles.grid import parse_grid, plan_window, tile_positions
 from toy_encoder import ToyEncoder
 
@@ -115,8 +115,27 @@ def test_tinted_glass_raises_the_alarm(tmp_path):
 
 def test_glass_that_says_nothing_raises_none(tmp_path):
     found = glass_cohort(tmp_path, follows=False)
-    assert found["finding"]["code"] == "background_blind"
     assert found["low"] < 0.5
+    assert found["high"] - found["low"] > 0.2  # 32 patients: what is not seen may be there all the same
+    assert found["finding"]["code"] == "background_not_shown"
+    assert found["finding"]["level"] == "note"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "code"),
+    [
+        (0.45, 0.6, 0.5, "background_blind"),
+        (0.4, 0.85, 0.06, "background_not_shown"),
+        (0.52, 0.6, 0.2, "background_not_shown"),  # above 0.5, and no more than permuted labels have
+        (0.1, 0.3, 1.0, "background_not_shown"),
+        (None, None, 1.0, "background_not_shown"),
+        (0.6, 0.8, 0.02, "background"),
+    ],
+)
+def test_background_is_called_blind_only_where_that_is_known(low, high, p, code):
+    found = judged({"auroc": 0.5, "low": low, "high": high, "p": p})
+    assert found["code"] == code
+    assert (found["level"] == "good") == (code == "background_blind")
 
 
 def test_alarms_are_as_rare_as_promised():
