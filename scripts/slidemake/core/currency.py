@@ -129,13 +129,20 @@ def record_file(results: Path, first: str) -> Path:
 
 
 def write_record(results: Path, entry: Mapping[str, Any], retry: Iterable[str] = ()) -> None:
-    """Keep the digest of an outcome that is complete. `entry`: of the plan. retry: slides to be tried again."""
-    files = {name: _state(results / name) for name in entry["files"]}
+    """Keep the digest of an outcome that is complete. `entry`: of the plan. retry: slides to be tried again.
+
+    A job that a cluster started twice writes the same files beside its twin (only measured times differ). Whichever
+    writes the record last looks again afterwards, so in the end the record is of the files that are there.
+    """
     kept = {key: entry[key] for key in ("rule", "wildcards", "digest", "settings", "read", "after")}
-    write_json(
-        record_file(results, entry["files"][0]),
-        {**kept, "files": files, "vouches": _vouched(results, entry["files"]), "retry": sorted(retry)},
-    )
+    where = record_file(results, entry["files"][0])
+    files = {name: _state(results / name) for name in entry["files"]}
+    while True:
+        vouches = _vouched(results, entry["files"])
+        write_json(where, {**kept, "files": files, "vouches": vouches, "retry": sorted(retry)})
+        written, files = files, {name: _state(results / name) for name in entry["files"]}
+        if files == written:
+            return
 
 
 def _state(path: Path) -> list[Any]:

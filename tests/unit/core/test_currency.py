@@ -12,7 +12,7 @@ import pytest
 from slidemake.core import currency
 from slidemake.core.currency import Outcome, Tree, begin, identity, record_file, settings_of, why_stale, write_plan
 from slidemake.core.failures import HINTS
-from slidemake.core.files import write_json
+from slidemake.core.files import read_json, write_json
 
 MANIFEST = "manifests/tiles/224px_0.5mpp/r00000.json"
 SCREEN = "manifests/screen/r00000.json"
@@ -51,6 +51,25 @@ def made(tmp_path: Path) -> Path:
 
 def why(results: Path, wanted: Outcome | None = None) -> str | None:
     return why_stale(wanted or outcome(), results, Tree(results))
+
+
+def test_the_record_of_a_job_that_a_twin_overtook_is_of_the_files_that_are_there(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between a job's look at its manifest and its record, its twin on another node writes the same manifest, with
+    another time, and is then gone (or has written its own record: the same)."""
+    written = []
+
+    def overtaken(path: Path, value: object) -> None:
+        if not written:
+            manifest(made, seconds=12.25)
+        written.append(path)
+        write_json(path, value)
+
+    monkeypatch.setattr(currency, "write_json", overtaken)
+    currency.write_record(made, read_json(made / "plan.json")["outcomes"][0])
+    assert len(written) == 2
+    assert why(made) is None
 
 
 def test_what_is_as_it_was_made_is_current(made: Path):
