@@ -33,8 +33,12 @@ def fit_intercepts(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         slope = p.mean(0) - shares
         if np.abs(slope).max() < 1e-10:
             break
-        curve = np.diag(p.mean(0)) - p.T @ p / len(p)
-        step = np.linalg.pinv(curve, hermitian=True) @ slope
+        if len(b) == 2:  # the pseudo-inverse by hand, which is most of a temperature's time else
+            bend = 2 * float((p[:, 0] * p[:, 1]).mean())
+            step = slope / bend if bend > 1e-300 else np.zeros(2)
+        else:
+            curve = np.diag(p.mean(0)) - p.T @ p / len(p)
+            step = np.linalg.pinv(curve, hermitian=True) @ slope
         b = b - np.clip(step, -2, 2)  # of a nearly separated sample the curvature vanishes
     return np.asarray(b - b.mean())
 
