@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()  # options may stand among tables
     torch.set_num_threads(1)
     if asked.what == "convert":
         convert(*asked.paths)
