@@ -63,7 +63,10 @@ def select_diverse(scores: np.ndarray, features: np.ndarray, k: int) -> np.ndarr
 
 
 def _cluster(x: np.ndarray, k: int) -> np.ndarray:
-    """Cluster (n,) of each row: Lloyd's iterations, first centre the first row, each next the row farthest from all."""
+    """Cluster (n,) of each row: Lloyd's iterations, first centre the first row, each next the row farthest from all.
+
+    By hand, because scikit-learn takes longer to import than this takes.
+    """
     chosen, distance = [0], ((x - x[0]) ** 2).sum(1)
     while len(chosen) < k and distance.max() > 1e-9:
         chosen.append(int(distance.argmax()))

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats.contingency import association, crosstab
 
 
 def cramers_v(first: Sequence[str], second: Sequence[str]) -> float:
     """Cramér's V of two nominal variables, 0 (independent) to 1; 0 when either is constant."""
-    a, b = np.unique(first, return_inverse=True)[1], np.unique(second, return_inverse=True)[1]
-    observed = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(observed, (a, b), 1)
-    if min(observed.shape) < 2:
+    if min(len(set(first)), len(set(second))) < 2:
         return 0.0
-    expected = observed.sum(1, keepdims=True) * observed.sum(0, keepdims=True) / len(a)
-    chi2 = ((observed - expected) ** 2 / expected).sum()
-    return float(np.sqrt(chi2 / (len(a) * (min(observed.shape) - 1))))
+    return float(association(crosstab(list(first), list(second)).count, method="cramer"))
 
 
 def association_test(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from slidemake.statistics.class_metrics import CHUNK, mass_bins, width_bins
 
@@ -12,14 +13,12 @@ MAX_POINTS = 300
 CLIP = 1e-6  # probabilities of exactly 0 or 1 have no logit
 
 
-def wilson_interval(hits: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927); stays inside 0..1 and is honest for small counts."""
+def wilson_interval(hits: int, count: int) -> tuple[float, float]:
+    """Wilson score interval (95 %) of a proportion (Wilson 1927); stays inside 0..1 and is honest for small counts."""
     if count <= 0:
         return 0.0, 1.0
-    p, square = hits / count, z * z / count
-    centre = (p + square / 2) / (1 + square)
-    half = z * np.sqrt(p * (1 - p) / count + square / (4 * count)) / (1 + square)
-    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+    found = binomtest(hits, count).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def reliability_table(confidence: np.ndarray, hit: np.ndarray, bins: int, equal: str = "mass") -> list[dict[str, Any]]:
@@ -120,7 +119,11 @@ def _thin(*columns: np.ndarray) -> list[list[float]]:
 
 
 def roc_and_pr(positive: np.ndarray, score: np.ndarray) -> dict[str, Any] | None:
-    """Points of the ROC and precision-recall curves, at most 300 each; None when only one class is present."""
+    """Points of the ROC and precision-recall curves, at most 300 each; None when only one class is present.
+
+    By hand: scikit-learn has two functions that sort the same scores twice, end the second at an invented point, and
+    take a second to import.
+    """
     positive, score = np.asarray(positive, bool), np.asarray(score, float)
     if positive.all() or not positive.any():
         return None
