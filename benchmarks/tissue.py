@@ -37,13 +37,25 @@ MIXES = {
 }
 INKS = {  # (145, 210, 201) is the ink of the real green ring
     "light ink": (145, 210, 201),
+    "light blue ink": (160, 195, 240),
     "dark ink": (40, 95, 90),
     "teal on dense purple": (43, 94, 96),
     "light ink on tissue": (145, 210, 201),
 }
 LABELS = {"cream label": (232, 226, 205), "pink label": (238, 190, 200), "green label": (196, 222, 190)}
 DRAWN = (
-    *("plain", "halo", "light ink", "dark ink", "light ink on tissue", "teal on dense purple", "fat", "fold", "bubble"),
+    *(
+        "plain",
+        "halo",
+        "light ink",
+        "light blue ink",
+        "dark ink",
+        "light ink on tissue",
+        "teal on dense purple",
+        "fat",
+        "fold",
+        "bubble",
+    ),
     *("dust", "scratches", *LABELS, "faint IHC", "pale, greenish"),
 )
 OUTLINES = Path(__file__).parents[1] / "tests" / "outlines"

@@ -35,7 +35,7 @@ STAGES: dict[str, Stage] = {
         Stage("demo", 2),
         Stage("fetch", 1),
         Stage("screen", 4, "screening", ("default_mpp", "reader"), "slides/{slide}/slide.json", "screening"),
-        Stage("tissue", 5, "tissue", None, "slides/{slide}/tissue.json", "tissue detection"),
+        Stage("tissue", 6, "tissue", None, "slides/{slide}/tissue.json", "tissue detection"),
         Stage(
             *("stain", 2, "stain", ("method", "target", "white_point", "max_pixels")),
             *("slides/{slide}/stain.json", "stain fit"),

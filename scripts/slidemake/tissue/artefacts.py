@@ -72,8 +72,9 @@ def pen_mask(
         pure = (green < 0.85 * red) & (blue < 0.5 * red)
         # Over tissue eosin adds to green, so there the lack of blue absorption decides (haematoxylin alone has 0.45).
         over = (red > 0.6) & (blue < 0.36 * red) & (saturation > 150)
-        strong = over | (pure & (red > 0.35) & (saturation > 100))
-        weak = strong | (pure & (red > 0.12) & (saturation > 60)) | ((red > 0.3) & (blue < 0.4 * red))
+        light = (red > 0.04) & (green < 0.7 * red) & (blue <= 0.25 * red)  # thin ink, as with green
+        strong = over | (pure & (red > 0.35) & (saturation > 100)) | (light & (red > 0.1) & (green < 0.62 * red))
+        weak = strong | light | (pure & (red > 0.12) & (saturation > 60)) | ((red > 0.3) & (blue < 0.4 * red))
         found |= _strokes(strong, weak, usable, mpp, reach_um=400.0)
     if "red" in pens:
         reddish = (hue > 340) | (hue < 12)

@@ -322,11 +322,12 @@ def test_tissue_without_any_glass_is_all_tissue_and_says_so():
     assert "no_glass" in found.flags
 
 
-def test_light_green_ink_on_glass_is_pen():
+@pytest.mark.parametrize("colour", [(145, 210, 201), (160, 195, 240), (190, 215, 245), (120, 170, 235)])
+def test_light_green_and_blue_ink_on_glass_is_pen(colour):
     rgb, truth = draw()
     ink = stroke(truth.shape, (60, 420), (430, 520), 30)
     rgb = rgb.copy()
-    rgb[ink] = (145, 210, 201)
+    rgb[ink] = colour
     found = detect_tissue(rgb, MPP)
     assert not (found.mask & ink).any()
     assert found.qc["pen_fraction"] == pytest.approx(ink.mean(), rel=0.2)
