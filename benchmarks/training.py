@@ -15,7 +15,8 @@ the features of a benign tile into every tumour tile) are drawn from the cohort'
 folds by the trainer's own code.
 
 Types other than binary: `classes`, no tumour or one of two kinds of it, told apart by the first principal component of
-their source regions' mean features; `grades`, no focus, one of the size drawn, one of twice its radius; `survival`, a
+their source regions' mean features; `labels`, the same patients, whether there is tumour and whether it is of the first
+kind; `grades`, no focus, one of the size drawn, one of twice its radius; `numbers`, the radius; `survival`, a
 focus of any size up to that, the hazard growing with its radius by a factor of 20 in all, half of the patients
 censored.
 """
@@ -56,6 +57,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "binary": {"label": "label", "type": "binary", "positive": "Y"},
     "classes": {"label": "label", "type": "multiclass"},
     "grades": {"label": "label", "type": "ordinal", "order": ["0", "1", "2"]},
+    "labels": {"labels": ["any", "first"], "type": "multilabel"},
+    "numbers": {"label": "size", "type": "regression"},
     "survival": {"label": "os", "type": "survival"},
 }
 BEFORE = {"aggregator": "abmil_gated", "scaling": "each"}
@@ -149,9 +152,13 @@ def truths(kind: str, about: dict[str, Any], number: int) -> tuple[np.ndarray, n
     level = np.arange(n) % 3
     if kind == "classes":
         return level - 1, np.ones(n), [{"label": "ABC"[k]} for k in level]
+    if kind == "labels":
+        return level - 1, np.ones(n), [{"any": str(int(k > 0)), "first": str(int(k == 1))} for k in level]
     if kind == "grades":
         return np.minimum(level, 1) - 1, np.where(level == 2, 2.0, 1.0), [{"label": str(k)} for k in level]
     radius = rng.uniform(0, 2, n)
+    if kind == "numbers":
+        return np.where(radius < 0.3, -1, 0), radius, [{"size": f"{r:.4f}"} for r in radius]
     until = rng.exponential(20 ** (-radius / 2))
     leaves = rng.exponential(1.5 * np.median(until), n)
     seen = until <= leaves

@@ -94,7 +94,7 @@ def test_composed_cohort_is_learned_and_its_tumour_found(real_data: Path, tmp_pa
         pytest.skip(f"{tool} is not there")
     subprocess.run([sys.executable, str(tool), "cohort", "--slides", "24"], cwd=tmp_path, check=True)
     project = Project(tmp_path)
-    task = {"label": "label", "positive": "1", "splits": {"folds": 5, "repeats": 3}, "models": ["auto"]}
+    task = {"label": "label", "positive": "1", "splits": {"folds": 5, "repeats": 1}, "models": ["auto"]}
     project.configure(sheet="cohort/slides.csv", rack_size="auto", tasks={"tumour": None}, models=None, tissue=None)
     project.configure(tasks={"cancer": task}, evaluation=None)
     project.configure(explain={"slides": "positive", "truth": "{folder}/{stem}_tumour16.png"})

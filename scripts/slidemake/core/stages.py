@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
         Stage("embed", 3, "embedding", None, "embeddings/{where}/{slide}.zarr", "embedding"),
         Stage("bags", 2),
         Stage("splits", 3),
-        Stage("train", 10, "models"),
+        Stage("train", 11, "models"),
         Stage("evaluate", 9, "evaluation", _EVALUATED),
         Stage("compare", 2),
         Stage("background", 1, "background", None, "slides/{slide}/background_{where}.json"),

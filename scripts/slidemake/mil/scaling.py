@@ -7,7 +7,8 @@ principal  the leading principal components, all divided by their root mean squa
 whitened   the leading principal components, each divided by its deviation
 
 An encoder's thousand features are few directions and much noise: dividing each by its deviation blows the noise up,
-and a model of thirty patients has room to fit it. Principal components are those of the covariance of the tiles.
+and a model of thirty patients has room to fit it. Principal components are those of the covariance of the tiles; of
+their correlation where features are measured in different units, so that one would drown the others.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Components:
     """Leading principal components of tiles, largest variance first; those that are rounding error are all 0."""
 
     mean: np.ndarray  # (D,)
+    std: np.ndarray  # (D,) what features are divided by first: 1, or their deviations where their units differ
     axes: np.ndarray  # (D, K)
     variance: np.ndarray  # (K,)
 
@@ -119,6 +121,8 @@ class Components:
         x = np.concatenate(parts)
         mean = x.mean(0, dtype=np.float64)
         x -= mean.astype(np.float32)
+        std = _units(x)
+        x /= std.astype(np.float32)
         n, dim = x.shape
         small = n < dim  # the directions of few tiles lie in their span
         product = (x @ x.T if small else x.T @ x).astype(np.float64) / n
@@ -132,7 +136,7 @@ class Components:
         width = min(most, dim)  # the same for every fold
         axes, kept = np.zeros((dim, width)), np.zeros(width)
         axes[:, :k], kept[:k] = np.where(real, vectors, 0), np.where(real, variance, 0)
-        return cls(mean, axes, kept)
+        return cls(mean, std, axes, kept)
 
     def scaling(self, how: str, most: int) -> Scaling:
         axes, variance = self.axes[:, :most], self.variance[:most]
@@ -140,7 +144,17 @@ class Components:
             size = np.sqrt(np.where(variance > 0, variance, 1.0))
         else:
             size = np.sqrt(max(float(variance.sum()) / max(1, int((variance > 0).sum())), 1e-30))
-        return Scaling(self.mean, np.ones(len(self.mean)), axes / size)
+        return Scaling(self.mean, self.std, axes / size)
+
+
+def _units(x: np.ndarray) -> np.ndarray:
+    """(D,) deviations of centred tiles (N, D) where most features would be rounding error beside the largest, as no
+    encoder's are but hand-made ones (an area beside a share); else ones."""
+    deviation = x.std(0, dtype=np.float64)
+    varying = deviation[deviation > 0]
+    if not len(varying) or np.median(varying) ** 2 >= NOISE * varying.max() ** 2:
+        return np.ones(x.shape[1])
+    return np.where(deviation > 0, deviation, 1.0)
 
 
 def scaled_bags(bags: Bags, patients: Sequence[str], scaling: Scaling) -> Bags:

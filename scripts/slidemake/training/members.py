@@ -43,7 +43,10 @@ class FoldModels:
 
 def train_fold_models(work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]) -> FoldModels:
     """Train every member of `plan`; scale: `Outcome.scale` of the fold."""
-    wanted = {name: resolved(settings, work.outcome) for name, settings in candidates(work.settings).items()}
+    wanted = {
+        name: resolved(settings, work.outcome)
+        for name, settings in candidates(work.settings, work.outcome.kind).items()
+    }
     scaled = FoldBags(work, fold, max(s["components"] or 0 for s in wanted.values()))
     trained = {name: train_members(plan, scale, s, scaled) for name, s in wanted.items()}
     if work.settings["aggregator"] not in MIXTURES:

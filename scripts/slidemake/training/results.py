@@ -59,7 +59,7 @@ def _about_aggregator(work: Work, domains: int) -> dict[str, Any]:
     if work.kind == "mean_pool_lr":
         return {"name": "mean_pool", "parameters": {}, "features": work.bags.dim}
     kinds = {}
-    for candidate, settings in candidates(work.settings).items():
+    for candidate, settings in candidates(work.settings, work.outcome.kind).items():
         parameters = model_parameters(settings["aggregator"], resolved(settings, work.outcome))
         kinds[candidate] = {
             "name": settings["aggregator"],

@@ -11,7 +11,7 @@ from mil_cohort import ENCODER, STAIN, planted
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import roc_auc_score
 from slidemake.mil.aggregators import leave_one_out, predict_bag
-from slidemake.mil.automatic import CANDIDATES, LEAST, LINEAR, mixture
+from slidemake.mil.automatic import CANDIDATES, LEAST, LINEAR, candidates, mixture
 from slidemake.mil.bags import make_bags
 from slidemake.mil.bundle import bundle_leave_one_out, load_bundle, predict
 from slidemake.mil.fitting import DEFAULTS
@@ -55,6 +55,19 @@ def test_a_scale_of_its_own_does_not_change_a_candidates_weight():
     after = mixture({"a": 3 * one, "b": other}, TWO, labels, {})
     assert after["a"].weight == before["a"].weight
     assert 3 * after["a"].scale == pytest.approx(before["a"].scale, rel=0.4)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "ordinal", "multilabel", "regression", "survival"])
+def test_what_auto_is_made_of(kind):
+    """Gated attention alone where no mixture was shown to be better; the control is linear for every type."""
+    own = {**DEFAULTS, "aggregator": "auto", "scaling": "none", "epochs": 7}
+    found = candidates(own, kind)
+    if kind in ("multiclass", "ordinal", "survival"):
+        assert found == {"gated": {**own, "aggregator": "abmil_gated", "scaling": "each"}}
+    else:
+        assert set(found) == set(CANDIDATES)
+    assert set(candidates({**own, "aggregator": "auto_linear"}, kind)) == set(LINEAR)
+    assert candidates({**own, "aggregator": "clam_sb"}, kind) == {"": {**own, "aggregator": "clam_sb"}}
 
 
 def test_nothing_held_out_leaves_equal_weights():

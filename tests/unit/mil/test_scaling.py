@@ -50,6 +50,21 @@ def test_scalings_by_feature(cohort, how):
     np.testing.assert_allclose(found.apply(bags.features), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_components_of_features_in_other_units_are_those_of_their_correlation(cohort):
+    """A length in nm beside shares: the components are scikit-learn's of standardised tiles, and not the length."""
+    bags, people = cohort
+    units = np.full(20, 1e-4)
+    units[3] = 1e5
+    found = Components.fit(replace(bags, features=(bags.features * units).astype(np.float32)), people, 4)
+    x = bags.features.astype(float)
+    pca = PCA(4, svd_solver="full").fit((x - x.mean(0)) / x.std(0))
+    np.testing.assert_allclose(found.variance, pca.explained_variance_ * (len(x) - 1) / len(x), rtol=1e-3)
+    apart = np.abs(found.axes.T @ pca.components_.T)
+    np.testing.assert_allclose(apart, np.eye(4), atol=2e-2)
+    scaled = found.scaling("whitened", 4).apply(bags.features * units)
+    np.testing.assert_allclose(scaled.std(0), 1, rtol=1e-2)
+
+
 @pytest.mark.parametrize("tiles", [None, 9])
 def test_components_equal_scikit_learns(cohort, tiles):
     """With many tiles (the covariance of features) and with fewer than features (that of tiles)."""
