@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from slidemake.drift.judgement import Sample, judge
 from slidemake.drift.reference import sketched
 from slidemake.evaluation.probabilities.survival_calibration import expected_events, poisson_ratio
-from slidemake.evaluation.verdict_outcomes import FEW_EVENTS
+from slidemake.evaluation.survival_words import FEW_EVENTS
 from slidemake.mil.bags import make_bags
 from slidemake.robustness.shortcuts import Slides, optimism
 from slidemake.splits.make import make_splits
@@ -153,8 +153,8 @@ def predicted(seed: int, shares: tuple[float, ...], patients: int, options: dict
     splits = make_splits(rows, task, {"folds": 5, "repeats": 1, "seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         train_model(task, {**QUICK, **options}, bags, splits, Path(folder))
-        found = read_predictions(Path(folder) / "predictions_patients.csv", "model")
-    p, y = found.prob[0, :, -1], (found.labels == len(shares) - 1).astype(int)
+        found = read_predictions(Path(folder) / "predictions_patients.csv", "model", task["type"])
+    p, y = found.values[0, :, -1], (found.truth[:, 0] == len(shares) - 1).astype(int)
     b = fit_intercepts(np.log(np.stack([1 - p, p], 1)), y)
     area = auroc(found.ranks[0, :, -1], y == 1)
     return p.mean(), b[1] - b[0], area, ((p - y) ** 2).mean(), y.mean() * (1 - y.mean())

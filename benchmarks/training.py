@@ -47,7 +47,6 @@ from slidemake.robustness.corruptions import restained
 from slidemake.splits.make import make_splits
 from slidemake.statistics.temperature import auroc
 from slidemake.tasks.labels import strata
-from slidemake.tasks.outcomes import ClassOutcome
 from slidemake.training.members import FoldBags, train_members
 from slidemake.training.plan import fold_seed, make_fold, member_plan, prepare, resolved
 
@@ -242,7 +241,7 @@ def train_fold(
         seed, scale = fold_seed(0, repeat, name), work.scale(fold)
         kind = work.outcome.kind
         by = strata(splits.labels, kind)
-        plan = member_plan(fold.train, fold.val, by, 0.25, seed, type(work.outcome) is ClassOutcome)
+        plan = member_plan(fold.train, fold.val, by, 0.25, seed, work.outcome.by_class)
         if shared is None:  # as in training: components are estimated once for all candidates, the first pays
             shared = FoldBags(work, fold, max(c.get("components") or 0 for c in CANDIDATES.values()))
         trained = train_members(plan, scale, settings, shared)

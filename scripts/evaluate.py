@@ -3,10 +3,8 @@
 import logging
 from pathlib import Path
 
-from slidemake.evaluation.evaluate_classes import evaluate
-from slidemake.evaluation.evaluate_outcomes import evaluate_outcomes
+from slidemake.evaluation.evaluate import evaluate
 from slidemake.jobs.job import job
-from slidemake.tasks.kinds import KINDS
 
 with job(snakemake) as sm:  # noqa: F821
     files = sm.input.predictions
@@ -19,9 +17,6 @@ with job(snakemake) as sm:  # noqa: F821
         "contamination": dict(sm.params.contamination),
     }
     about = {"slides": Path(sm.input.slides), "splits": Path(sm.input.splits), "split": sm.params.split}
-    if kind in KINDS:
-        result = evaluate_outcomes(predictions, models, kind, options, **outputs, **about)
-    else:
-        result = evaluate(predictions, models, options, **outputs, **about)
+    result = evaluate(predictions, models, kind, options, **outputs, **about)
     for finding in result["verdict"]:
         logging.getLogger("slidemake").info("%s: %s", finding["level"], finding["text"])

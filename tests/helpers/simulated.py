@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+from slidemake.evaluation.evaluate import evaluate_tables
 from slidemake.statistics.temperature import probabilities
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.base import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
+from slidemake.tasks.classes import ClassOutcome
+
+
+def as_table(p: ClassPredictions) -> Predictions:
+    """The same as predictions of a task of classes, out of fold."""
+    decided = np.where(p.predicted < 0, np.nan, p.predicted)[..., None].astype(float)
+    truth = np.asarray(p.labels, float)[:, None]
+    validation = p.validation and {
+        at: (prob, labels[:, None].astype(float)) for at, (prob, labels) in p.validation.items()
+    }
+    about = (p.name, ClassOutcome(p.classes), p.patients, p.sites, truth, p.repeats)
+    return Predictions(*about, p.prob, decided, p.fold, validation, p.logits)
+
+
+def evaluate_classes(models, *args, **more):
+    """metrics.json and curves.json of predictions of classes."""
+    return evaluate_tables([as_table(model) for model in models], *args, **more)
 
 
 def simulate(n=160, groups=2, weaker=0.0, repeats=2, seed=0, temperature=1.0):
@@ -18,7 +37,7 @@ def simulate(n=160, groups=2, weaker=0.0, repeats=2, seed=0, temperature=1.0):
     patients = tuple(f"P{i:03d}" for i in range(n))
     sites = tuple("ABCDEFGH"[g] for g in group)
     fold = np.repeat(np.arange(n)[None] % 4, repeats, 0)
-    return Predictions(
+    return ClassPredictions(
         "m", ("n", "t"), patients, sites, labels, tuple(range(repeats)), prob, prob.argmax(2), fold, logits
     )
 

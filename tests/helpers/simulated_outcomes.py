@@ -6,9 +6,21 @@ import csv
 import io
 
 import numpy as np
-from slidemake.tasks.outcome_table import OutcomeTable
+from slidemake.tasks.base import Outcome, Predictions
+from slidemake.tasks.multilabel import MultilabelOutcome
+from slidemake.tasks.ordinal import OrdinalOutcome
+from slidemake.tasks.regression import RegressionOutcome
+from slidemake.tasks.survival import CoxOutcome
 
 NAMES = {"ordinal": ("a", "b", "c"), "multilabel": ("er", "pr"), "regression": (), "survival": ("2", "4", "8")}
+
+
+def outcome_of(kind: str, names=()) -> Outcome:
+    if kind == "ordinal":
+        return OrdinalOutcome(names)
+    if kind == "multilabel":
+        return MultilabelOutcome(names)
+    return CoxOutcome([float(name) for name in names]) if kind == "survival" else RegressionOutcome()
 
 
 def truth_of(kind, n, rng):
@@ -53,7 +65,8 @@ def table(kind, name="m", n=60, noise=0.15, repeats=2, seed=0, constant=False):
     sites = tuple(f"s{i % 4}" if i % 4 < 3 else "" for i in range(n))
     values, decisions = (np.stack([m[k] for m in made]) for k in (0, 1))
     people = tuple(f"P{i:03d}" for i in range(n))
-    return OutcomeTable(name, kind, NAMES[kind], people, sites, truth, tuple(range(repeats)), values, decisions, fold)
+    about = (name, outcome_of(kind, NAMES[kind]), people, sites, truth, tuple(range(repeats)))
+    return Predictions(*about, values, decisions, fold)
 
 
 def written(path, kind, made):

@@ -277,5 +277,5 @@ class Workshop:
 
     def _evaluate(self) -> None:
         with self._body("evaluate"):
-            found = read_predictions(self.results / "tasks/t/m/predictions_patients.csv", "m")
-            np.save(self.folder / "evaluated.npy", found.prob)
+            found = read_predictions(self.results / "tasks/t/m/predictions_patients.csv", "m", "binary")
+            np.save(self.folder / "evaluated.npy", found.values)

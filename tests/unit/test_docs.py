@@ -244,7 +244,7 @@ def columns(path: Path, *classes: str) -> set[str]:
 def task(results) -> Path:
     """A task of twelve patients with random features: splits, training, evaluation."""
     from slidemake.encoders.registry import identity
-    from slidemake.evaluation.evaluate_classes import evaluate
+    from slidemake.evaluation.evaluate import evaluate
     from slidemake.mil.bags import make_bags
     from slidemake.splits.make import make_splits, write_splits
     from slidemake.training.train import train_model
@@ -265,7 +265,7 @@ def task(results) -> Path:
     train_model({"label": "y"}, {"epochs": 2, "min_epochs": 1}, bags, splits, folder / "m", context)
     outputs = {name: folder / f"{name}.{end}" for name, end in (("metrics", "json"), ("curves", "json"))}
     predictions = folder / "m" / "predictions_patients.csv"
-    evaluate([predictions], ["m"], {"bootstrap": 100}, table=folder / "metrics.csv", **outputs)
+    evaluate([predictions], ["m"], "binary", {"bootstrap": 100}, table=folder / "metrics.csv", **outputs)
     return folder
 
 

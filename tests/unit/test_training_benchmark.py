@@ -11,8 +11,9 @@ import pytest
 from lifelines.utils import concordance_index
 from scipy.special import softmax
 from sklearn.metrics import roc_auc_score
-from slidemake.tasks.outcomes import ClassOutcome, OrdinalOutcome
-from slidemake.tasks.survival_outcome import CoxOutcome
+from slidemake.tasks.classes import ClassOutcome
+from slidemake.tasks.ordinal import OrdinalOutcome
+from slidemake.tasks.survival import CoxOutcome
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import classic_bags

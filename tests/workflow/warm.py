@@ -37,7 +37,7 @@ IMPORTED = (
     *(
         "slidemake.encoders.loading",
         "slidemake.explain.stage",
-        "slidemake.evaluation.evaluate_classes",
+        "slidemake.evaluation.evaluate",
         "slidemake.stores.tile_store",
     ),
     *(

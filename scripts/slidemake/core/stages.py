@@ -45,7 +45,7 @@ STAGES: dict[str, Stage] = {
         Stage("bags", 2),
         Stage("splits", 3),
         Stage("train", 11, "models"),
-        Stage("evaluate", 9, "evaluation", _EVALUATED),
+        Stage("evaluate", 10, "evaluation", _EVALUATED),
         Stage("compare", 2),
         Stage("background", 1, "background", None, "slides/{slide}/background_{where}.json"),
         Stage("stress", 3, "stress"),

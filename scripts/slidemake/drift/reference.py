@@ -24,7 +24,7 @@ from slidemake.core.spacing import thinned
 from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.evaluation.probabilities.conformal import conformal_limit, prediction_sets
 from slidemake.mil.bags import Bags
-from slidemake.tasks.outcomes import Outcome, number
+from slidemake.tasks.base import Outcome, number
 
 FORMAT, FORMAT_VERSION = "slidemake-reference", 2
 SKETCH = 128  # numbers that a patient's mean embedding is projected to

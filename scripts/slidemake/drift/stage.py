@@ -22,7 +22,7 @@ from slidemake.drift.reference import (
     slide_quality,
 )
 from slidemake.mil.bags import load_bags
-from slidemake.tasks.outcomes import Outcome
+from slidemake.tasks.base import Outcome
 from slidemake.tasks.registry import load_outcome
 
 COLUMNS = (

@@ -10,26 +10,14 @@ of the components, so the test applies as it stands. They are computed by mid-ra
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, rankdata
 
 from slidemake.statistics.bootstrap import percentile_interval
+from slidemake.tasks.base import Predictions
 from slidemake.tasks.controls import NOT_A_RIVAL, REFERENCE
-from slidemake.tasks.prediction_table import Predictions
-
-
-class Compared(Protocol):
-    """What is compared: predictions that know their model and the patients and truths that they are of."""
-
-    @property
-    def name(self) -> str: ...
-
-    def cohort(self) -> tuple[Any, ...]: ...
-
-
-M = TypeVar("M", bound=Compared)
 
 
 def structural_components(positive: np.ndarray, score: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
@@ -93,7 +81,7 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def pairs(models: Sequence[M], controls: Container[str]) -> list[tuple[M, M]]:
+def pairs(models: Sequence[Predictions], controls: Container[str]) -> list[tuple[Predictions, Predictions]]:
     """Which models are compared: each with every model named after it, with all controls, and controls with the
     reference."""
     own = [m for m in models if m.name not in controls]
@@ -107,10 +95,10 @@ def pairs(models: Sequence[M], controls: Container[str]) -> list[tuple[M, M]]:
     ]
 
 
-def paired(
-    a: Compared, b: Compared, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
+def compare(
+    a: Predictions, b: Predictions, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
 ) -> dict[str, Any]:
-    """Paired differences a - b of the pooled metrics, on the same resampled patients."""
+    """Paired differences a - b of the pooled metrics, on the same resampled patients; of classes with DeLong's test."""
     about: dict[str, Any] = {"model": a.name, "reference": b.name, "metrics": {}, "delong": None}
     if a.cohort() != b.cohort():
         return {**about, "reason": "the two models saw different patients"}
@@ -122,32 +110,24 @@ def paired(
         apart = draws[a.name][name] - draws[b.name][name]
         low, high = percentile_interval(apart, level)
         about["metrics"][name] = {"difference": one - two, "low": low, "high": high, "p": bootstrap_p(apart)}
-    return {**about, "reason": None}
-
-
-def compare(
-    a: Predictions, b: Predictions, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
-) -> dict[str, Any]:
-    """As `paired`, with DeLong's test of the AUROC."""
-    found = paired(a, b, values, draws, level)
-    return found if found["reason"] else {**found, "delong": _delong_of(a, b)}
+    return {**about, "delong": _delong_of(a, b) if a.outcome.tests_auroc else None, "reason": None}
 
 
 def _delong_of(a: Predictions, b: Predictions) -> dict[str, Any]:
     nothing = {"difference": None, "se": None, "z": None, "p": None}
-    positive = a.labels == 1
-    if len(a.classes) != 2:
+    positive = a.truth[:, 0] == 1
+    if len(a.names) != 2:
         return {**nothing, "reason": "more than two classes"}
     if positive.all() or not positive.any():
         return {**nothing, "reason": "one class only"}
-    if not (np.isfinite(a.prob).all() and np.isfinite(b.prob).all()):
+    if not (np.isfinite(a.values).all() and np.isfinite(b.values).all()):
         return {**nothing, "reason": "the repeats tested different patients"}
     found = delong(positive, a.ranks[..., 1], b.ranks[..., 1])
     reason = None if found["p"] is not None else "no variance: every positive ranks alike against the negatives"
     return {**found, "reason": reason}
 
 
-def adjust(comparisons: list[dict[str, Any]], metric: str = "auroc") -> None:
+def adjust(comparisons: list[dict[str, Any]], metric: str) -> None:
     """Add `p_holm` to every comparison that claims something: those with a null control claim nothing.
 
     Corrected together are the p-values of the metric, DeLong's where there is one, and the bootstrap's elsewhere.

@@ -18,14 +18,13 @@ from slidemake.core.bundle_place import check_external, trained_on
 from slidemake.core.failures import RunError
 from slidemake.core.tables import read_table
 from slidemake.core.words import some
-from slidemake.evaluation.evaluate_classes import evaluate_models
-from slidemake.evaluation.evaluate_outcomes import evaluate_tables
+from slidemake.evaluation.evaluate import evaluate_tables
 from slidemake.evaluation.files import write_metrics
 from slidemake.evaluation.subgroups import groups_of
-from slidemake.tasks.kinds import KINDS
+from slidemake.tasks.base import Predictions
 from slidemake.tasks.labels import LabelError, canonical, join_cells, label_columns, label_task
-from slidemake.tasks.outcome_table import OutcomeTable, parse_outcomes
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.prediction_table import parse_predictions
+from slidemake.tasks.registry import load_outcome
 
 
 def true_labels(
@@ -77,47 +76,25 @@ def _known_patients(
     return known
 
 
-def external_outcomes(
+def external_predictions(
     rows: Sequence[Mapping[str, str]], truth: Mapping[str, str], bundle: Mapping[str, Any]
-) -> OutcomeTable:
-    """As `external_predictions`, of bundles that predict no plain classes."""
+) -> Predictions:
+    """Rows of predictions/patients.csv as predictions of one repeat and one fold, for the patients of known outcome,
+    with the bundle's validation patients.
+
+    RunError when the bundle was trained on one of the patients, or no patient has a label.
+    """
     known = [
         {**row, "label": truth[row["patient_id"]], "repeat": "0", "fold": "0"}
         for row in _known_patients(rows, truth, bundle)
     ]
-    return parse_outcomes(known, str(bundle.get("model") or "bundle"), bundle["target"]["type"], "predictions")
-
-
-def external_predictions(
-    rows: Sequence[Mapping[str, str]], truth: Mapping[str, str], bundle: Mapping[str, Any]
-) -> Predictions:
-    """Rows of predictions/patients.csv as predictions of one repeat and one fold, for the patients of known outcome.
-
-    RunError when the bundle was trained on one of the patients, or no patient has a label.
-    """
-    classes = tuple(bundle.get("classes") or ())
-    known = _known_patients(rows, truth, bundle)
-    patients = tuple(row["patient_id"] for row in known)
-    prob = np.array([[float(row[f"prob_{name}"]) for name in classes] for row in known])
-    has_logits = all(row.get(f"logit_{name}") for row in known for name in classes)
-    logits = np.array([[float(row[f"logit_{name}"]) for name in classes] for row in known]) if has_logits else None
+    made = parse_predictions(known, str(bundle.get("model") or "bundle"), load_outcome(bundle), "predictions")
     kept = bundle["training"].get("validation") or {}
-    validation = None
-    if kept.get("labels"):
-        validation = {(0, 0): (np.array(kept["values"], float), np.array(kept["labels"], int))}
-    return Predictions(
-        str(bundle.get("model") or "bundle"),
-        classes,
-        patients,
-        tuple(row.get("site") or "" for row in known),
-        np.array([classes.index(truth[p]) for p in patients]),
-        (0,),
-        prob[None],
-        np.array([[classes.index(row["predicted"]) for row in known]]),
-        np.zeros((1, len(known)), int),
-        None if logits is None else logits[None],
-        validation,
-    )
+    if not kept.get("labels"):
+        return made
+    # one cohort of validation patients, whatever the fold that they were held out in: the bundle is the mean
+    labels = np.array(kept["labels"], float)
+    return replace(made, validation={(0, 0): (np.array(kept["values"], float), labels.reshape(len(labels), -1))})
 
 
 def evaluate_external(
@@ -134,21 +111,10 @@ def evaluate_external(
 
     `external` in metrics.json says which bundle, which column, and how many predicted patients had no label.
     """
-    rows, cohort, kind = read_table(predictions), read_table(slides), (bundle.get("target") or {}).get("type")
+    rows, cohort = read_table(predictions), read_table(slides)
     truth = true_labels(cohort, label_task(bundle, label), bundle.get("classes") or ())
-    groups = groups_of(cohort, options.get("subgroups"))
-    p: Predictions | OutcomeTable
-    if kind not in KINDS:
-        p = external_predictions(rows, truth, bundle)
-        result, points = evaluate_models([p], dict(options), None, groups, None)
-    else:
-        p = external_outcomes(rows, truth, bundle)
-        kept = bundle["training"].get("validation") or {}
-        if kept.get("labels"):
-            # one cohort of validation patients, whatever the fold that they were held out in: the bundle is the mean
-            labels = np.array(kept["labels"], float)
-            p = replace(p, validation={(0, 0): (np.array(kept["values"], float), labels.reshape(len(labels), -1))})
-        result, points = evaluate_tables([p], dict(options), None, groups, None)
+    p = external_predictions(rows, truth, bundle)
+    result, points = evaluate_tables([p], options, None, groups_of(cohort, options.get("subgroups")), None)
     result["external"] = {
         "bundle": bundle["fingerprint"],
         "model": p.name,

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from slidemake.core.csv_cells import write_rows
 from slidemake.core.failures import RunError
 from slidemake.core.files import file_sums, placed, write_json, write_text
 from slidemake.core.tables import read_table
 from slidemake.evaluation.subgroups import as_scopes
+from slidemake.tasks.base import Predictions
 from slidemake.tasks.controls import CONTROLS, REFERENCE
+from slidemake.tasks.prediction_table import read_predictions, read_validation
 
-FIGURES, OF_CLASSES = ("model", "metric", "scope", "value", "low", "high", "n", "positives"), ("prevalence",)
-
-
-class Named(Protocol):
-    """Predictions that know which model they are of."""
-
-    @property
-    def name(self) -> str: ...
-
-
-Table = TypeVar("Table", bound=Named)
+FIGURES, FACTS = ("model", "metric", "scope", "value", "low", "high", "n", "positives"), ("prevalence",)
 
 
 def read_models(
-    paths: Sequence[str | Path],
-    names: Sequence[str],
-    splits: str | Path | None,
-    read: Callable[[str | Path, str], Table],
-    read_validation: Callable[[str | Path, Table, dict[str, str]], Table],
-) -> list[Table]:
-    """The predictions of every model of a task. With splits.csv those of validation patients are read, too, but of
-    controls: only the linear one has conformal sets and can be chosen. RunError for paths and names that do not pair.
+    paths: Sequence[str | Path], names: Sequence[str], kind: str, splits: str | Path | None
+) -> list[Predictions]:
+    """The predictions of every model of a task of type `kind`. With splits.csv those of validation patients are read,
+    too, but of controls: only the linear one has conformal sets and can be chosen. RunError for paths and names that do
+    not pair.
     """
     if len(paths) != len(names):
         raise RunError(f"evaluate: {len(paths)} prediction files for {len(names)} model names")
-    tables = [read(path, name) for path, name in zip(paths, names, strict=True)]
+    tables = [read_predictions(path, name, kind) for path, name in zip(paths, names, strict=True)]
     if splits is None:
         return tables
     truth = {row["patient_id"]: row["label"] for row in read_table(splits)}
@@ -56,9 +45,10 @@ def _number(value: float | None) -> str:
 def metrics_table(result: Mapping[str, Any]) -> str:
     """metrics.csv, tidy: one row per model, scope and metric; an undefined figure is empty, with its reason.
 
-    result: the contents of metrics.json. Types other than classes have no column `prevalence`.
+    result: the contents of metrics.json. Only classes have a column `prevalence`.
     """
-    further, primary = ((), result["primary"]) if "type" in result else (OF_CLASSES, "auroc")
+    primary, scopes = result["primary"], next(iter(result["models"].values()))["scopes"]
+    further = [name for name in FACTS if name in scopes["pooled"]]
     text, rows = io.StringIO(), [(*FIGURES, *further, "reason")]
     for model, entry in result["models"].items():
         for scope, body in {**entry["scopes"], **as_scopes(entry["subgroups"])}.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from slidemake.evaluation.probabilities.calibration import bins_for, mean_over_repeats
-from slidemake.evaluation.subgroups import by_group, too_small
+from slidemake.evaluation.subgroups import by_group
 from slidemake.statistics.bootstrap import (
     UNDEFINED_ONCE,
     bootstrap_weights,
@@ -15,172 +15,151 @@ from slidemake.statistics.bootstrap import (
     scope_seed,
     with_intervals,
 )
-from slidemake.statistics.class_metrics import LOWER_IS_BETTER, METRICS, metrics_over, why_undefined
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.base import Figures, Predictions
 
 MIN_SITE = 5  # patients below which a site gets no figures of its own
 
 
-def measured(
-    labels: np.ndarray,
-    prob: np.ndarray,
-    ranks: np.ndarray,
-    predicted: np.ndarray | None,
-    options: dict[str, Any],
-    weights: np.ndarray | None = None,
-    size: int | None = None,
-) -> dict[str, np.ndarray]:
-    """`metrics_over` with the options of the evaluation; size: patients that count, where weights leave some out."""
-    bins = bins_for(len(labels) if size is None else size, options["ece_bins"])
-    return metrics_over(labels, prob, predicted, bins, weights, options["specificity"], ranks)
+class Subset(NamedTuple):
+    """Figures over some patients: draws of the mean over repeats {metric: (B,)}, entries of the repeats, and of the
+    mean."""
+
+    draws: Figures
+    repeats: dict[str, Any]
+    entry: dict[str, Any]
 
 
 class Draws:
     """Bootstrap weights per scope and set of patients, made once and shared by all models."""
 
-    def __init__(self, options: dict[str, Any]):
+    def __init__(self, options: Mapping[str, Any]):
         self.options = options
         self._kept: dict[tuple, np.ndarray] = {}
         self.redrawn: dict[str, int] = {}
 
-    def weights(self, scope: str, patients: tuple[str, ...], labels: np.ndarray) -> np.ndarray:
-        key = (scope, patients, tuple(int(v) for v in labels))
+    def weights(self, scope: str, table: Predictions, chosen: np.ndarray) -> np.ndarray:
+        strata = table.outcome.strata(table.truth[chosen])
+        key = (scope, tuple(table.patients[i] for i in chosen), tuple(strata.tolist()))
         if key not in self._kept:
             seed = scope_seed(self.options["seed"], scope)
-            found = bootstrap_weights(labels, self.options["bootstrap"], seed, self.options["stratify"])
+            found = bootstrap_weights(strata, self.options["bootstrap"], seed, self.options["stratify"])
             self._kept[key] = found[0]
             self.redrawn[scope] = self.redrawn.get(scope, 0) + found[1]
         return self._kept[key]
 
 
 def figures_of(
-    values: dict[str, np.ndarray],
-    draws: dict[str, np.ndarray],
-    labels: np.ndarray,
-    classes: tuple[str, ...],
-    level: float,
+    values: Figures, resampled: Figures, table: Predictions, repeat: int, chosen: np.ndarray, level: float
 ) -> dict[str, dict[str, Any]]:
     """{metric: {value, low, high, reason}} of point values (1,) and draws (B,)."""
-    return with_intervals(
-        values, draws, level, lambda name: why_undefined(name, labels, list(classes)) or UNDEFINED_ONCE
-    )
+    outcome = table.outcome
+
+    def why(name: str) -> str:
+        return f"{outcome.undefined}{outcome.why(name, table, repeat, chosen) or UNDEFINED_ONCE}"
+
+    return with_intervals(values, resampled, level, why)
 
 
-def scope_entry(labels: np.ndarray, classes: tuple[str, ...], metrics: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A scope's entry: patients, positives, prevalence (what AUPRC is without skill), metrics or why there are none."""
-    counts = np.bincount(labels, minlength=len(classes))
-    positives = int(counts[1]) if len(classes) == 2 else None
-    share = counts[1] / max(1, len(labels)) if len(classes) == 2 else (counts / max(1, len(labels))).mean()
-    about = {"n": len(labels), "positives": positives, "prevalence": float(share), "reason": None}
-    return {**about, "metrics": metrics, **more}
+def scope_entry(
+    table: Predictions, chosen: np.ndarray, metrics: dict[str, Any], reason: str | None = None
+) -> dict[str, Any]:
+    """A scope's entry: patients, positives, what else is said of them, metrics or why there are none."""
+    truth = table.truth[chosen]
+    about = {"n": len(chosen), "positives": table.outcome.positives(truth), "reason": reason}
+    return {**about, **table.outcome.facts(truth), "metrics": metrics}
 
 
-def subset_scopes(p: Predictions, index: np.ndarray, scope: str, draws: Draws) -> tuple[dict, dict, dict[str, Any]]:
-    """Scope `scope` over the patients `index` (m,): mean over repeats.
-
-    Returns the draws of the mean {metric: (B,)}, the figures per repeat, and the scope's entry.
-    """
-    options, labels = draws.options, p.labels[index]
-    weights = draws.weights(scope, tuple(p.patients[i] for i in index), labels)
-    points, resampled, single = [], [], {}
-    for r, repeat in enumerate(p.repeats):
-        known = np.isfinite(p.prob[r, index, 0])
+def subset_scopes(table: Predictions, chosen: np.ndarray, scope: str, draws: Draws) -> Subset:
+    """Scope `scope` over the patients `chosen` (m,)."""
+    outcome, options = table.outcome, draws.options
+    weights = draws.weights(scope, table, chosen)
+    points, resampled, single, at = [], [], {}, 0
+    for r, repeat in enumerate(table.repeats):
+        known = table.known(r)[chosen]
         if not known.any():
             continue
-        part = index[known]
-        of_repeat = (p.labels[part], p.prob[r, part], p.ranks[r, part], p.predicted[r, part], options)
-        points.append(measured(*of_repeat))
-        resampled.append(measured(*of_repeat, weights[:, known]))
-        figures = figures_of(points[-1], resampled[-1], p.labels[part], p.classes, options["level"])
-        single[f"repeat:{repeat}"] = scope_entry(p.labels[part], p.classes, figures)
-    mean_draws = mean_over(resampled)
-    figures = figures_of(mean_over(points), mean_draws, labels, p.classes, options["level"])
-    bins = bins_for(len(index), options["ece_bins"])
-    return mean_draws, single, scope_entry(labels, p.classes, figures, repeats=len(points), ece_bins=bins)
+        part, at = chosen[known], r
+        points.append(outcome.over(table, r, part, None, options))
+        resampled.append(outcome.over(table, r, part, weights[:, known], options))
+        figures = figures_of(points[-1], resampled[-1], table, r, part, options["level"])
+        single[f"repeat:{repeat}"] = scope_entry(table, part, figures)
+    mean, inside = mean_over(resampled), chosen[table.known(at)[chosen]]
+    figures = figures_of(mean_over(points), mean, table, at, inside, options["level"])
+    entry = scope_entry(table, chosen, figures)
+    return Subset(mean, single, {**entry, "repeats": len(points), **outcome.about_subset(len(chosen), options)})
 
 
-def fold_scopes(p: Predictions, draws: Draws) -> dict[str, Any]:
-    scopes = {}
-    for r, repeat in enumerate(p.repeats):
-        for fold in sorted(set(p.fold[r].tolist()) - {-1}):
-            inside = np.flatnonzero(p.fold[r] == fold)
-            labels, name = p.labels[inside], f"fold:{repeat}/{fold}"
-            weights = draws.weights(name, tuple(p.patients[i] for i in inside), labels)
-            of_fold = (labels, p.prob[r, inside], p.ranks[r, inside], p.predicted[r, inside], draws.options)
-            values, resampled = measured(*of_fold), measured(*of_fold, weights)
-            figures = figures_of(values, resampled, labels, p.classes, draws.options["level"])
-            scopes[name] = scope_entry(labels, p.classes, figures)
+def ensemble_scope(table: Predictions, draws: Draws) -> dict[str, Any]:
+    """Figures of the prediction averaged over repeats."""
+    everyone, outcome = np.arange(len(table.patients)), table.outcome
+    weights = draws.weights("pooled", table, everyone)
+    values = outcome.of_ensemble(table, None, draws.options)
+    resampled = outcome.of_ensemble(table, weights, draws.options)
+    figures = figures_of(values, resampled, table.mean(), 0, everyone, draws.options["level"])
+    return scope_entry(table, everyone, figures)
+
+
+def fold_scopes(table: Predictions, draws: Draws) -> dict[str, Any]:
+    outcome, scopes = table.outcome, {}
+    for r, repeat in enumerate(table.repeats):
+        for fold in sorted(set(table.fold[r].tolist()) - {-1}):
+            inside, name = np.flatnonzero(table.fold[r] == fold), f"fold:{repeat}/{fold}"
+            weights = draws.weights(name, table, inside)
+            values = outcome.over(table, r, inside, None, draws.options)
+            resampled = outcome.over(table, r, inside, weights, draws.options)
+            figures = figures_of(values, resampled, table, r, inside, draws.options["level"])
+            scopes[name] = scope_entry(table, inside, figures)
     return scopes
 
 
-def site_scopes(p: Predictions, draws: Draws) -> dict[str, Any]:
-    scopes, sites = {}, np.array(p.sites)
-    for site in sorted(set(p.sites) - {""}):
-        chosen = sites == site
-        labels = p.labels[chosen]
-        counts = np.bincount(labels, minlength=len(p.classes))
-        reason = None
-        if len(labels) < MIN_SITE:
-            reason = f"{len(labels)} patients; figures need at least {MIN_SITE}"
-        elif (counts > 0).sum() < len(p.classes):
-            absent = [name for name, count in zip(p.classes, counts, strict=True) if not count]
-            reason = f"no patient of class {', '.join(absent)} among {len(labels)}"
+def site_scopes(table: Predictions, draws: Draws) -> dict[str, Any]:
+    scopes, sites = {}, np.array(table.sites)
+    for site in sorted(set(table.sites) - {""}):
+        chosen, reason = np.flatnonzero(sites == site), None
+        if len(chosen) < MIN_SITE:
+            reason = f"{len(chosen)} patients; figures need at least {MIN_SITE}"
+        reason = reason or table.outcome.why_no_figures(table.truth[chosen])
         if reason:
-            scopes[f"site:{site}"] = scope_entry(labels, p.classes, {}) | {"reason": reason}
+            scopes[f"site:{site}"] = scope_entry(table, chosen, {}, reason)
         else:
-            scopes[f"site:{site}"] = subset_scopes(p, np.flatnonzero(chosen), f"site:{site}", draws)[2]
+            scopes[f"site:{site}"] = subset_scopes(table, chosen, f"site:{site}", draws).entry
     return scopes
 
 
-def group_scopes(p: Predictions, column: str, values: dict[str, str], draws: Draws) -> dict[str, Any]:
+def group_scopes(table: Predictions, column: str, values: Mapping[str, str], draws: Draws) -> dict[str, Any]:
     """Groups of a column of the sheet: their scopes, or why a group has none, and the gap between them."""
+    outcome, options = table.outcome, draws.options
 
-    def look(group: str, chosen: np.ndarray) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
-        labels = p.labels[chosen]
-        if reason := too_small(labels, p.classes, draws.options):
-            return None, scope_entry(labels, p.classes, {}) | {"reason": reason}
-        found, _, entry = subset_scopes(p, chosen, f"group:{column}={group}", draws)
-        return found, entry
+    def look(group: str, chosen: np.ndarray) -> tuple[Figures | None, dict[str, Any]]:
+        if reason := outcome.too_small(table.truth[chosen], options):
+            return None, scope_entry(table, chosen, {}, reason)
+        found = subset_scopes(table, chosen, f"group:{column}={group}", draws)
+        return found.draws, found.entry
 
-    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
-        of_repeats = []
-        for r in range(len(p.repeats)):
-            known = np.isfinite(p.prob[r, :, 0])
-            of_repeat = (p.labels[known], p.prob[r, known], p.ranks[r, known], p.predicted[r, known], draws.options)
-            size = round(weights[0].sum())  # bins are those of a group, not of all its patients
-            of_repeats.append(measured(*of_repeat, weights[:, known], size))
-        return mean_over(of_repeats)
+    def measure(weights: np.ndarray) -> Figures:
+        size = round(weights[0].sum())  # bins are those of a group, not of all its patients
+        known = [(r, np.flatnonzero(table.known(r))) for r in range(len(table.repeats))]
+        return mean_over([outcome.over(table, r, part, weights[:, part], options, size) for r, part in known])
 
-    return by_group(p.patients, values, look, p.labels, measure, LOWER_IS_BETTER.__contains__, draws.options)
+    strata = outcome.strata(table.truth)
+    return by_group(table.patients, values, look, strata, measure, outcome.less_is_better, options)
 
 
-def ensemble_scope(p: Predictions, draws: Draws) -> dict[str, Any]:
-    weights = draws.weights("pooled", p.patients, p.labels)
-    of_mean = (p.labels, mean_over_repeats(p.prob), mean_over_repeats(p.ranks), None, draws.options)
-    values, resampled = measured(*of_mean), measured(*of_mean, weights)
-    figures = figures_of(values, resampled, p.labels, p.classes, draws.options["level"])
-    return scope_entry(p.labels, p.classes, figures)
-
-
-def spread(scopes: dict[str, Any], prefix: str, test_to_train: float | None = None) -> dict[str, Any]:
+def spread(scopes: Mapping[str, Any], prefix: str, test_to_train: float | None = None) -> dict[str, Any]:
     """Mean, sd, extremes of each metric over the scopes that start with `prefix`; undefined ones are left out.
 
     `se_corrected` is the standard error of the mean after Nadeau and Bengio 2003: folds share training patients, so the
     plain sd / sqrt(J) is too small; sd * sqrt(1/J + n_test/n_train).
     """
+    entries = [scope["metrics"] for name, scope in scopes.items() if name.startswith(prefix)]
     found = {}
-    for metric in METRICS:
-        entries = [scope["metrics"].get(metric) for name, scope in scopes.items() if name.startswith(prefix)]
-        values = np.array([e["value"] for e in entries if e and e["value"] is not None])
+    for metric in entries[0] if entries else ():
+        values = np.array([e[metric]["value"] for e in entries if e[metric]["value"] is not None])
         if not len(values):
             continue
         sd = float(values.std(ddof=1)) if len(values) > 1 else None
-        row: dict[str, Any] = {
-            "mean": float(values.mean()),
-            "sd": sd,
-            "min": float(values.min()),
-            "max": float(values.max()),
-        }
+        row: dict[str, Any] = {"mean": float(values.mean()), "sd": sd}
+        row |= {"min": float(values.min()), "max": float(values.max())}
         row |= {"n": len(values), "undefined": len(entries) - len(values)}
         if test_to_train is not None and sd is not None:
             row["se_corrected"] = sd * float(np.sqrt(1 / len(values) + test_to_train))

@@ -16,7 +16,6 @@ import numpy as np
 
 from slidemake.core.failures import RunError
 from slidemake.statistics.bootstrap import percentile_interval
-from slidemake.statistics.sizes import too_few
 
 USUAL = ("site", "scanner", "stain")  # columns looked at where none are named
 PARTS = 3  # equal parts of a column of numbers
@@ -59,19 +58,6 @@ def _thirds(numbers: dict[str, float], everyone: Iterable[str]) -> dict[str, str
     names.append(f"above {cuts[-1]:.4g}")
     placed = {p: names[int(np.searchsorted(cuts, value, side="left"))] for p, value in numbers.items()}
     return {p: placed.get(p, "") for p in everyone}
-
-
-def too_small(labels: np.ndarray, classes: Sequence[str], options: Mapping[str, Any]) -> str | None:
-    """Why a group gets no figures, or None: enough patients, and enough of each class."""
-    if reason := too_few(len(labels), options):
-        return reason
-    counts = np.bincount(labels, minlength=len(classes))
-    few = [
-        f"{count} of class {name}"
-        for name, count in zip(classes, counts, strict=True)
-        if count < options["subgroup_class"]
-    ]
-    return f"{', '.join(few)}; {options['subgroup_class']} of each are needed" if few else None
 
 
 Measure = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # weights (B, n) of the patients -> {metric: (B,)}

@@ -1,92 +1,20 @@
-"""What the figures allow one to say, in plain language, and whether the label follows the site."""
+"""What the figures allow one to say, in plain language, about tasks of all types."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from slidemake.core.words import contamination_warning
-from slidemake.statistics.association import association_test
-from slidemake.statistics.class_metrics import auroc
-from slidemake.tasks.controls import CHANCE, CONTROLS, INSTANCE_LINEAR, REFERENCE, SHUFFLED, SITE_ONLY
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.evaluation.result import interval, pooled, rivals_of, say
+from slidemake.evaluation.survival_words import about_survival
+from slidemake.tasks.base import Outcome
+from slidemake.tasks.controls import CHANCE, INSTANCE_LINEAR, REFERENCE, SHUFFLED, SITE_ONLY
 
 SITES_KEPT = ("leave_one_site_out", "site_preserved")  # splits in which a tested site was never trained on
 ASSESSED = 50  # patients below which a test of calibration finds next to nothing
 NARROW = 0.2  # an interval that is wider says too little to call a control right
-SMALL = 20  # patients of the rarer class below which one patient moves the AUROC by more than its rounding
 GAP = 0.1  # pooled minus within-site AUROC worth a warning
-
-
-def _mean_auroc(p: Predictions, inside: np.ndarray) -> float | None:
-    """AUROC among the patients `inside`, mean over repeats; None when a repeat has one class only."""
-    values = [auroc(p.labels[inside] == 1, p.ranks[r, inside, 1]) for r in range(len(p.repeats))]
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if len(known) == len(values) else None
-
-
-def within_site_auroc(p: Predictions) -> dict[str, Any] | None:
-    """AUROC inside sites, weighted by the sites' patients, mean over repeats, beside the pooled AUROC.
-
-    Comparing only patients of one site removes what the site gives away: a gap means that part of the pooled figure
-    comes from differences between sites. Two classes only; None when no site has both.
-    """
-    if len(p.classes) != 2:
-        return None
-    sites, found, patients = np.array(p.sites), [], 0
-    for site in sorted(set(p.sites) - {""}):
-        inside = sites == site
-        value = _mean_auroc(p, inside)
-        if value is not None:
-            found.append((int(inside.sum()), value))
-            patients += int(inside.sum())
-    if not found:
-        return None
-    within = sum(n * value for n, value in found) / patients
-    pooled = _mean_auroc(p, np.ones(len(p.patients), bool))
-    return {"within": within, "pooled": within if pooled is None else pooled, "sites": len(found), "patients": patients}
-
-
-def confounding(models: list[Predictions], entries: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Does the label follow the site, and do the models profit from it?"""
-    first = models[0]
-    named = np.array([bool(site) for site in first.sites])
-    sites = [site for site in first.sites if site]
-    association = association_test(first.labels[named], sites, seed) if sites else None
-    table = {
-        site: np.bincount(first.labels[[s == site for s in first.sites]], minlength=len(first.classes)).tolist()
-        for site in sorted(set(sites))
-    }
-    within = {m.name: within_site_auroc(m) for m in models if m.name not in CONTROLS or m.name == REFERENCE}
-    return {"sites": table, "association": association, "within_site": within}
-
-
-def interval(m: dict[str, Any], value: str = "value") -> str:
-    if m["low"] is None:
-        return f"{m[value]:.2f}"
-    return f"{m[value]:.2f} ({m['low']:.2f} to {m['high']:.2f})"
-
-
-def say(level: str, code: str, text: str) -> dict[str, str]:
-    return {"level": level, "code": code, "text": text}
-
-
-def _about_size(result: dict[str, Any]) -> list[dict[str, str]]:
-    counts = result["class_counts"]
-    rarest = min(counts, key=lambda name: counts[name])
-    n, events = result["patients"], counts[rarest]
-    if events == 0:
-        text = f"No patient is labelled {rarest}: nothing that compares classes can be computed."
-        return [say("warning", "one_class", text)]
-    if events >= SMALL:
-        return []
-    text = (
-        f"Small sample: {n} patients, {events} of them {rarest}. One patient of this class ranked differently moves "
-        f"the AUROC by up to {1 / events:.2f}; read the intervals, not the figures, and confirm on another cohort."
-    )
-    return [say("warning", "small_sample", text)]
 
 
 def against_controls(
@@ -139,24 +67,6 @@ def against_controls(
     return [say("good", "better_than_controls", f"{text}, which excludes 0: better than {which} in this cohort.")]
 
 
-def rivals_of(name: str, result: dict[str, Any], metric: str) -> dict[str, Any]:
-    """{control: comparison in a metric} of a model with the controls that could have worked."""
-    return {
-        c["reference"]: {**c["metrics"][metric], "p_holm": c.get("p_holm")}
-        for c in result["comparisons"]
-        if c["model"] == name
-        and c["reference"] != SHUFFLED
-        and result["models"][c["reference"]]["control"]  # not another model of the task
-        and (c["metrics"] or {}).get(metric, {}).get("low") is not None
-    }
-
-
-def pooled(result: dict[str, Any], name: str, metric: str) -> dict[str, Any] | None:
-    """The figure of a model over all patients; None where it was not trained or has no such metric."""
-    entry = result["models"].get(name)
-    return entry["scopes"]["pooled"]["metrics"].get(metric) if entry else None
-
-
 def beats_controls(name: str, result: dict[str, Any], metric: str, title: str) -> list[dict[str, str]]:
     """`against_controls` of a model of the task in a metric."""
     found = pooled(result, name, metric)
@@ -183,12 +93,10 @@ def about_intervals(result: dict[str, Any]) -> list[dict[str, str]]:
     return [say("note", "intervals", text + "is the spread over repeats.")]
 
 
-def _about_auroc(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
-    said = beats_controls(name, result, "auroc", "AUROC")
-    if (
-        result["models"][name]["scopes"]["pooled"]["metrics"]["auroc"]["value"] == 1
-        and said[0]["code"] != "no_comparison"
-    ):
+def _about_model(name: str, result: dict[str, Any], outcome: Outcome) -> list[dict[str, str]]:
+    said = beats_controls(name, result, outcome.primary, outcome.title(outcome.primary))
+    found = pooled(result, name, outcome.primary)
+    if outcome.tests_auroc and found and found["value"] == 1 and said[0]["code"] != "no_comparison":
         text = f"{name} ranks every patient correctly; resampling cannot show errors that this sample lacks, so the "
         said.append(say("note", "perfect", text + "width of its interval means nothing."))
     return said
@@ -222,27 +130,29 @@ def about_sites_split(method: str | None) -> tuple[str, str]:
     return "warning", "A model can score by recognising the laboratory: use leave-one-site-out splits."
 
 
-def _about_sites(result: dict[str, Any]) -> list[dict[str, str]]:
+def _about_sites(result: dict[str, Any], outcome: Outcome) -> list[dict[str, str]]:
     said, known = [], result["confounding"]
-    site = pooled(result, SITE_ONLY, "auroc")
-    association = known["association"]
-    predictive = bool(site and site["low"] is not None and site["low"] > 0.5)
+    site, association = pooled(result, SITE_ONLY, result["check"]), known["association"]
+    predictive = bool(site and site["low"] is not None and site["low"] > result["chance"])
+    label = "The label" if not association or "label" not in association else f"The label {association['label']}"
+    if association:
+        measured = f"Cramér's V {association['cramers_v']:.2f}, permutation p {association['p']:.2g}"
     if predictive or (association and association["p"] < 0.05):
         text = "The label follows the site"
         if association:
-            text += f" (Cramér's V {association['cramers_v']:.2f}, permutation p {association['p']:.2g})"
+            text = f"{label} follows the site ({measured})"
         if site and predictive:
-            text += f"; the site alone predicts it with AUROC {interval(site)}"
+            text += f"; the site alone predicts it with {outcome.title(result['check'])} {interval(site)}"
         level, advice = about_sites_split(result.get("split"))
         said.append(say(level, "site_predicts_label", f"{text}. {advice}"))
     elif association:
-        text = f"Label and site are not shown to be associated (Cramér's V {association['cramers_v']:.2f}, "
-        said.append(say("note", "site_balanced", text + f"permutation p {association['p']:.2g})."))
+        text = f"Label and site are not shown to be associated ({measured})."
+        said.append(say("note", "site_balanced", text))
     for name, figures in known["within_site"].items():
         if figures and figures["pooled"] - figures["within"] > GAP:
-            text = f"{name}: AUROC is {figures['pooled']:.2f} over all patients but {figures['within']:.2f} between "
-            text += "patients of one site: part of it comes from differences between sites."
-            said.append(say("warning", "between_sites", text))
+            text = f"{name}: {outcome.title(outcome.primary)} is {figures['pooled']:.2f} over all patients but "
+            text += f"{figures['within']:.2f} between patients of one site: part of it comes from differences between "
+            said.append(say("warning", "between_sites", f"{text}sites."))
     return said
 
 
@@ -260,11 +170,10 @@ def about_calibration(name: str, calibration: dict[str, Any]) -> list[dict[str, 
     return [say("note", "calibration", f"{text}: no evidence against calibration.")]
 
 
-def about_groups(
-    name: str, result: dict[str, Any], metric: str = "auroc", title: str = "AUROC"
-) -> list[dict[str, str]]:
-    """Columns whose groups differ in a metric by more than chance makes them, and groups too small to be judged."""
-    said = []
+def about_groups(name: str, result: dict[str, Any], outcome: Outcome) -> list[dict[str, str]]:
+    """Columns whose groups differ in the primary metric by more than chance makes them, and groups too small to be
+    judged."""
+    said, metric, title = [], outcome.primary, outcome.title(outcome.primary)
     for column, found in result["models"][name]["subgroups"].items():
         small = {group: entry["n"] for group, entry in found["groups"].items() if entry["reason"]}
         if small:
@@ -288,7 +197,7 @@ def about_groups(
 
 def _about_coverage(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     """Sites where conformal sets hold the truth less often than promised."""
-    sets = result["models"][name]["conformal"]
+    sets = result["models"][name].get("conformal")
     if not sets or not sets["pooled"]:
         return []
     promise = 1 - sets["alpha"]
@@ -303,18 +212,41 @@ def _about_coverage(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     return [say("warning", "coverage", f"{text}{', '.join(short)}: do not rely on its certainty there.")]
 
 
-def verdict(result: dict[str, Any]) -> list[dict[str, str]]:
+def _of_classes(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    return about_calibration(name, result["models"][name]["calibration"])
+
+
+def _of_labels(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    """Several labels: those whose probabilities are off, or that none is shown to be."""
+    labels = result["models"][name]["labels"].items()
+    said = [line for label, part in labels for line in about_calibration(f"{name}, {label}", part["calibration"])]
+    off = [line for line in said if line["level"] == "warning"]
+    if said and not off:
+        return [say("note", "calibration", f"{name}: no evidence against the calibration of any label.")]
+    return off
+
+
+def _of_number(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
+    return []
+
+
+OF_FORM = {"classes": _of_classes, "labels": _of_labels, "number": _of_number, "curve": about_survival}
+
+
+def verdict(result: dict[str, Any], outcome: Outcome) -> list[dict[str, str]]:
     """Findings as {level: good | note | warning, code, text}, most general first."""
-    said = _about_size(result)
+    small = outcome.small_sample(result["patients"], result["class_counts"], result["few"][0])
+    said = [say("warning", *small)] if small else []
     for encoder, corpora in result["contamination"].items():
         text = contamination_warning(encoder, corpora)
         said.append(say("warning", "contaminated", f"{text[0].upper()}{text[1:]}."))
     names = [name for name, entry in result["models"].items() if not entry["control"]]
     names = names or [name for name in result["models"] if name == REFERENCE]
     for name in names:
-        said += _about_auroc(name, result)
-    said += about_shuffled(result, "auroc", "AUROC", 0.5) + _about_sites(result)
+        said += _about_model(name, result, outcome)
+    said += about_shuffled(result, result["check"], outcome.title(result["check"]), result["chance"])
+    said += _about_sites(result, outcome)
     for name in names:
-        said += about_calibration(name, result["models"][name]["calibration"])
-        said += about_groups(name, result) + _about_coverage(name, result)
+        said += OF_FORM[outcome.form](name, result)
+        said += about_groups(name, result, outcome) + _about_coverage(name, result)
     return said + about_intervals(result)

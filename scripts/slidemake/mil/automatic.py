@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.tasks.outcomes import NO_SKILL, Outcome
-from slidemake.tasks.survival_outcome import SurvivalOutcome
+from slidemake.tasks.base import NO_SKILL, Outcome
+from slidemake.tasks.survival import SurvivalOutcome
 
 LEAST = 0.02
 

@@ -36,7 +36,7 @@ from slidemake.mil.aggregators import AGGREGATORS, Aggregator, build_aggregator,
 from slidemake.mil.automatic import Part
 from slidemake.mil.bags import same_encoder, stain_identity
 from slidemake.mil.bundle_checks import check_bundle
-from slidemake.tasks.outcomes import Outcome, Threshold
+from slidemake.tasks.base import Outcome, Threshold
 from slidemake.tasks.registry import load_outcome
 
 FORMAT, FORMAT_VERSION = "slidemake-bundle", 1

@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slidemake.statistics.survival import RiskSets, time_bins
-from slidemake.tasks.outcomes import ClassOutcome, MultilabelOutcome, OrdinalOutcome, Outcome, RegressionOutcome
-from slidemake.tasks.survival_outcome import CoxOutcome, DiscreteOutcome
+from slidemake.tasks.base import Outcome
+from slidemake.tasks.classes import ClassOutcome
+from slidemake.tasks.multilabel import MultilabelOutcome
+from slidemake.tasks.ordinal import OrdinalOutcome
+from slidemake.tasks.regression import RegressionOutcome
+from slidemake.tasks.survival import CoxOutcome, DiscreteOutcome
 
 
 class Objective(Protocol):

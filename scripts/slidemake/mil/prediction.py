@@ -11,7 +11,7 @@ import numpy as np
 from slidemake.core.failures import RunError
 from slidemake.mil.bags import Bags, load_bags, open_embeddings
 from slidemake.mil.bundle import Bundle, check_features, load_bundle, predict
-from slidemake.tasks.outcomes import Outcome, Threshold
+from slidemake.tasks.base import Outcome, Threshold
 
 
 def prediction_columns(outcome: Outcome, level: str) -> list[str]:

@@ -22,28 +22,14 @@ from slidemake.jobs.racks import read_manifests
 from slidemake.report import figures
 from slidemake.report.comparison import comparison_section
 from slidemake.report.drift import drift_section
-from slidemake.report.outcome_task import TITLES, outcome_section
 from slidemake.report.pictures import stain_sentences
 from slidemake.report.stress import stress_section
-from slidemake.report.task import evaluation_section
+from slidemake.report.task import measured_section
 from slidemake.report.timeline import timeline_section
 from slidemake.tasks.controls import SHUFFLED
 
 TEMPLATES = Path(__file__).parent / "templates"
 ALIKE = 3  # lines of a verdict of one kind that are all shown
-METRIC_TITLES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "mcc": "MCC",
-    "kappa": "kappa",
-    "sensitivity_at_specificity": "sensitivity at {specificity:.0%} specificity",
-    "brier": "Brier",
-    "ece": "ECE",
-}
 
 
 def picture(path: str | Path) -> str | None:
@@ -122,12 +108,6 @@ def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[d
     return cards
 
 
-def titles(metrics: dict[str, Any], pooled: dict[str, Any]) -> dict[str, str]:
-    """{metric: head of its column}; AUPRC says what it would be without skill."""
-    found = {k: v.format(**metrics["options"]) for k, v in METRIC_TITLES.items() if k in pooled["metrics"]}
-    return found | {"auprc": f"AUPRC (prevalence {pooled['prevalence']:.2f})"}
-
-
 def task_section(
     results: Path, task: str, models: list[str], explained: str | None, slides: set[str], compared: bool = False
 ) -> dict[str, Any]:
@@ -138,7 +118,6 @@ def task_section(
     folder = results / "tasks" / task
     metrics, curves = read_json(folder / "metrics.json"), read_json(folder / "curves.json")
     splits = read_json_if_whole(folder / "splits.json") or {}
-    binary = metrics.get("positive") is not None
     main = models[0]
     scopes = metrics["models"][main]["scopes"]
     common = {
@@ -155,28 +134,7 @@ def task_section(
         "stain": read_json_if_whole(folder / "stain.json") if compared else None,
         "shortcuts": {path.stem: read_json(path) for path in sorted((folder / "shortcuts").glob("*.json"))},
     }
-    if metrics.get("type") in TITLES:
-        return {**common, **outcome_section(folder, metrics, curves, splits, main)}
-    pictures = [("Discrimination of every model and control", figures.forest(metrics), "wide")]
-    if binary:
-        pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics), ""))
-        pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics), ""))
-        patients = read_table(folder / main / "predictions_patients.csv")
-        pictures.append(("Predictions by site and truth", figures.scores(patients, metrics["positive"], main), ""))
-    learning = folder / main / "curves.csv"
-    if learning.exists() and (trained := figures.training(read_table(learning), main)):
-        pictures.append(("Training", trained, ""))
-    return {
-        **common,
-        "titles": titles(metrics, scopes["pooled"]),
-        "headline": ["auroc", "auprc", "balanced_accuracy", "brier"],
-        "positives": "positive",
-        "quantity": "probability",
-        "pictures": pictures,
-        "evaluation": evaluation_section(metrics, splits, main),
-        "tables": [],
-        "undefined": [],
-    }
+    return {**common, **measured_section(folder, metrics, curves, splits, main)}
 
 
 def training_section(folder: Path, models: list[str]) -> list[dict[str, str]]:
@@ -198,22 +156,8 @@ def external_section(folder: Path) -> dict[str, Any] | None:
     main = metrics["external"]["model"]
     scopes, curves = metrics["models"][main]["scopes"], read_json(folder / "curves.json")
     sites = {name.removeprefix("site:"): s for name, s in scopes.items() if name.startswith("site:")}
-    if metrics.get("type") in TITLES:
-        return {"metrics": metrics, "main": main, "sites": sites, **outcome_section(folder, metrics, curves, {}, main)}
-    pictures = []
-    if metrics["positive"] is not None:
-        pictures.append(("Receiver operating characteristic", figures.roc(curves, metrics), ""))
-        pictures.append(("Precision and recall (dotted: prevalence)", figures.precision_recall(curves, metrics), ""))
-    return {
-        "metrics": metrics,
-        "main": main,
-        "titles": titles(metrics, scopes["pooled"]),
-        "pictures": pictures,
-        "sites": sites,
-        "evaluation": evaluation_section(metrics, {}, main),
-        "tables": [],
-        "undefined": [],
-    }
+    body = measured_section(folder, metrics, curves, {}, main)
+    return {"metrics": metrics, "main": main, "sites": sites, **body}
 
 
 def explanations(results: Path, task: str, model: str, wanted: set[str], limit: int = 60) -> dict[str, Any]:

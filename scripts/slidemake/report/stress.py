@@ -8,7 +8,7 @@ from typing import Any
 from slidemake.core.files import read_json_if_whole
 from slidemake.report.figures import COLOURS, STYLE, as_svg
 from slidemake.robustness.corruptions import SEVERITIES
-from slidemake.tasks.outcomes import NO_SKILL, SCORES
+from slidemake.tasks.base import NO_SKILL, SCORES
 
 
 def stress_section(folder: Path) -> dict[str, Any] | None:

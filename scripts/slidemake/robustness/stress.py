@@ -26,7 +26,9 @@ from slidemake.robustness.corruptions import SEVERITIES, corrupt
 from slidemake.statistics.bootstrap import bootstrap_weights, percentile_interval, scope_seed
 from slidemake.statistics.class_metrics import metrics_over
 from slidemake.statistics.ordinal_metrics import metrics_over as ordinal_metrics
-from slidemake.tasks.outcomes import NO_SKILL, SCORES, ClassOutcome, OrdinalOutcome, Outcome, decide
+from slidemake.tasks.base import NO_SKILL, SCORES, Outcome
+from slidemake.tasks.classes import decide
+from slidemake.tasks.ordinal import OrdinalOutcome
 
 METRICS = ("auroc", "auprc", "balanced_accuracy", "brier")
 DIFFERENCE = ("difference", "difference_low", "difference_high")
@@ -150,7 +152,7 @@ def judge(
     if not tested:
         return {"headline": None, "patients": 0, "points": [], "conclusion": []}
     outcome = patients[tested[0]].bundle.outcome
-    measure = _ClassMeasures if type(outcome) is ClassOutcome else _ScoreMeasures  # grades have an order
+    measure = _ClassMeasures if outcome.by_class else _ScoreMeasures  # grades have an order
     measures = measure([patients[i] for i in tested], options)
     points: list[dict[str, Any]] = []
     for kind, severity in levels(kinds):

@@ -12,8 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.stats import chi2, norm
+import scipy
 
 SLOPE_BOUNDS = (0.02, 5.0)
 
@@ -34,7 +33,7 @@ def kaplan_meier(time: np.ndarray, event: np.ndarray) -> dict[str, list[float]]:
             variance += died / (at_risk * (at_risk - died))
         low = high = survival
         if 0 < survival < 1:
-            width = norm.ppf(0.975) * np.sqrt(variance) / np.log(survival)
+            width = scipy.stats.norm.ppf(0.975) * np.sqrt(variance) / np.log(survival)
             low, high = sorted((survival ** np.exp(width), survival ** np.exp(-width)))
         row = (float(t), survival, float(low), float(high), float(at_risk))
         for key, value in zip(points, row, strict=True):
@@ -92,9 +91,9 @@ def log_rank(time: np.ndarray, event: np.ndarray, high: np.ndarray) -> dict[str,
     if variance <= 0:
         return none | {"reason": "no event happened while both groups were at risk"}
     chi_square = float(observed_less_expected**2 / variance)
-    log_hr, half = observed_less_expected / variance, norm.ppf(0.975) / np.sqrt(variance)
+    log_hr, half = observed_less_expected / variance, scipy.stats.norm.ppf(0.975) / np.sqrt(variance)
     hr, low, up = (float(np.exp(v)) for v in (log_hr, log_hr - half, log_hr + half))
-    p = float(chi2.sf(chi_square, 1))
+    p = float(scipy.stats.chi2.sf(chi_square, 1))
     return {"p": p, "chi_square": chi_square, "hazard_ratio": hr, "low": low, "high": up, "reason": None}
 
 
@@ -162,7 +161,7 @@ def fit_slope(eta: np.ndarray, time: np.ndarray, event: np.ndarray) -> float:
     if not sets.events or np.ptp(eta) < 1e-12:
         return 1.0
     bounds = tuple(np.log(SLOPE_BOUNDS))
-    found = minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         lambda s: sets.loss(np.exp(s) * eta) + 0.5 * s * s, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
     return float(np.exp(found.x))

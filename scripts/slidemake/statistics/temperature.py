@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
-from scipy.stats import rankdata
+import scipy
 
 TEMPERATURE_BOUNDS = (0.1, 10.0)
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0, intercept: Sequence[float] | float = 0.0) -> np.ndarray:
     """softmax(logits / T + b): (n, C) float64 rows that sum to 1."""
-    return softmax(np.asarray(logits, np.float64) / temperature + np.asarray(intercept, float), axis=-1)
+    return scipy.special.softmax(np.asarray(logits, np.float64) / temperature + np.asarray(intercept, float), axis=-1)
 
 
 def fit_intercepts(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -27,9 +25,9 @@ def fit_intercepts(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     logits = np.asarray(logits, np.float64)
     counts = np.maximum(np.bincount(labels, minlength=logits.shape[1]), 0.5)
     shares = counts / counts.sum()
-    b = np.log(shares) - np.log(softmax(logits, axis=1).mean(0))
+    b = np.log(shares) - np.log(scipy.special.softmax(logits, axis=1).mean(0))
     for _ in range(50):
-        p = softmax(logits + b, axis=1)
+        p = scipy.special.softmax(logits + b, axis=1)
         slope = p.mean(0) - shares
         if np.abs(slope).max() < 1e-10:
             break
@@ -61,10 +59,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> tuple[float, list
 
     def nll(log_t: float) -> float:
         scaled = logits / np.exp(log_t)
-        return float(-(targets * log_softmax(scaled + fit_intercepts(scaled, labels), axis=1)).sum(1).mean())
+        return float(
+            -(targets * scipy.special.log_softmax(scaled + fit_intercepts(scaled, labels), axis=1)).sum(1).mean()
+        )
 
     bounds = tuple(np.log(TEMPERATURE_BOUNDS))
-    t = float(np.exp(minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    t = float(np.exp(scipy.optimize.minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
     return t, fit_intercepts(logits / t, labels).tolist()
 
 
@@ -95,4 +95,4 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float | None:
     n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     if n_pos == 0 or n_neg == 0:
         return None
-    return float((rankdata(scores)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    return float((scipy.stats.rankdata(scores)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))

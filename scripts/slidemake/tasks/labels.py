@@ -158,25 +158,28 @@ def strata(labels: Mapping[str, str], kind: str) -> dict[str, str]:
     of several labels; numbers fall into quartiles; survival into event or censored, each by thirds of its times.
     """
     if kind == "regression":
-        values = np.array([float(text) for text in labels.values()])
-        return dict(zip(labels, _quantile_names(values, QUANTILES, "quarter"), strict=True))
+        quarters = quantile_strata(np.array([float(text) for text in labels.values()]))
+        return dict(zip(labels, [f"quarter {i + 1}" for i in quarters], strict=True))
     if kind == "survival":
-        parsed = {patient: parse_survival(text) for patient, text in labels.items()}
-        found: dict[str, str] = {}
-        for event, name in ((True, "event"), (False, "censored")):
-            members = [patient for patient, (_, seen) in parsed.items() if seen == event]
-            times = np.array([parsed[patient][0] for patient in members])
-            names = _quantile_names(times, TIMES, f"{name}, third")
-            found |= dict(zip(members, names, strict=True))
-        return {patient: found[patient] for patient in labels}
+        found = survival_strata(*survival_arrays(list(labels.values())))
+        names = [f"{('event', 'censored')[i // TIMES]}, third {i % TIMES + 1}" for i in found]
+        return dict(zip(labels, names, strict=True))
     return dict(labels)
 
 
-def _quantile_names(values: np.ndarray, bins: int, name: str) -> list[str]:
+def quantile_strata(values: np.ndarray, bins: int = QUANTILES) -> np.ndarray:
+    """(n,) int: the quantile of the values (n,) that each falls into."""
     if not len(values):
-        return []
-    edges = np.quantile(values, np.arange(1, bins) / bins)
-    return [f"{name} {i + 1}" for i in np.searchsorted(edges, values, side="left")]
+        return np.zeros(0, int)
+    return np.searchsorted(np.quantile(values, np.arange(1, bins) / bins), values, side="left")
+
+
+def survival_strata(time: np.ndarray, event: np.ndarray) -> np.ndarray:
+    """(n,) int: the third of the times (n,) of events, and after these that of the times of censored patients."""
+    found = np.zeros(len(time), int)
+    for first, members in ((0, event), (TIMES, ~event)):
+        found[members] = first + quantile_strata(time[members], TIMES)
+    return found
 
 
 # -- can it be learned? -------------------------------------------------------------------------------------------

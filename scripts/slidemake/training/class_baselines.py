@@ -17,7 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from slidemake.mil.bags import Bags
-from slidemake.tasks.outcomes import ClassOutcome, Outcome
+from slidemake.tasks.base import Outcome
+from slidemake.tasks.classes import ClassOutcome
 
 if TYPE_CHECKING:
     from slidemake.mil.aggregators import Aggregator

@@ -21,7 +21,10 @@ from sklearn.preprocessing import StandardScaler
 
 from slidemake.mil.bags import Bags
 from slidemake.statistics.survival import RiskSets
-from slidemake.tasks.outcomes import MultilabelOutcome, OrdinalOutcome, Outcome, RegressionOutcome
+from slidemake.tasks.base import Outcome
+from slidemake.tasks.multilabel import MultilabelOutcome
+from slidemake.tasks.ordinal import OrdinalOutcome
+from slidemake.tasks.regression import RegressionOutcome
 from slidemake.training.class_baselines import C_GRID, mean_vectors, worth
 
 CERTAIN = 10.0  # logit of a stage or label that training had only one value of

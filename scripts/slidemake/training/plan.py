@@ -27,10 +27,10 @@ from slidemake.mil.invariance import (
 )
 from slidemake.mil.scaling import COMPONENTS, PROJECTED
 from slidemake.splits.make import Patient, Splits, check_leakage, deal_patients, permuted_control, split_rows
+from slidemake.tasks.base import Outcome
 from slidemake.tasks.labels import CLASSES, task_type
-from slidemake.tasks.outcomes import ClassOutcome, Outcome
 from slidemake.tasks.registry import make_outcome
-from slidemake.tasks.survival_outcome import CoxOutcome, SurvivalOutcome
+from slidemake.tasks.survival import CoxOutcome, SurvivalOutcome
 
 Plan = list[tuple[list[str], list[str]]]
 
@@ -84,7 +84,7 @@ def resolved(settings: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     components = None
     if settings["scaling"] in PROJECTED:
         components = settings["components"] or COMPONENTS[settings["scaling"]]
-    contrast = type(outcome) is ClassOutcome and outcome.outputs == 2
+    contrast = outcome.by_class and outcome.outputs == 2
     return {**settings, "components": components, "falls": not outcome.rises, "contrast": contrast}
 
 

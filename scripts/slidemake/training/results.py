@@ -17,7 +17,7 @@ from slidemake.mil.automatic import candidates
 from slidemake.mil.bundle import Bundle, is_complete, save_bundle
 from slidemake.mil.invariance import domain_names, options_of
 from slidemake.mil.prediction import prediction_columns
-from slidemake.tasks.outcomes import ClassOutcome, MultilabelOutcome, Outcome, RegressionOutcome, number
+from slidemake.tasks.base import Outcome, number
 from slidemake.training.plan import Fold, Work, cohort_fingerprint, resolved
 from slidemake.training.words import training_findings
 
@@ -164,7 +164,7 @@ def _save_ensemble(work: Work, bundles: Sequence[Bundle], mark: str) -> None:
         "threshold_from": "pooled inner-validation predictions of all folds",
         "temperature_from": "inner validation of each fold, kept by group",
     }
-    if isinstance(work.outcome, (ClassOutcome, MultilabelOutcome, RegressionOutcome)):
+    if work.outcome.form != "curve":
         # What conformal sets and intervals at another site are calibrated with: every patient once, as the mean of the
         # members that were not fitted to it, for the bundle predicts the mean of all. Counted once for every fold, a
         # cohort would pass for many times its size.

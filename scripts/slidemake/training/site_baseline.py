@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from slidemake.statistics.survival import RiskSets, step
-from slidemake.tasks.outcomes import MultilabelOutcome, OrdinalOutcome, Outcome, RegressionOutcome, Threshold
-from slidemake.tasks.survival_outcome import SurvivalOutcome
+from slidemake.tasks.base import Outcome, Threshold
+from slidemake.tasks.multilabel import MultilabelOutcome
+from slidemake.tasks.ordinal import OrdinalOutcome
+from slidemake.tasks.regression import RegressionOutcome
+from slidemake.tasks.survival import SurvivalOutcome
 
 
 def fit_site(
@@ -60,7 +63,7 @@ def _hazard(outcome: SurvivalOutcome, inside: list[Any], everyone: list[Any]) ->
     return outcome.curve_values(lambda at: np.exp(-ratio * step(times, hazard, at, before=0.0)))
 
 
-_MAKERS: dict[type[Outcome], Any] = {
+_MAKERS: dict[Any, Any] = {
     OrdinalOutcome: _prevalence,
     MultilabelOutcome: _labels,
     RegressionOutcome: _mean,

@@ -27,8 +27,8 @@ from slidemake.mil.bags import Bags
 from slidemake.mil.bundle import Group, is_complete, load_bundle, save_bundle
 from slidemake.mil.prediction import predict_bags, prediction_row
 from slidemake.splits.make import Splits
+from slidemake.tasks.base import SCORES, Threshold, number
 from slidemake.tasks.labels import strata
-from slidemake.tasks.outcomes import SCORES, ClassOutcome, Threshold, number
 from slidemake.training.class_baselines import (
     as_aggregator,
     as_mean_pool,
@@ -137,7 +137,7 @@ def _train_fold(work: Work, fold: Fold, folder: Path) -> None:
         strata(work.splits.labels, outcome.kind),
         work.settings["validation"],
         seed,
-        every_stratum=type(outcome) is ClassOutcome,
+        every_stratum=outcome.by_class,
         members=work.settings["members"],
     )
     if work.kind == "mean_pool_lr":
@@ -172,7 +172,7 @@ def _fit_mean_pool(
     work: Work, fold: Fold, plan: Plan, scale: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, np.ndarray], float]:
     """The linear model on mean-pooled features: (one member, outputs of validation patients, C)."""
-    if type(work.outcome) is ClassOutcome:
+    if work.outcome.by_class:
         classes = work.outcome.outputs
         regression = fit_mean_pool_lr(work.bags, work.labels, fold.train, plan, classes)
         return [as_aggregator(regression, classes)], regression.val_logits, regression.c
@@ -199,7 +199,7 @@ def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
         row = (work.outcome, outputs, values, threshold)
         patients.append(prediction_row(*row, work.bags.tiles(patient), **about))
         slides += [prediction_row(*row, n, slide_id=slide, **about) for slide, _, n in slides_of(work, patient) if n]
-    link = {"temperature": 1.0} if type(work.outcome) is ClassOutcome else {}
+    link = {"temperature": 1.0} if work.outcome.by_class else {}
     figures = {**link, "threshold": threshold, f"val_{work.outcome.score}": None, "agreement": None}
     return {
         "slides": slides,
@@ -213,7 +213,7 @@ def _run_site_only(work: Work, fold: Fold) -> dict[str, Any]:
 
 def _site_model(work: Work, fold: Fold) -> tuple[Callable[[str], tuple[Any, np.ndarray]], Threshold]:
     """site -> (outputs, values), and the threshold. Only classes have outputs: the log of the prevalence."""
-    if type(work.outcome) is not ClassOutcome:
+    if not work.outcome.by_class:
         values, threshold = fit_site(work.outcome, work.labels, work.splits.sites, fold.train)
         return lambda site: ([None] * work.outcome.outputs, values(site)), threshold
     table, overall = site_prevalence(work.labels, work.splits.sites, fold.train, work.outcome.outputs)

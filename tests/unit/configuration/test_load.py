@@ -277,7 +277,7 @@ def test_stage_options_hold_what_a_stage_depends_on_and_no_more():
 
 def test_stage_options_are_what_the_stages_know():
     """The defaults that the stages have for their own callers are the configuration's, key by key."""
-    from slidemake.evaluation import evaluate_classes as evaluation
+    from slidemake.evaluation import evaluate as evaluation
     from slidemake.stain import stage as stain_stage
     from slidemake.tissue import detection as tissue
     from slidemake.tissue import stage as tissue_stage

@@ -17,7 +17,6 @@ from slidemake.jobs.racks import read_manifest, run_rack
 from slidemake.mil.aggregators import build_aggregator
 from slidemake.mil.bundle import Group, is_complete, load_bundle, read_info, save_bundle
 from slidemake.splits.make import Splits
-from slidemake.tasks.outcome_table import read_outcomes
 from slidemake.tasks.prediction_table import read_predictions
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
@@ -101,12 +100,12 @@ def test_predictions_of_every_type_keep_ids_that_begin_like_formulas(tmp_path):
     write_table(path, [first, {**first, "patient_id": "P2", "site": ""}])
     with open(path, newline="") as handle:
         assert next(csv.DictReader(handle))["patient_id"] == "'@P1"
-    found = read_outcomes(path, "m", "regression")
+    found = read_predictions(path, "m", "regression")
     assert found.patients == ("@P1", "P2")
     assert found.sites == ("=lab", "")
     classes = {**first, "label": "a", "predicted": "a", "prob_a": 0.75, "prob_b": 0.25}
     write_table(path, [classes])
-    assert read_predictions(path, "m").patients == ("@P1",)
+    assert read_predictions(path, "m", "binary").patients == ("@P1",)
 
 
 # -- places --------------------------------------------------------------------------------------------------------
@@ -133,11 +132,11 @@ def test_predictions_of_another_model_are_refused(tmp_path):
         sums = file_sums(folder, ["predictions_patients.csv"])
         write_json(folder / "train.json", {**placed(folder / "train.json"), "files": sums})
     one, two = (tmp_path / "results" / "tasks" / "t" / name for name in ("abmil", "shuffled_label"))
-    read_predictions(one / "predictions_patients.csv", "abmil")
+    read_predictions(one / "predictions_patients.csv", "abmil", "binary")
     one.rename(tmp_path / "x")
     two.rename(one)
     with pytest.raises(RunError, match=r"was written as tasks/t/shuffled_label/train.json"):
-        read_predictions(one / "predictions_patients.csv", "abmil")
+        read_predictions(one / "predictions_patients.csv", "abmil", "binary")
 
 
 def test_a_manifest_of_another_grid_is_refused(tmp_path):

@@ -39,8 +39,10 @@ from slidemake.drift.reference import (
 from slidemake.drift.stage import drift_rows
 from slidemake.evaluation.probabilities.conformal import conformal_limit
 from slidemake.report.drift import drift_section
-from slidemake.tasks.outcomes import ClassOutcome, MultilabelOutcome, RegressionOutcome
-from slidemake.tasks.survival_outcome import CoxOutcome
+from slidemake.tasks.classes import ClassOutcome
+from slidemake.tasks.multilabel import MultilabelOutcome
+from slidemake.tasks.regression import RegressionOutcome
+from slidemake.tasks.survival import CoxOutcome
 
 
 def test_mmd_is_that_of_its_definition():

@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulated import as_table
+from simulated_outcomes import outcome_of
 from sklearn.metrics import log_loss, mean_squared_error
-from slidemake.evaluation.choice import choose, validation_loss
-from slidemake.evaluation.evaluate_classes import evaluate_models
-from slidemake.evaluation.evaluate_outcomes import evaluate_tables
+from slidemake.evaluation.choice import choose
+from slidemake.evaluation.evaluate import evaluate_tables
 from slidemake.statistics.survival_metrics import metrics_over
+from slidemake.tasks.base import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
 from slidemake.tasks.controls import CHOSEN
-from slidemake.tasks.kinds import KINDS
-from slidemake.tasks.outcome_table import OutcomeTable
-from slidemake.tasks.prediction_table import Predictions
-
-PARTS = ("prob", "predicted", "logits")
 
 
 def model(name, seed, n=60, skill=0.0, folds=3, repeats=2):
@@ -36,31 +34,30 @@ def model(name, seed, n=60, skill=0.0, folds=3, repeats=2):
     people = tuple(f"P{i:02d}" for i in range(n))
     decided = (prob[..., 1] >= 0.5).astype(int)
     repeated = tuple(range(repeats))
-    return Predictions(
-        name, ("n", "t"), people, ("A",) * n, labels, repeated, prob, decided, fold, np.log(prob), validation
-    )
+    about = (name, ("n", "t"), people, ("A",) * n, labels, repeated)
+    return as_table(ClassPredictions(*about, prob, decided, fold, np.log(prob), validation))
 
 
 def test_the_loss_is_the_libraries():
     p = model("a", 0)
     prob, labels = p.validation[1, 2]
-    assert validation_loss(p, 1, 2) == pytest.approx(log_loss(labels, prob))
+    assert p.outcome.validation_loss(p, 1, 2) == pytest.approx(log_loss(labels[:, 0], prob))
 
 
 def test_every_fold_takes_the_model_with_the_least_loss():
     models = [model("a", 1), model("b", 2), model("c", 3)]
-    made, names = choose(models, validation_loss, PARTS)
+    made, names = choose(models)
     by_name = {m.name: m for m in models}
     assert len(names) == 6
     assert len(set(names.values())) > 1
     for key, name in names.items():
         r, f = map(int, key.split("/"))
-        losses = {m.name: log_loss(m.validation[r, f][1], m.validation[r, f][0]) for m in models}
+        losses = {m.name: log_loss(m.validation[r, f][1][:, 0], m.validation[r, f][0]) for m in models}
         assert name == min(losses, key=losses.get)
         inside = made.fold[r] == f
-        np.testing.assert_array_equal(made.prob[r, inside], by_name[name].prob[r, inside])
-        np.testing.assert_array_equal(made.logits[r, inside], by_name[name].logits[r, inside])
-        np.testing.assert_array_equal(made.predicted[r, inside], by_name[name].predicted[r, inside])
+        np.testing.assert_array_equal(made.values[r, inside], by_name[name].values[r, inside])
+        np.testing.assert_array_equal(made.raw[r, inside], by_name[name].raw[r, inside])
+        np.testing.assert_array_equal(made.decisions[r, inside], by_name[name].decisions[r, inside])
         assert made.validation[r, f] is by_name[name].validation[r, f]
 
 
@@ -69,7 +66,7 @@ def test_among_useless_models_the_best_looks_good_and_the_choice_does_not():
     standard error of the mean below 0.02."""
     best, chosen = [], []
     for seed in range(20):
-        result, _ = evaluate_models([model(f"m{'x' * k}", 100 + seed) for k in range(10)], {"bootstrap": 20})
+        result, _ = evaluate_tables([model(f"m{'x' * k}", 100 + seed) for k in range(10)], {"bootstrap": 20})
         figures = {name: e["scopes"]["pooled"]["metrics"]["auroc"]["value"] for name, e in result["models"].items()}
         best.append(max(value for name, value in figures.items() if name.startswith("m")))
         chosen.append(figures[CHOSEN])
@@ -78,7 +75,7 @@ def test_among_useless_models_the_best_looks_good_and_the_choice_does_not():
 
 
 def test_it_stands_beside_the_models_and_is_compared_with_controls_only():
-    result, curves = evaluate_models(
+    result, curves = evaluate_tables(
         [model("a", 1, skill=1.0), model("b", 2), model("mean_pool_lr", 3)], {"bootstrap": 50}
     )
     assert list(result["models"]) == ["a", "b", CHOSEN, "mean_pool_lr", "prevalence"]
@@ -89,7 +86,7 @@ def test_it_stands_beside_the_models_and_is_compared_with_controls_only():
 
 
 def test_models_are_measured_against_controls_not_against_each_other():
-    result, _ = evaluate_models(
+    result, _ = evaluate_tables(
         [model("good", 1, skill=1.0), model("fair", 2, skill=0.6), model("mean_pool_lr", 3)], {"bootstrap": 50}
     )
     about = {line["text"].split(":")[0]: line["text"] for line in result["verdict"] if "difference" in line["text"]}
@@ -106,7 +103,7 @@ def test_where_nothing_can_be_chosen(case):
         b = replace(b, fold=b.fold[::-1])
     if case == "no validation":
         b = replace(b, validation={key: value for key, value in b.validation.items() if key != (1, 1)})
-    assert choose([a] if case == "one model" else [a, b], validation_loss, PARTS) is None
+    assert choose([a] if case == "one model" else [a, b]) is None
 
 
 NAMES = {"ordinal": ("1", "2", "3"), "multilabel": ("a", "b"), "regression": (), "survival": ("2", "4")}
@@ -140,9 +137,8 @@ def outcome_model(kind, name, skill, n=40, folds=2):
     made = {(0, f): outcomes(kind, np.random.default_rng([2, f]), 24, skill) for f in range(folds)}
     validation = {where: (of[1], of[0]) for where, of in made.items()}
     people, sites = tuple(f"P{i:02d}" for i in range(n)), ("A",) * n
-    return OutcomeTable(
-        name, kind, NAMES[kind], people, sites, truth, (0,), values[None], decisions[None], fold, validation
-    )
+    about = (name, outcome_of(kind, NAMES[kind]), people, sites, truth, (0,))
+    return Predictions(*about, values[None], decisions[None], fold, validation)
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -159,17 +155,17 @@ def test_the_losses_of_other_outcomes_are_the_libraries(kind):
     else:  # itself against torchsurv in test_survival
         at = tuple(float(name) for name in NAMES[kind])
         expected = metrics_over(truth[:, 0], truth[:, 1] == 1, values[:, 0], values[:, 1:], at)["ibs"][0]
-    assert KINDS[kind].validation_loss(table, 0, 1) == pytest.approx(expected)
+    assert table.outcome.validation_loss(table, 0, 1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_of_other_outcomes_the_better_model_is_chosen(kind):
     models = [outcome_model(kind, "poor", 0.0), outcome_model(kind, "good", 0.9), outcome_model(kind, "site_only", 0.0)]
     result, curves = evaluate_tables(models, {"bootstrap": 50})
-    assert list(result["models"]) == ["poor", "good", CHOSEN, "site_only", KINDS[kind].null]
+    assert list(result["models"]) == ["poor", "good", CHOSEN, "site_only", models[0].outcome.null]
     entry = result["models"][CHOSEN]
     assert entry["chosen"] == {"0/0": "good", "0/1": "good"}
-    assert entry["chosen_by"] == KINDS[kind].criterion
+    assert entry["chosen_by"] == models[0].outcome.criterion
     assert entry["scopes"]["pooled"]["metrics"] == result["models"]["good"]["scopes"]["pooled"]["metrics"]
     assert not any(c["reference"] == CHOSEN for c in result["comparisons"])
     assert CHOSEN in curves["models"]
@@ -180,4 +176,4 @@ def test_a_loss_that_is_not_defined_chooses_nothing():
     for m in models:
         for _, truth in m.validation.values():
             truth[:, 0] = 0.5  # nobody is seen at any horizon
-    assert choose(models, KINDS["survival"].validation_loss, ("values", "decisions")) is None
+    assert choose(models) is None

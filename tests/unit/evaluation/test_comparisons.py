@@ -103,5 +103,5 @@ def test_null_controls_are_not_counted_among_the_comparisons():
         return {"model": model, "reference": reference, "metrics": auroc, "delong": {"p": delong_p}}
 
     rows = [one("a", "b", 0.04, 0.02), one("a", "mean_pool_lr", 0.03), one("a", "shuffled_label", 0.001)]
-    adjust(rows)
+    adjust(rows, "auroc")
     assert [row["p_holm"] for row in rows] == [pytest.approx(0.04), pytest.approx(0.04), None]

@@ -11,7 +11,7 @@ import pytest
 from simulated_outcomes import table, written
 from sklearn.metrics import roc_auc_score
 from slidemake.core.failures import RunError
-from slidemake.evaluation.evaluate_outcomes import evaluate_tables
+from slidemake.evaluation.evaluate import evaluate_tables
 from slidemake.evaluation.external import evaluate_external, external_predictions, true_labels
 from slidemake.evaluation.probabilities.conformal import conformal_limit
 from slidemake.report.page import external_section, template_environment

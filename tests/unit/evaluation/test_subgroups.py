@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from simulated import by_group, simulate
+from simulated import as_table, by_group, evaluate_classes, simulate
 from sklearn.metrics import brier_score_loss, roc_auc_score
-from slidemake.evaluation.evaluate_classes import DEFAULTS, evaluate_models
+from slidemake.evaluation.evaluate import DEFAULTS
 from slidemake.evaluation.files import metrics_table
 from slidemake.evaluation.probabilities.calibration import calibration_report
 from slidemake.evaluation.scopes import Draws, group_scopes
@@ -21,7 +21,7 @@ OPTIONS = {**DEFAULTS, "bootstrap": 200}
 
 def test_figures_of_a_group_are_those_of_its_patients():
     p = simulate(weaker=1.5)
-    found = group_scopes(p, "scanner", by_group(p), Draws(OPTIONS))
+    found = group_scopes(as_table(p), "scanner", by_group(p), Draws(OPTIONS))
     for group in "AB":
         inside = np.array(p.sites) == group
         expected = np.mean([roc_auc_score(p.labels[inside], prob[inside, 1]) for prob in p.prob])
@@ -42,7 +42,7 @@ def test_gap_between_groups_that_do_not_differ_is_that_of_chance():
     found = []
     for seed in range(40):
         p = simulate(n=80, groups=2, repeats=1, seed=seed)
-        gaps = group_scopes(p, "scanner", by_group(p), Draws({**OPTIONS, "bootstrap": 100}))["gaps"]
+        gaps = group_scopes(as_table(p), "scanner", by_group(p), Draws({**OPTIONS, "bootstrap": 100}))["gaps"]
         found.append(gaps["auroc"]["p"])
     assert sum(p < 0.05 for p in found) < 8
 
@@ -52,7 +52,7 @@ def test_small_groups_have_reasons_and_no_figures():
     values = by_group(p)
     for i, patient in enumerate(p.patients):
         values[patient] = "few" if i < 6 else "one class" if i % 2 and i < 50 else "large" if i < 58 else ""
-    found = group_scopes(p, "stain", values, Draws({**OPTIONS, "subgroup_class": 4}))
+    found = group_scopes(as_table(p), "stain", values, Draws({**OPTIONS, "subgroup_class": 4}))
     assert found["groups"]["few"]["reason"] == "6 patients; 20 are needed"
     assert found["groups"]["one class"]["reason"] == "0 of class n; 4 of each are needed"
     assert found["groups"]["large"]["reason"] is None
@@ -79,7 +79,7 @@ def test_values_of_a_column_per_patient():
 
 def test_subgroups_are_in_the_table_and_in_words():
     p = simulate(weaker=2.5)
-    result, _ = evaluate_models([replace(p, name="abmil")], {"bootstrap": 100}, groups={"scanner": by_group(p)})
+    result, _ = evaluate_classes([replace(p, name="abmil")], {"bootstrap": 100}, groups={"scanner": by_group(p)})
     assert "abmil,auroc,group:scanner=B," in metrics_table(result)
     [said] = [f["text"] for f in result["verdict"] if f["code"] == "subgroup_gap"]
     assert "scanner" in said
@@ -120,7 +120,7 @@ def test_bad_input_gives_reasons_and_no_nan(case):
         p = replace(p, labels=np.zeros(40, int))
     p = replace(p, name="abmil", validation={(0, 0): (p.prob[0][:2], p.labels[:2])})
     other = replace(p, name="other")
-    result, curves = evaluate_models([p, other], {"bootstrap": 100}, groups={"site": by_group(p)})
+    result, curves = evaluate_classes([p, other], {"bootstrap": 100}, groups={"site": by_group(p)})
     text = json.dumps([result, curves], allow_nan=False)
     assert "NaN" not in text
     for entry in result["models"].values():

@@ -10,6 +10,7 @@ from slidemake.evaluation.verdict import (
     against_controls,
     shuffled_control,
 )
+from slidemake.tasks.classes import ClassOutcome
 
 FIGURES = {"mean_pool_lr": (0.7, 0.6, 0.8), "prevalence": (0.5, 0.5, 0.5), "site_only": (0.55, 0.4, 0.7)}
 
@@ -66,7 +67,7 @@ def test_calibration_is_not_assessed_on_a_few_patients():
 def test_groups_that_are_too_small_are_named():
     groups = {"a": {"n": 285, "reason": None}, "b": {"n": 15, "reason": "15 patients; 20 are needed"}}
     result = {"models": {"m": {"subgroups": {"ethnicity": {"groups": groups, "gaps": {}}}}}}
-    (said,) = about_groups("m", result)
+    (said,) = about_groups("m", result, ClassOutcome(["n", "t"]))
     assert said["code"] == "subgroup_unknown"
     assert "by ethnicity is not known for b (15)" in said["text"]
 

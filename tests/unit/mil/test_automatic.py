@@ -16,8 +16,9 @@ from slidemake.mil.bags import make_bags
 from slidemake.mil.bundle import bundle_leave_one_out, load_bundle, predict
 from slidemake.mil.fitting import DEFAULTS
 from slidemake.splits.make import VAL, make_splits
-from slidemake.tasks.outcomes import ClassOutcome, RegressionOutcome
-from slidemake.tasks.survival_outcome import CoxOutcome
+from slidemake.tasks.classes import ClassOutcome
+from slidemake.tasks.regression import RegressionOutcome
+from slidemake.tasks.survival import CoxOutcome
 from slidemake.training.train import train_model
 
 TWO = ClassOutcome(["N", "Y"])

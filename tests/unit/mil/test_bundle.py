@@ -24,7 +24,7 @@ from slidemake.mil.bundle import (
     save_bundle,
 )
 from slidemake.mil.prediction import apply_bundle_to_stores
-from slidemake.tasks.outcomes import decide
+from slidemake.tasks.classes import decide
 from slidemake.training.train import train_model
 
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from simulated import by_group, simulate
-from slidemake.evaluation.evaluate_classes import evaluate_models
-from slidemake.report.page import template_environment, titles
-from slidemake.report.task import evaluation_section
+from simulated import by_group, evaluate_classes, simulate
+from slidemake.report.page import template_environment
+from slidemake.report.task import evaluation_section, titles_of
 from slidemake.splits.make import make_splits
 
 HOSTILE = "<script>alert(1)</script>"
@@ -18,11 +17,9 @@ HOSTILE = "<script>alert(1)</script>"
 
 def page(p, groups=None, **splits):
     models = [replace(p, name="abmil"), replace(p, name="other", prob=p.prob[:, :, ::-1])]
-    metrics, _ = evaluate_models(models, {"bootstrap": 100}, groups=groups)
+    metrics, _ = evaluate_classes(models, {"bootstrap": 100}, groups=groups)
     section = evaluation_section(metrics, splits, "abmil")
-    task = SimpleNamespace(
-        evaluation=section, titles=titles(metrics, metrics["models"]["abmil"]["scopes"]["pooled"]), metrics=metrics
-    )
+    task = SimpleNamespace(evaluation=section, titles=titles_of(metrics, "abmil"), metrics=metrics)
     return metrics, template_environment().get_template("report_evaluation.html.j2").render(task=task)
 
 

@@ -13,9 +13,11 @@ from slidemake.mil.bundle import bundle_leave_one_out, load_bundle, predict
 from slidemake.mil.fitting import DEFAULTS
 from slidemake.mil.losses import make_objective
 from slidemake.splits.make import Splits, make_splits
-from slidemake.tasks.outcomes import MultilabelOutcome, OrdinalOutcome, RegressionOutcome, median_grade, stages
+from slidemake.tasks.multilabel import MultilabelOutcome
+from slidemake.tasks.ordinal import OrdinalOutcome, median_grade, stages
 from slidemake.tasks.registry import make_outcome
-from slidemake.tasks.survival_outcome import CoxOutcome, DiscreteOutcome
+from slidemake.tasks.regression import RegressionOutcome
+from slidemake.tasks.survival import CoxOutcome, DiscreteOutcome
 from slidemake.training.train import train_model
 from torchsurv.loss.cox import neg_partial_log_likelihood
 

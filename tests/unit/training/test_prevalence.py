@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from slidemake.tasks.outcomes import MultilabelOutcome
+from slidemake.tasks.multilabel import MultilabelOutcome
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from nominal_rates import MODELS, predicted

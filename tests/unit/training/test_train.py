@@ -20,7 +20,7 @@ from slidemake.mil.losses import class_objective, class_weights
 from slidemake.mil.scaling import feature_statistics
 from slidemake.splits.make import Splits
 from slidemake.statistics.temperature import auroc, fit_intercepts, fit_temperature, probabilities, youden_threshold
-from slidemake.tasks.registry import class_order
+from slidemake.tasks.classes import class_order
 from slidemake.training.plan import member_plan
 from slidemake.training.train import train_model
 

@@ -6,7 +6,7 @@ have intervals instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,15 @@ from slidemake.evaluation.probabilities.calibration import calibration_report
 from slidemake.evaluation.probabilities.conformal import conformal, risk_coverage
 from slidemake.evaluation.probabilities.conformal_intervals import conformal_intervals
 from slidemake.evaluation.probabilities.survival_calibration import survival_calibration
-from slidemake.tasks.outcome_table import OutcomeTable, grades_as_classes, label_as_classes
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.base import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
 
 WeightsOf = Callable[[str, np.ndarray], np.ndarray]  # scope, indices of patients -> bootstrap weights (B, m)
 
 
-def of_classes(p: Predictions, chosen: np.ndarray, options: dict[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
+def of_classes(
+    p: ClassPredictions, chosen: np.ndarray, options: Mapping[str, Any], weights_of: WeightsOf
+) -> dict[str, Any]:
     """Calibration, conformal sets (None without validation patients) and abstention of p, which holds the patients
     `chosen` (indices of the table's)."""
 
@@ -36,20 +38,29 @@ def of_classes(p: Predictions, chosen: np.ndarray, options: dict[str, Any], weig
     }
 
 
-def about_predictions(table: OutcomeTable, options: dict[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
-    """The keys that a model's entry of metrics.json has for its type of task."""
-    everyone = np.arange(len(table.patients))
-    if table.kind == "ordinal":
-        return of_classes(grades_as_classes(table), everyone, options, weights_of)
-    if table.kind == "multilabel":
-        labels: dict[str, Any] = {}
-        for k, name in enumerate(table.names):
-            known = np.flatnonzero(table.truth[:, k] >= 0)
-            if len(known):
-                labels[name] = of_classes(label_as_classes(table, k), known, options, weights_of)
-        return {"labels": labels}
-    if table.kind == "survival":
-        return {"calibration": survival_calibration(table, options)}
+def _classes(table: Predictions, options: Mapping[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
+    chosen, view = table.outcome.as_classes(table)[""]
+    return of_classes(view, chosen, options, weights_of)
+
+
+def _labels(table: Predictions, options: Mapping[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
+    views = table.outcome.as_classes(table).items()
+    return {"labels": {name: of_classes(view, chosen, options, weights_of) for name, (chosen, view) in views}}
+
+
+def _number(table: Predictions, options: Mapping[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
     if table.validation is None:
         return {}
     return {"intervals": conformal_intervals(table, options["abstention_alpha"], options["level"], weights_of)}
+
+
+def _curve(table: Predictions, options: Mapping[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
+    return {"calibration": survival_calibration(table, options)}
+
+
+OF_FORM = {"classes": _classes, "labels": _labels, "number": _number, "curve": _curve}
+
+
+def about_predictions(table: Predictions, options: Mapping[str, Any], weights_of: WeightsOf) -> dict[str, Any]:
+    """The keys that a model's entry of metrics.json has for the form of its predictions."""
+    return OF_FORM[table.outcome.form](table, options, weights_of)

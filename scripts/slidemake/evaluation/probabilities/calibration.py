@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from slidemake.statistics.class_metrics import confidence_and_hit, ece, mass_bins, metrics_over
 from slidemake.statistics.reliability import calibration_line, ece_if_calibrated, reliability_table
+from slidemake.statistics.sizes import bins_for
 from slidemake.statistics.temperature import probabilities
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
 
-PER_BIN = 5  # patients a calibration bin should hold on average: fewer bins in small samples
 MIN_PATIENTS = 10  # patients below which a site's calibration is not measured
-
-
-def bins_for(n: int, asked: int) -> int:
-    """Calibration bins for n patients: as asked, but never so many that they hold fewer than 5 patients on average."""
-    return max(2, min(asked, n // PER_BIN))
 
 
 def mean_over_repeats(prob: np.ndarray) -> np.ndarray:
@@ -25,7 +21,7 @@ def mean_over_repeats(prob: np.ndarray) -> np.ndarray:
     return np.nanmean(prob, axis=0)
 
 
-def _measured(labels: np.ndarray, prob: np.ndarray, options: dict[str, Any], tables: bool) -> dict[str, Any]:
+def _measured(labels: np.ndarray, prob: np.ndarray, options: Mapping[str, Any], tables: bool) -> dict[str, Any]:
     bins = bins_for(len(labels), options["ece_bins"])
     confidence, hit = confidence_and_hit(labels, prob)
     figures = metrics_over(labels, prob, None, bins)
@@ -46,7 +42,7 @@ def _measured(labels: np.ndarray, prob: np.ndarray, options: dict[str, Any], tab
     return found
 
 
-def calibration_report(p: Predictions, options: dict[str, Any]) -> dict[str, Any]:
+def calibration_report(p: ClassPredictions, options: Mapping[str, Any]) -> dict[str, Any]:
     """Calibration of the probability averaged over repeats; `before` is that of the logits without temperature.
 
     Two classes: of P(positive); more: of the top class, and `ece_classwise` of all of them. Sites with fewer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from slidemake.statistics.bootstrap import percentile_interval
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
 
 Calibration = Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]  # (repeat, fold) -> P (m, C), labels (m,)
 POINTS = 101  # of the risk-coverage curve
@@ -40,7 +40,7 @@ def class_limits(prob: np.ndarray, labels: np.ndarray, alpha: float) -> np.ndarr
     return np.array([conformal_limit(scores[labels == c], alpha) for c in range(prob.shape[1])])
 
 
-def sets_of(p: Predictions, calibration: Calibration, alpha: float, by_class: bool) -> np.ndarray | None:
+def sets_of(p: ClassPredictions, calibration: Calibration, alpha: float, by_class: bool) -> np.ndarray | None:
     """(R, n, C) sets of all tested patients, each by the limit of its fold; None when a fold has no validation."""
     sets = np.zeros(p.prob.shape, bool)
     for r, repeat in enumerate(p.repeats):
@@ -68,7 +68,9 @@ def coverage(covered: np.ndarray, weights: np.ndarray, level: float) -> dict[str
     return {"value": float(covered.mean()), "low": low, "high": high}
 
 
-def _figures(p: Predictions, sets: np.ndarray, inside: np.ndarray, weights: np.ndarray, level: float) -> dict[str, Any]:
+def _figures(
+    p: ClassPredictions, sets: np.ndarray, inside: np.ndarray, weights: np.ndarray, level: float
+) -> dict[str, Any]:
     """Coverage with its interval, size of the sets, and what becomes of those who get one class; patients `inside`."""
     sets, labels = sets[:, inside], p.labels[inside]
     known, size = p.fold[:, inside] >= 0, sets.sum(2)
@@ -86,7 +88,7 @@ def _figures(p: Predictions, sets: np.ndarray, inside: np.ndarray, weights: np.n
 
 
 def conformal(
-    p: Predictions,
+    p: ClassPredictions,
     calibration: Calibration,
     alpha: float,
     level: float,
@@ -128,7 +130,7 @@ def conformal(
     }
 
 
-def risk_coverage(p: Predictions) -> dict[str, Any]:
+def risk_coverage(p: ClassPredictions) -> dict[str, Any]:
     """Share of wrong decisions among the patients that the model is surest of, and its area (AURC, lower is better).
 
     Sure is who has a high probability of the decided class. Points and area are means over repeats; `full` is the error

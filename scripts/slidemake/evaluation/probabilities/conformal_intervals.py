@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from slidemake.evaluation.probabilities.conformal import ROUNDING, conformal_limit, coverage, mean_where_known
-from slidemake.tasks.outcome_table import OutcomeTable
+from slidemake.tasks.base import Predictions
 
 
 def conformal_intervals(
-    table: OutcomeTable,
+    table: Predictions,
     alpha: float,
     level: float,
     weights_of: Callable[[str, np.ndarray], np.ndarray],

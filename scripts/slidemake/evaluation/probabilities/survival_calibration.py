@@ -15,6 +15,7 @@ the predictions are too extreme. Royston and Altman 2013, BMC Med Res Methodol 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from slidemake.evaluation.probabilities.calibration import MIN_PATIENTS, mean_ov
 from slidemake.statistics.class_metrics import mass_bins
 from slidemake.statistics.reliability import CLIP
 from slidemake.statistics.survival import RiskSets, kaplan_meier
-from slidemake.tasks.outcome_table import OutcomeTable
+from slidemake.tasks.base import Predictions
 
 MOST_GROUPS = 10
 PER_GROUP = 5  # events by the horizon that a group should hold on average: fewer groups where there are few
@@ -146,7 +147,7 @@ def at_one_horizon(
     }
 
 
-def survival_calibration(table: OutcomeTable, options: dict[str, Any]) -> dict[str, Any]:
+def survival_calibration(table: Predictions, options: Mapping[str, Any]) -> dict[str, Any]:
     """Calibration of S averaged over repeats at every horizon: `horizons`, and the same per site under `sites`.
 
     `middle` names the horizon that is spoken of where one has to do. Sites with fewer than 10 patients get a reason

@@ -9,7 +9,7 @@ from slidemake.mil.aggregators.base import Aggregator, BagLoss, Batch, SeededDro
 from slidemake.mil.aggregators.inference import CHUNK, encode_bag, leave_one_out, predict_bag, slide_numbers
 from slidemake.mil.aggregators.registration import AGGREGATORS, aggregator
 from slidemake.mil.aggregators.registry import build_aggregator, model_parameters
-from slidemake.tasks.outcomes import log_odds
+from slidemake.tasks.classes import log_odds
 
 __all__ = [
     "AGGREGATORS",

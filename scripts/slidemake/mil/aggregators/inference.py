@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slidemake.mil.aggregators.base import Aggregator
-from slidemake.tasks.outcomes import log_odds
+from slidemake.tasks.classes import log_odds
 
 CHUNK = 8192  # tiles that are encoded at once at inference; bounds memory on slides with 1e5 tiles
 REPEATED = 64  # predictions spent on a bag by leave-one-out without a closed form

@@ -20,8 +20,10 @@ from slidemake.evaluation.probabilities.conformal import (
 )
 from slidemake.evaluation.probabilities.conformal_intervals import conformal_intervals
 from slidemake.statistics.bootstrap import bootstrap_weights
-from slidemake.tasks.outcome_table import OutcomeTable, read_outcome_validation
-from slidemake.tasks.prediction_table import Predictions, read_predictions, read_validation
+from slidemake.tasks.base import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
+from slidemake.tasks.prediction_table import read_predictions, read_validation
+from slidemake.tasks.regression import RegressionOutcome
 
 
 class Given(ClassifierMixin, BaseEstimator):
@@ -55,7 +57,7 @@ def predictions(prob, labels, fold=None, sites=None, repeats=1):
     n = len(labels)
     fold = np.zeros((repeats, n), int) if fold is None else fold
     prob = np.repeat(prob[None], repeats, 0)
-    return Predictions(
+    return ClassPredictions(
         "m",
         tuple("abcdef"[: prob.shape[2]]),
         tuple(f"P{i:04d}" for i in range(n)),
@@ -164,11 +166,11 @@ def test_validation_predictions_come_from_the_folds_bundles(tmp_path):
         folder.mkdir(parents=True)
         kept = {f"P{i}": [0.1 * i, 1 - 0.1 * i] for i in range(4) if i % 2 != fold} | {"unknown": [0.5, 0.5]}
         (folder / "bundle.json").write_text(json.dumps({"training": {"validation_probability": kept}}))
-    p = read_validation(path, read_predictions(path, "m"), {f"P{i}": "nt"[i % 2] for i in range(4)})
+    p = read_validation(path, read_predictions(path, "m", "binary"), {f"P{i}": "nt"[i % 2] for i in range(4)})
     assert sorted(p.validation) == [(0, 0), (0, 1)]
     prob, labels = p.validation[0, 0]
     np.testing.assert_allclose(prob, [[0.1, 0.9], [0.3, 0.7]])
-    assert labels.tolist() == [1, 1]
+    assert labels.tolist() == [[1], [1]]
     assert read_validation(tmp_path / "elsewhere" / "p.csv", p, {}).validation is None
 
 
@@ -190,9 +192,8 @@ def numbers(n, seed, sites=("",), shift=0.0):
     said = truth + 0.3 * rng.normal(size=n) + shift * (of == "B")
     people = tuple(f"P{i:04d}" for i in range(n))
     fold = (np.arange(n) % 2)[None]
-    return OutcomeTable(
-        "m", "regression", (), people, tuple(of), truth[:, None], (0,), said[None, :, None], np.empty((1, n, 0)), fold
-    )
+    about = ("m", RegressionOutcome(), people, tuple(of), truth[:, None], (0,))
+    return Predictions(*about, said[None, :, None], np.empty((1, n, 0)), fold)
 
 
 def off_by(table, *residuals):
@@ -243,7 +244,7 @@ def test_validation_comes_from_the_bundles_of_the_folds(tmp_path):
         folder = tmp_path / "bundles" / f"repeat0_fold{fold}"
         folder.mkdir(parents=True)
         (folder / "bundle.json").write_text(json.dumps({"training": {"validation_values": kept}}))
-    found = read_outcome_validation(tmp_path / "predictions_patients.csv", table, {"Q1": "2", "Q2": "4"}).validation
+    found = read_validation(tmp_path / "predictions_patients.csv", table, {"Q1": "2", "Q2": "4"}).validation
     assert {where: (values.tolist(), truth.tolist()) for where, (values, truth) in found.items()} == {
         (0, 0): ([[2.5], [1.0]], [[2.0], [4.0]]),
         (0, 1): ([[0.0]], [[2.0]]),

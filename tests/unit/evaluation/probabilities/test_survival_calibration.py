@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from lifelines import CoxPHFitter, KaplanMeierFitter
-from slidemake.evaluation.evaluate_outcomes import evaluate_tables
+from slidemake.evaluation.evaluate import evaluate_tables
 from slidemake.evaluation.probabilities.survival_calibration import (
     at_one_horizon,
     calibration_slope,
@@ -17,7 +17,8 @@ from slidemake.evaluation.probabilities.survival_calibration import (
     survival_calibration,
 )
 from slidemake.report.calibration import survival_section
-from slidemake.tasks.outcome_table import OutcomeTable
+from slidemake.tasks.base import Predictions
+from slidemake.tasks.survival import CoxOutcome
 
 T = 5.0
 AT = np.array([T])  # the one horizon
@@ -103,8 +104,8 @@ def table(time, event, survival, sites=(), names=("2", "5")):
     values = np.concatenate([1 - survival[:, -1:], survival], axis=1)[None]
     high = (values[..., :1] > np.median(values[..., 0])).astype(float)
     people, truth = tuple(f"P{i:03d}" for i in range(n)), np.stack([time, event], 1).astype(float)
-    about = ("m", "survival", names, people, tuple(sites) or ("s",) * n, truth, (0,))
-    return OutcomeTable(*about, values, high, np.arange(n)[None] % 3)
+    about = ("m", CoxOutcome([float(name) for name in names]), people, tuple(sites) or ("s",) * n, truth, (0,))
+    return Predictions(*about, values, high, np.arange(n)[None] % 3)
 
 
 @pytest.mark.parametrize(

@@ -10,25 +10,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from lifelines.utils import concordance_index
+from simulated import evaluate_classes
 from simulated_outcomes import NAMES, table, truth_of, values_of, written
 from sklearn.metrics import r2_score, roc_auc_score
 from slidemake.core.failures import RunError
-from slidemake.evaluation.evaluate_classes import evaluate_models
-from slidemake.evaluation.evaluate_outcomes import evaluate_outcomes, evaluate_tables
+from slidemake.evaluation.evaluate import evaluate, evaluate_tables
 from slidemake.evaluation.files import FIGURES
-from slidemake.report.outcome_task import outcome_section
 from slidemake.report.page import template_environment
+from slidemake.report.task import measured_section
 from slidemake.statistics.bootstrap import bootstrap_weights, percentile_interval
 from slidemake.statistics.survival_metrics import metrics_over
-from slidemake.tasks.outcome_table import OutcomeTable, read_outcomes
-from slidemake.tasks.prediction_table import Predictions
+from slidemake.tasks.class_predictions import ClassPredictions
+from slidemake.tasks.prediction_table import read_predictions
 
 QUICK = {"bootstrap": 200, "seed": 0}
 
 
 def with_validation(made, n=30):
     """The table with n validation patients of every fold, predicted as its own are."""
-    other = table(made.kind, n=n, seed=9)
+    other = table(made.outcome.kind, n=n, seed=9)
     of_validation = other.values[0], other.truth
     return replace(made, validation={(r, f): of_validation for r in made.repeats for f in range(3)})
 
@@ -101,7 +101,7 @@ def test_the_bootstrap_covers_the_truth():
 def test_bad_input_gives_numbers_or_reasons(kind, case, tmp_path):
     made = table(kind, n=3 if case == "three" else 24, constant=case == "constant", repeats=1)
     if case == "one_site":
-        made = OutcomeTable(**{**made.__dict__, "sites": ("s0",) * 24})
+        made = replace(made, sites=("s0",) * 24)
     if case == "one_label":  # all censored, one grade, one value, one class of each label
         made.truth[:] = made.truth[0]
         made.truth[:, -1] = 0 if kind == "survival" else made.truth[0, -1]
@@ -113,7 +113,7 @@ def test_bad_input_gives_numbers_or_reasons(kind, case, tmp_path):
                 assert (m["value"] is None) == (m["reason"] is not None)
                 assert m["reason"] is None or m["reason"].startswith("not defined, because ")
     assert result["verdict"]
-    section = outcome_section(tmp_path, result, curves, {}, "m")
+    section = measured_section(tmp_path, result, curves, {}, "m")
     assert len(section["pictures"]) >= 1
     if case == "one_label" and kind == "survival":
         reasons = {line["code"]: line["text"] for line in result["verdict"]}
@@ -218,7 +218,7 @@ def test_every_label_is_calibrated_as_a_task_of_two_classes():
         values, truth = next(iter(made.validation.values()))
         told = truth[:, k] >= 0
         two = np.stack([1 - made.values[:, known, k], made.values[:, known, k]], -1)
-        binary = Predictions(
+        binary = ClassPredictions(
             name="m",
             classes=("no", "yes"),
             patients=tuple(made.patients[i] for i in known),
@@ -234,7 +234,7 @@ def test_every_label_is_calibrated_as_a_task_of_two_classes():
                 for at in made.validation
             },
         )
-        expected = evaluate_models([binary], QUICK)[0]["models"]["m"]
+        expected = evaluate_classes([binary], QUICK)[0]["models"]["m"]
         assert labels[name]["calibration"]["before"]["ece"] == pytest.approx(expected["calibration"]["before"]["ece"])
         assert labels[name]["calibration"]["n"] == len(known)
         for key in ("ece", "brier", "slope", "table", "ece_if_calibrated"):
@@ -257,16 +257,18 @@ def test_logits_are_read_where_a_file_has_them(tmp_path):
         writer = csv.DictWriter(handle, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    found = evaluate_tables([read_outcomes(tmp_path / "p.csv", "m", "ordinal")], QUICK)[0]["models"]["m"]["calibration"]
+    found = evaluate_tables([read_predictions(tmp_path / "p.csv", "m", "ordinal")], QUICK)[0]["models"]["m"][
+        "calibration"
+    ]
     first, second = 1 / (1 + np.exp(-0.5)), 1 / (1 + np.exp(1.25))  # P(a), P(b | not a)
     prob = np.array([first, (1 - first) * second, (1 - first) * (1 - second)])
     onehot = np.eye(3)[made.truth[:, 0].astype(int)]
     assert found["before"]["brier"] == pytest.approx(((prob - onehot) ** 2).sum(1).mean())
     (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace(",0.5,", ",,", 1))
-    assert read_outcomes(tmp_path / "p.csv", "m", "ordinal").raw is None  # as of a model of the site alone
+    assert read_predictions(tmp_path / "p.csv", "m", "ordinal").raw is None  # as of a model of the site alone
     (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace(",,", ",inf,", 1))
     with pytest.raises(RunError, match="finite number"):
-        read_outcomes(tmp_path / "p.csv", "m", "ordinal")
+        read_predictions(tmp_path / "p.csv", "m", "ordinal")
 
 
 def test_the_verdict_names_labels_that_are_off():
@@ -302,12 +304,12 @@ def test_high_and_low_risk_are_compared():
 def test_files(kind, tmp_path):
     made = table(kind, n=20)
     written(tmp_path / "p.csv", kind, made)
-    read = read_outcomes(tmp_path / "p.csv", "m", kind)
+    read = read_predictions(tmp_path / "p.csv", "m", kind)
     np.testing.assert_array_equal(read.truth, made.truth)
     np.testing.assert_array_equal(read.values, made.values)
     np.testing.assert_array_equal(read.decisions, made.decisions)
     paths = {name: tmp_path / name for name in ("metrics", "table", "curves")}
-    evaluate_outcomes([tmp_path / "p.csv"], ["m"], kind, QUICK, **paths)
+    evaluate([tmp_path / "p.csv"], ["m"], kind, QUICK, **paths)
     rows = list(csv.reader(io.StringIO(paths["table"].read_text())))
     assert tuple(rows[0]) == (*FIGURES, "reason")
     assert not any(cell.lower() in ("nan", "inf") for row in rows for cell in row)
@@ -319,13 +321,13 @@ def test_tables_that_are_none(tmp_path):
     text = (tmp_path / "p.csv").read_text()
     (tmp_path / "bad.csv").write_text(text.replace("P001,s1,", "P001,s1,x", 1))
     with pytest.raises(RunError, match=r"row 3 .patient P001.: not a prediction of a regression task"):
-        read_outcomes(tmp_path / "bad.csv", "m", "regression")
+        read_predictions(tmp_path / "bad.csv", "m", "regression")
     with pytest.raises(RunError, match=r"columns missing for a survival task: .*risk"):
-        read_outcomes(tmp_path / "p.csv", "m", "survival")
+        read_predictions(tmp_path / "p.csv", "m", "survival")
     doubled = text + text.splitlines()[1] + "\n"
     (tmp_path / "twice.csv").write_text(doubled)
     with pytest.raises(RunError, match="tested twice"):
-        read_outcomes(tmp_path / "twice.csv", "m", "regression")
+        read_predictions(tmp_path / "twice.csv", "m", "regression")
     with pytest.raises(RunError, match="no predictions to evaluate"):
         evaluate_tables([])
 
@@ -336,7 +338,7 @@ def test_the_page_shows_comparisons_subgroups_and_intervals(kind, tmp_path):
     scanner = {p: "AB"[i % 2] for i, p in enumerate(made[0].patients)}
     made[0] = with_validation(made[0])
     result, curves = evaluate_tables(made, QUICK, groups={"scanner": scanner})
-    section = outcome_section(tmp_path, result, curves, {}, "m")
+    section = measured_section(tmp_path, result, curves, {}, "m")
     page = template_environment().get_template("report_evaluation.html.j2").render(task={**section, "metrics": result})
     assert "Is one model better than another?" in page
     assert "DeLong" not in page

@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from simulated import evaluate_classes
 from sklearn.metrics import average_precision_score, roc_auc_score
 from slidemake.core.failures import RunError
-from slidemake.evaluation.evaluate_classes import evaluate, evaluate_models
+from slidemake.evaluation.evaluate import evaluate
 from slidemake.evaluation.files import metrics_table
-from slidemake.evaluation.probabilities.calibration import bins_for
 from slidemake.statistics.association import association_test
 from slidemake.statistics.bootstrap import bootstrap_indices, percentile_interval, scope_seed
+from slidemake.statistics.sizes import bins_for
 from slidemake.statistics.temperature import auroc
-from slidemake.tasks.prediction_table import Predictions, read_predictions, without_prevalence
+from slidemake.tasks.class_predictions import ClassPredictions, without_prevalence
+from slidemake.tasks.prediction_table import read_predictions
 
 FEW = {"bootstrap": 100, "seed": 5}
 
@@ -36,10 +38,10 @@ def simulate(name, signal, n=40, repeats=3, folds=5, seed=0, classes=("benign", 
     fold = np.stack([rng.permutation(np.arange(n) % folds) for _ in range(repeats)])
     patients = tuple(f"P{i:03d}" for i in range(n))
     names = tuple("ABCDEFG"[s] for s in site)
-    return Predictions(name, classes, patients, names, labels, tuple(range(repeats)), prob, prob.argmax(2), fold)
+    return ClassPredictions(name, classes, patients, names, labels, tuple(range(repeats)), prob, prob.argmax(2), fold)
 
 
-def write(p: Predictions, path, threshold=0.5):
+def write(p: ClassPredictions, path, threshold=0.5):
     with open(path, "w", newline="") as handle:
         out = csv.writer(handle)
         out.writerow(
@@ -70,7 +72,7 @@ def cohort(**more):
 
 @pytest.fixture(scope="module")
 def result():
-    return evaluate_models(cohort(), FEW)[0]
+    return evaluate_classes(cohort(), FEW)[0]
 
 
 def test_pooled_is_the_mean_over_repeats_with_a_brute_force_interval(result):
@@ -128,7 +130,7 @@ def test_controls_and_paired_differences(result):
 def test_each_row_brings_its_own_threshold(tmp_path):
     p = simulate("m", 1.0, repeats=1)
     path = write(p, tmp_path / "p.csv", threshold=0.8)
-    assert (read_predictions(path, "m").predicted == (p.prob[..., 1] >= 0.8)).all()
+    assert (read_predictions(path, "m", "binary").decisions[..., 0] == (p.prob[..., 1] >= 0.8)).all()
 
 
 def test_files_round_trip_and_are_deterministic(tmp_path):
@@ -136,9 +138,9 @@ def test_files_round_trip_and_are_deterministic(tmp_path):
     paths = [write(p, tmp_path / f"{p.name}.csv") for p in models]
     names = [p.name for p in models]
     outputs = [tmp_path / name for name in ("metrics.json", "metrics.csv", "curves.json")]
-    evaluate(paths, names, FEW, *outputs)
+    evaluate(paths, names, "binary", FEW, *outputs)
     before = [path.read_bytes() for path in outputs]
-    evaluate(paths, names, FEW, *outputs)
+    evaluate(paths, names, "binary", FEW, *outputs)
     assert before == [path.read_bytes() for path in outputs]
     rows = list(csv.DictReader(outputs[1].open()))
     assert list(rows[0])[:8] == ["model", "metric", "scope", "value", "low", "high", "n", "positives"]
@@ -157,7 +159,7 @@ def test_one_class_site_and_small_site_have_reasons():
     sites[:6:2] = "one class"
     sites[10:14] = "small"
     sites[20:26:2] = sites[30:34:2] = "benign only"
-    result, _ = evaluate_models([replace(m, sites=tuple(sites)) for m in models], FEW)
+    result, _ = evaluate_classes([replace(m, sites=tuple(sites)) for m in models], FEW)
     scopes = result["models"]["gated_abmil"]["scopes"]
     assert "4 patients; figures need at least 5" in scopes["site:small"]["reason"]
     assert "no patient of class tumour" in scopes["site:benign only"]["reason"]
@@ -167,7 +169,7 @@ def test_one_class_site_and_small_site_have_reasons():
 
 def test_one_class_in_all_patients_gives_no_fake_figures():
     models = [replace(m, labels=np.zeros(40, int)) for m in cohort()]
-    result, curves = evaluate_models(models, FEW)
+    result, curves = evaluate_classes(models, FEW)
     pooled = result["models"]["gated_abmil"]["scopes"]["pooled"]["metrics"]
     assert pooled["auroc"] == {
         "value": None,
@@ -182,7 +184,7 @@ def test_one_class_in_all_patients_gives_no_fake_figures():
 
 
 def test_more_than_two_classes(result):
-    result, curves = evaluate_models(cohort(n=45, classes=("a", "b", "c")), FEW)
+    result, curves = evaluate_classes(cohort(n=45, classes=("a", "b", "c")), FEW)
     p = cohort(n=45, classes=("a", "b", "c"))[0]
     expected = np.mean([roc_auc_score(p.labels, prob, multi_class="ovr") for prob in p.prob])
     scope = result["models"]["gated_abmil"]["scopes"]["pooled"]
@@ -197,7 +199,7 @@ def test_label_that_follows_the_site_raises_the_alarm():
     prob = 0.3 + 0.4 * np.repeat(at_site[None], 3, 0)
     site_model = replace(models[2], prob=np.stack([1 - prob, prob], -1))
     shortcut = replace(site_model, name="gated_abmil", prob=site_model.prob + np.array([[[-1e-3, 1e-3]]]))
-    result, _ = evaluate_models([shortcut, models[1], site_model, models[3]], FEW)
+    result, _ = evaluate_classes([shortcut, models[1], site_model, models[3]], FEW)
     codes = {finding["code"] for finding in result["verdict"]}
     assert {"site_predicts_label", "not_better", "between_sites"} <= codes
 
@@ -211,7 +213,7 @@ def test_cramers_v_by_hand():
 
 def test_models_with_other_patients_are_not_compared():
     other = replace(simulate("mean_pool_lr", 0.5, seed=1), patients=tuple(f"Q{i:03d}" for i in range(40)))
-    result, _ = evaluate_models([cohort()[0], other], FEW)
+    result, _ = evaluate_classes([cohort()[0], other], FEW)
     [pair] = [c for c in result["comparisons"] if (c["model"], c["reference"]) == ("gated_abmil", "mean_pool_lr")]
     assert pair["reason"] == "the two models saw different patients"
 
@@ -221,7 +223,7 @@ def test_repeats_that_miss_patients_are_averaged_over_what_they_have():
     prob, predicted, fold = (np.array(a, copy=True) for a in (models[0].prob, models[0].predicted, models[0].fold))
     prob[2, :10], predicted[2, :10], fold[2, :10] = np.nan, -1, -1
     p = replace(models[0], prob=prob, predicted=predicted, fold=fold)
-    result, _ = evaluate_models([p, *models[1:]], FEW)
+    result, _ = evaluate_classes([p, *models[1:]], FEW)
     parts = [roc_auc_score(p.labels, prob[r, :, 1]) for r in (0, 1)] + [roc_auc_score(p.labels[10:], prob[2, 10:, 1])]
     scopes = result["models"]["gated_abmil"]["scopes"]
     assert scopes["pooled"]["metrics"]["auroc"]["value"] == pytest.approx(np.mean(parts))
@@ -242,7 +244,10 @@ def test_bins_shrink_with_the_sample():
         (lambda rows: [{**rows[0], "prob_tumour": "0.99999"}, *rows[1:]], "do not sum to 1"),
         (lambda rows: [{**row, "site": row["repeat"]} for row in rows], "another label or site"),
         (lambda rows: [], "no predictions"),
-        (lambda rows: [{k: v for k, v in row.items() if k != "fold"} for row in rows], "columns missing: fold"),
+        (
+            lambda rows: [{k: v for k, v in row.items() if k != "fold"} for row in rows],
+            "columns missing for a binary task: fold",
+        ),
     ],
 )
 def test_broken_predictions_stop_with_the_row(tmp_path, change, message):
@@ -256,18 +261,18 @@ def test_broken_predictions_stop_with_the_row(tmp_path, change, message):
         out.writeheader()
         out.writerows(rows)
     with pytest.raises(RunError, match=message):
-        read_predictions(path, "m")
+        read_predictions(path, "m", "binary")
 
 
 def test_no_models_and_other_classes_stop():
     with pytest.raises(RunError, match="no predictions to evaluate"):
-        evaluate_models([])
-    with pytest.raises(RunError, match="different classes"):
-        evaluate_models([cohort()[0], simulate("other", 1.0, classes=("x", "y"))])
+        evaluate_classes([])
+    with pytest.raises(RunError, match="different things"):
+        evaluate_classes([cohort()[0], simulate("other", 1.0, classes=("x", "y"))])
 
 
 def test_encoder_that_has_seen_the_cohort_is_named():
-    result, _ = evaluate_models(cohort(), FEW, {"phikon": ["TCGA"]})
+    result, _ = evaluate_classes(cohort(), FEW, {"phikon": ["TCGA"]})
     [said] = [finding["text"] for finding in result["verdict"] if finding["code"] == "contaminated"]
     assert said.startswith("Encoder phikon was pretrained on TCGA")
 
