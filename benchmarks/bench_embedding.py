@@ -71,11 +71,11 @@ def embed(encoder: Any, slide: Slide, store: Path, copies: int, folder: Path, st
 
 def model_alone(encoder: Any, tiles: np.ndarray, work: Callable[[Any, Any], Any] | None = None) -> float:
     """The engine's own arrangement (as many batches side by side as threads) with nothing to wait for."""
-    from slidemake.embedding.engine import Forward, single_threaded
+    from slidemake.embedding.forward import Forward, prepare_thread
 
     forward = Forward(encoder, "cpu", BATCH)
     parts = [tiles[i : i + BATCH] for i in range(0, len(tiles), BATCH)]
-    with ThreadPoolExecutor(THREADS, initializer=single_threaded) as pool:
+    with ThreadPoolExecutor(THREADS, initializer=prepare_thread) as pool:
         list(pool.map(work or (lambda part: forward(part, None)), parts))
     return len(tiles)
 

@@ -2,10 +2,10 @@
 
 import atexit
 import os
-import shutil
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
+from slidemake.jobs.devices import nvidia_gpus
 from slidemake.jobs.job import available_cpus, cgroup_quotas
 from slidemake.configuration.load import stage_options
 from slidemake.cohort.sheet import describe_tasks
@@ -25,17 +25,24 @@ from slidemake.workflow.running import (
     stop_jobs_on_sigterm,
 )
 from slidemake.core.yaml_files import check_yaml_files
+from slidemake.workflow.place import precision_hint
 from slidemake.workflow.plan import mark_results_folder, plan_run, rack_size_hint
 
-HAS_GPU = shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
 # A cluster's job reads this file again, on its node.
 IN_JOB = not workflow.is_main_process
 # --jobs beside --cores: an executor that is not local.
 ON_CLUSTER = workflow.nodes is not None
-GPUS = workflow.global_resources.get("gpu") if HAS_GPU else None
+# A GPU whose driver answers: of a cluster's jobs, their node's.
+NVIDIA_GPUS, NO_GPU_BECAUSE = nvidia_gpus()
+GPUS = workflow.global_resources.get("gpu") if NVIDIA_GPUS else None
 # A container's or service's quota of CPU time is none of what `--cores all` looks at.
 CORES = int(max(1, min([workflow.cores, *([] if ON_CLUSTER else cgroup_quotas())])))
-MACHINE = Machine(cores=CORES, gpus=int(GPUS.value) if GPUS else 0, cluster=ON_CLUSTER)
+MACHINE = Machine(
+    cores=CORES,
+    gpus=int(GPUS.value) if GPUS else 0,
+    cluster=ON_CLUSTER,
+    gpu=bool(NVIDIA_GPUS),
+)
 
 try:
     if not IN_JOB:  # Snakemake has loaded them, and takes the last of two equal keys
@@ -143,6 +150,7 @@ def start_run(files):
         Path(OUTPUT),
         PLAN.rack_size if RACKS else None,
         PLAN.racks_on_disk if REMOTE_RACKS else None,
+        PLAN,
     )
     WATCH.begin([rule.name for rule in workflow.rules if rule.output])
     if CORES < workflow.cores:
@@ -150,8 +158,19 @@ def start_run(files):
             f"slidemake: warning: --cores is {workflow.cores}, and this process may use {CORES} CPUs: give --cores {CORES}",
             file=sys.stderr,
         )
-    if hint := rack_size_hint(PLAN, MACHINE):
+    for hint in filter(
+        None,
+        [
+            rack_size_hint(PLAN, MACHINE),
+            precision_hint(CONFIG["embedding"], ENCODERS, PLAN.place),
+        ],
+    ):
         print(f"slidemake: {hint}", file=sys.stderr)
+    if NO_GPU_BECAUSE and not ON_CLUSTER and CONFIG["embedding"]["device"] == "auto":
+        print(
+            f"slidemake: warning: this machine's GPU is not used, {NO_GPU_BECAUSE}; the CPU takes many times as long",
+            file=sys.stderr,
+        )
     for encoder, corpora in PLAN.contamination.items():
         print(
             f"slidemake: warning: {contamination_warning(encoder, corpora)}",

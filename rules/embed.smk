@@ -2,7 +2,7 @@
 
 DEVICE = CONFIG["embedding"]["device"]
 # A cluster gives the GPU that gpu=1 asks for.
-ON_GPU = DEVICE != "cpu" and (HAS_GPU or ON_CLUSTER)
+ON_GPU = DEVICE == "cuda" or bool(PLAN.place["gpu"])
 EMBED_THREADS = RACK_THREADS if IN_JOB else MACHINE.embedding_threads(ON_GPU)
 
 # One rule per grid: encoders that take the same tiles share a job, so that each tile is read once for all of them.
@@ -37,6 +37,7 @@ for GRID in GRIDS:
             encoders=[PLAN.encoder_record(e) for e in PLAN.encoders_of(GRID)],
             stains=[PLAN.stain_method_of(e) for e in PLAN.encoders_of(GRID)],
             options=stage_options(CONFIG, "embed"),
+            place=PLAN.place,
             files=PLAN.weights_files(PLAN.encoders_of(GRID)),
             version=STAGE_VERSIONS["embed"],
         message:
@@ -67,6 +68,7 @@ rule embed_background:
         results=OUTPUT,
         encoder=lambda wildcards: PLAN.encoder_record(wildcards.encoder),
         embedding=stage_options(CONFIG, "embed"),
+        place=PLAN.place,
         options=stage_options(CONFIG, "background"),
         tolerance=CONFIG["tiling"]["mpp_tolerance"],
         files=lambda wildcards: PLAN.weights_files([wildcards.encoder]),

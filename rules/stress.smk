@@ -36,6 +36,7 @@ rule stress_test:
             PLAN.encoder_of(wildcards.task, wildcards.model)
         ),
         embedding=stage_options(CONFIG, "embed"),
+        place=PLAN.place,
         evaluation=stage_options(CONFIG, "evaluate"),
         options=stage_options(CONFIG, "stress"),
         files=lambda wildcards: PLAN.weights_files(
@@ -80,6 +81,7 @@ rule compare_stain:
             PLAN.stain_compared()[wildcards.task]
         ),
         embedding=stage_options(CONFIG, "embed"),
+        place=PLAN.place,
         seed=CONFIG["evaluation"]["seed"],
         version=STAGE_VERSIONS["stain"],
     message:

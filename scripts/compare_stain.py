@@ -6,29 +6,18 @@ from pathlib import Path
 
 from slidemake.core.files import read_json, write_json
 from slidemake.core.tables import read_table
-from slidemake.embedding.stage import make_slide_job, warm_encoder
-from slidemake.encoders.access import resolve_weights
-from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
-from slidemake.encoders.runtime import effective_precision
-from slidemake.jobs.devices import claimed_device
+from slidemake.embedding.stage import device_on_demand, known_encoder, make_slide_job, warm_encoder
 from slidemake.jobs.job import job
-from slidemake.jobs.memory import keep_freed_memory
 from slidemake.jobs.racks import read_manifests
 from slidemake.robustness.stain_comparison import cohort_vectors, compare_stain
 from slidemake.splits.make import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
-    keep_freed_memory()  # before torch allocates
-    import torch
-
-    torch.set_num_threads(1)
     log = logging.getLogger("slidemake")
     results, labels = Path(sm.params.results), read_splits(sm.input.splits).labels
     patient_of = {r["slide_id"]: r["patient_id"] for r in read_table(sm.input.slides) if r["status"] == "ok"}
-    record = EncoderRecord.from_dict(dict(sm.params.encoder))
-    with claimed_device(sm.params.embedding["device"]) as device:
-        precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
-        known = identity(record, weights_sha256(resolve_weights(record)), precision)
+    record, precision, known = known_encoder(sm.params.encoder, sm.params.place)
+    with device_on_demand(sm.params.embedding, sm.params.place, 1) as device:
         make = partial(make_slide_job, results, record, known, sm.params.stain, read_json(sm.input.target), "float32")
         records = read_manifests(sm.input.tiles, "tiles")
         used = [r for r in records if r["status"] == "ok" and patient_of.get(r["slide_id"]) in labels]

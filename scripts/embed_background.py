@@ -4,25 +4,14 @@ from functools import cache, partial
 from pathlib import Path
 
 from slidemake.embedding.background import embed_background
-from slidemake.embedding.stage import warm_encoder
-from slidemake.encoders.access import resolve_weights
-from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
-from slidemake.encoders.runtime import effective_precision
-from slidemake.jobs.devices import claimed_device
+from slidemake.embedding.stage import device_on_demand, known_encoder, warm_encoder
 from slidemake.jobs.job import job
-from slidemake.jobs.memory import keep_freed_memory
 from slidemake.jobs.racks import read_manifest, run_rack
 from slidemake.tiles.grid import parse_grid
 
 with job(snakemake) as sm:  # noqa: F821
-    keep_freed_memory()  # before torch allocates
-    import torch
-
-    torch.set_num_threads(sm.threads)
-    record = EncoderRecord.from_dict(dict(sm.params.encoder))
-    with claimed_device(sm.params.embedding["device"]) as device:
-        precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
-        known = identity(record, weights_sha256(resolve_weights(record)), precision)
+    record, precision, known = known_encoder(sm.params.encoder, sm.params.place)
+    with device_on_demand(sm.params.embedding, sm.params.place, sm.threads) as device:
         forward = cache(partial(warm_encoder, record, device, precision))  # loaded when a slide is not finished
         run_rack(
             "background",

@@ -6,33 +6,22 @@ from pathlib import Path
 
 from slidemake.core.files import read_json
 from slidemake.core.tables import read_table
-from slidemake.embedding.stage import make_slide_job, warm_encoder
-from slidemake.encoders.access import resolve_weights
-from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
-from slidemake.encoders.runtime import effective_precision
-from slidemake.jobs.devices import claimed_device
+from slidemake.embedding.stage import device_on_demand, known_encoder, make_slide_job, warm_encoder
 from slidemake.jobs.job import job
-from slidemake.jobs.memory import keep_freed_memory
 from slidemake.jobs.racks import read_manifests
 from slidemake.robustness.stress import judge, stress_cohort
 from slidemake.robustness.stress_stage import tested_patients, write_stress
 from slidemake.splits.make import read_splits
 
 with job(snakemake) as sm:  # noqa: F821
-    keep_freed_memory()  # before torch allocates
-    import torch
-
-    torch.set_num_threads(1)
     results, trained, options = Path(sm.params.results), Path(sm.input.trained).parent, dict(sm.params.options)
-    record = EncoderRecord.from_dict(dict(sm.params.encoder))
+    record, precision, known = known_encoder(sm.params.encoder, sm.params.place)
     rows = {row["slide_id"]: row for row in read_table(sm.input.slides) if row["status"] == "ok"}
     slides: dict = {}
     for found in read_manifests(sm.input.tiles, "tiles"):
         if found["slide_id"] in rows and found["status"] == "ok":
             slides.setdefault(rows[found["slide_id"]]["patient_id"], []).append(found)
-    with claimed_device(sm.params.embedding["device"]) as device:
-        precision = effective_precision(sm.params.embedding["precision"], record.precision, torch.device(device))
-        known = identity(record, weights_sha256(resolve_weights(record)), precision)
+    with device_on_demand(sm.params.embedding, sm.params.place, 1) as device:
         target = read_json(sm.input.target)
         make_job = partial(make_slide_job, results, record, known, sm.params.stain, target, "float32")
         splits, most = read_splits(sm.input.splits), options["patients"]

@@ -22,6 +22,7 @@ SIDE, SHARD, DIM = 16, 8, 6
 class Record:
     key: str = "toy"
     dim: int = DIM
+    tile_px: int = SIDE
 
 
 class ToyEncoder:

@@ -254,7 +254,7 @@ def task(results) -> Path:
         {"sheet": "s.csv", "models": {"m": {"encoder": ENCODER}}, "tasks": {"t": {"label": "y"}}}
     )
     record, known, folder = load_record(ENCODER), registry([REGISTRY]), results / "tasks" / "t"
-    plan = Plan(config, [], {}, {ENCODER: record}, known, None, 16)
+    plan = Plan(config, [], {}, {ENCODER: record}, known, None, 16, {})
     ids = [f"{i:02d}" for i in range(12)]
     rows = [{"slide_id": i, "patient_id": i, "site": "AB"[int(i) % 2], "y": "nt"[int(i) // 2 % 2]} for i in ids]
     splits = make_splits(rows, "y", {"folds": 2})

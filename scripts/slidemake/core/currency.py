@@ -27,8 +27,9 @@ FOLDER = "digests"
 CONTENT = 4 << 20  # bytes up to which an outcome's file is compared by content; a larger one by its length
 MANY = 1000  # files of a slide that is a folder, of which size and time are looked at
 # Params that shape no result: where results are (their folder may move), how things are fetched, what is only shown,
-# and paths of files whose content counts (they are inputs).
-NOT_DETERMINING = {"results", "fetching", "configfiles", "slides", "sheet", "bundle", "files", "made"}
+# paths of files whose content counts (they are inputs), and on which device things are computed: a precision that
+# somebody set is among the settings, and what `auto` chose once stays for all of the results (`workflow.place`).
+NOT_DETERMINING = {"results", "fetching", "configfiles", "slides", "sheet", "bundle", "files", "made", "place"}
 PATHS = ("sheet", "bundle", "encoders_file")  # of the configuration, as the report shows it
 # Failures of slides at an address that may be over by the next run, and nothing here would have changed.
 PASSING = {"unreachable", "missing_file", "wrong_checksum"}

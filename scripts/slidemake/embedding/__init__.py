@@ -1,4 +1,5 @@
 """Stored tiles or slides in, features out.
 
-In reading order: stage, engine (batches of many slides through one model), background (features of glass, a control).
+In reading order: stage, engine (batches of many slides, read and written), forward (one batch on its device),
+background (features of glass, a control).
 """

@@ -20,7 +20,7 @@ from slidemake.tiles.grid import Grid, Window, boxes, slide_window, tile_positio
 from slidemake.tissue.geometry import tissue_fractions
 
 if TYPE_CHECKING:
-    from slidemake.embedding.engine import Forward
+    from slidemake.embedding.forward import Forward
 
 
 def record_name(encoder: str) -> str:

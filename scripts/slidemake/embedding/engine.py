@@ -15,8 +15,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.core.failures import SlideFailure
+from slidemake.core.failures import RunError, SlideFailure
+from slidemake.embedding.forward import Forward, prepare_thread
 from slidemake.jobs import isolation
 from slidemake.stores.tile_store import TileStore, store_fingerprint
 
@@ -35,7 +36,6 @@ FeatureSink = AbstractContextManager[Callable[[np.ndarray], None]]  # takes feat
 WAITING = 2  # batches that wait beyond those that are worked on: enough that no worker ever finds none
 UNWRITTEN = 64  # batches of a slide whose features are not written yet: a slow disk slows the rest down
 READERS_PER_GPU = 4  # worker threads beside a GPU, at least: two feed it, the others read
-ON_GPU = 2  # batches on the GPU at a time: one is copied while the other is computed
 
 
 @dataclass(frozen=True)
@@ -104,81 +104,6 @@ def stain_hook(transform: dict[str, Any] | None) -> Callable[[Any], Any] | None:
     return lambda tensor: apply_stain(tensor, values)
 
 
-class Forward:
-    """Runs batches of tiles through an encoder, from several threads; when memory runs out, in halves from then on."""
-
-    def __init__(self, encoder: Any, device: str, batch: int):
-        self.encoder, self.device, self.batch, self.limit = encoder, device, batch, 10**9
-        # a compiled model is compiled for one shape: a batch that is not full is filled up
-        self.fixed = encoder.path_name == "compiled"
-        self._gate: AbstractContextManager = nullcontext() if device == "cpu" else threading.BoundedSemaphore(ON_GPU)
-        self._local = threading.local()  # a GPU's stream and pinned memory, of each thread
-
-    def __call__(self, tiles: np.ndarray, stain: Callable[[Any], Any] | None) -> np.ndarray:
-        """Features (n, D) float32 of tiles (n, H, W, 3) uint8. SlideFailure out_of_memory when one does not fit."""
-        import torch
-
-        parts, done = [], 0
-        with self._gate, self._stream():
-            while done < len(tiles):
-                part = tiles[done : done + self.limit]
-                try:
-                    parts.append(self._part(part, stain))
-                except (torch.cuda.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                    self._lower(len(part), error)
-                    continue
-                done += len(part)
-        return np.concatenate(parts)
-
-    def _part(self, tiles: np.ndarray, stain: Callable[[Any], Any] | None) -> np.ndarray:
-        import torch
-
-        size = self.batch if self.fixed and self.limit >= self.batch else len(tiles)
-        batch = self._on_device(tiles, size)
-        features = self.encoder.forward(batch.permute(0, 3, 1, 2), stain=stain)
-        return features[: len(tiles)].to(torch.float32).cpu().numpy()  # waits for this thread's stream
-
-    def _on_device(self, tiles: np.ndarray, size: int) -> Any:
-        """(size, H, W, 3) uint8 on the device, repeating the last tile to fill `size`. Through pinned memory that is
-        used again for every batch of the thread: from there the copy does not hold up other streams.
-        """
-        import torch
-
-        if self.device == "cpu" and size == len(tiles):
-            return torch.from_numpy(tiles)
-        held = getattr(self._local, "held", None)
-        if held is None or held.shape[1:] != tiles.shape[1:] or len(held) < size:
-            held = torch.empty((size, *tiles.shape[1:]), dtype=torch.uint8, pin_memory=self.device != "cpu")
-            self._local.held = held
-        held[: len(tiles)].copy_(torch.from_numpy(tiles))
-        held[len(tiles) : size] = held[len(tiles) - 1]
-        return held[:size].to(self.device, non_blocking=True)
-
-    def _stream(self) -> AbstractContextManager:
-        """The calling thread's CUDA stream, so that copies and computation of two batches overlap."""
-        import torch
-
-        if self.device == "cpu":
-            return nullcontext()
-        if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self.device)
-        return torch.cuda.stream(self._local.stream)
-
-    def _lower(self, size: int, error: Exception) -> None:
-        import torch
-
-        out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "memory" in str(error).lower()
-        if not out_of_memory:
-            raise error
-        key = self.encoder.record.key
-        if size == 1:
-            raise SlideFailure("out_of_memory", f"{key} does not fit in memory with one tile") from error
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.limit = min(self.limit, (size + 1) // 2)
-        log.warning("%s: out of memory with %d tiles at a time: going on with %d", key, size, self.limit)
-
-
 class Output:
     """The features of a slide by one encoder on their way to where they go, written by one thread.
 
@@ -210,11 +135,8 @@ class Output:
         if self._error is None:
             with self._guarded():
                 self._context.close()
-        if self._error is not None:
-            result.set_exception(self._error)
-            return
         rate = self._tiles / max(time.perf_counter() - self._started, 1e-9)
-        result.set_result({"tiles": self._tiles, "tiles_per_second": round(rate, 1)})
+        settle(result, self._error or {"tiles": self._tiles, "tiles_per_second": round(rate, 1)})
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -256,7 +178,10 @@ class Engine:
         }
         self._stopped = threading.Event()
         self._slots = threading.Semaphore(workers + WAITING)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="model", initializer=single_threaded)
+        device = next((model.device for model in models.values()), "cpu")
+        self._pool = ThreadPoolExecutor(
+            workers, thread_name_prefix="model", initializer=prepare_thread, initargs=(device,)
+        )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._feeder = threading.Thread(target=self._feed, name="feeder", daemon=True)
         self._feeder.start()
@@ -266,12 +191,20 @@ class Engine:
         return self._results[number, slide_id].result()
 
     def close(self) -> None:
-        """Stop after the batches that are being worked on; safe to call at any time."""
+        """Stop after the batches that are being worked on, and commit slides that are complete with them; safe to call
+        at any time.
+        """
         self._stopped.set()
         self._slots.release()
         self._feeder.join()
         self._pool.shutdown(cancel_futures=True)
-        self._writer.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+
+    def _abandon(self, error: RunError) -> None:
+        """The run cannot go on: whoever waits for a slide that is not finished is told so, and no more is begun."""
+        self._stopped.set()
+        for result in self._results.values():
+            settle(result, error)
 
     def _feed(self) -> None:
         for jobs in self._work:
@@ -304,7 +237,7 @@ class Engine:
         found = {number: job for number, job in jobs.items() if store_fingerprint(job.out) == job.fingerprint}
         for number, job in found.items():
             figures = {"reused": True, "tiles": len(TileStore(job.tiles))}
-            self._results[number, job.slide_id].set_result(figures)
+            settle(self._results[number, job.slide_id], figures)
         return {number: job for number, job in jobs.items() if number not in found}
 
     def _one_batch(
@@ -319,6 +252,9 @@ class Engine:
                     for number, stain in stains.items():
                         try:
                             found[number] = self._models[number](tiles, stain).astype(self._dtype)
+                        except RunError as error:  # no slide's fault, and nothing goes on
+                            self._abandon(error)
+                            raise
                         except Exception as error:  # of this encoder alone
                             found[number] = error
             self._progress(len(tiles) * len(stains))
@@ -348,16 +284,16 @@ class Engine:
 
     def _fail(self, jobs: dict[int, SlideJob], error: Exception) -> None:
         for number, job in jobs.items():
-            self._results[number, job.slide_id].set_exception(error)
+            settle(self._results[number, job.slide_id], error)
 
 
-def single_threaded() -> None:
-    """On the CPU batches run side by side with one thread each: layers of a small model are too short to be worth
-    splitting, and features then do not depend on the number of threads.
-    """
-    import torch
-
-    torch.set_num_threads(1)
+def settle(result: Future[dict[str, Any]], outcome: dict[str, Any] | Exception) -> None:
+    """Tell who waits for a slide; the first outcome stays (when the run cannot go on, all have theirs)."""
+    with suppress(InvalidStateError):
+        if isinstance(outcome, Exception):
+            result.set_exception(outcome)
+        else:
+            result.set_result(outcome)
 
 
 class Progress:

@@ -7,9 +7,10 @@ made and worked on: `engine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ import numpy as np
 
 from slidemake.core.failures import SlideFailure, damaged
 from slidemake.core.files import committed, fingerprint, read_json, read_slide_record
-from slidemake.embedding.engine import READERS_PER_GPU, Engine, FeatureSink, Forward, Progress, SlideJob
+from slidemake.embedding.engine import READERS_PER_GPU, Engine, FeatureSink, Progress, SlideJob
+from slidemake.embedding.forward import Forward, Slots
+from slidemake.encoders.access import resolve_weights
+from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
 from slidemake.jobs import isolation
+from slidemake.jobs.devices import claimed_device
+from slidemake.jobs.memory import keep_freed_memory
 from slidemake.stores.arrays import ArrayWriter, write_array, write_group
 from slidemake.stores.integrity import check_store, seal
 from slidemake.stores.tile_store import TileStore, store_fingerprint
@@ -48,11 +54,45 @@ def batch_of(device: str) -> int:
     return BATCH["cpu" if device == "cpu" else "cuda"]
 
 
-def warm_encoder(record: Any, device: str, precision: str) -> Forward:
-    """An encoder that is ready for batches of the usual size, for stages that embed a sample of tiles."""
+@contextmanager
+def device_on_demand(options: Mapping[str, Any], place: Mapping[str, Any], threads: int) -> Iterator[Callable[[], str]]:
+    """A function that claims the device when it is first called, for the rest of the job: a job that finds everything
+    finished neither waits for a GPU nor imports what asks for one.
+
+    `options`: of the embedding stage; `place`: what the plan says of the device (`workflow.place`); `threads`: those of
+    the calling thread, which loads the model.
+    """
+    with ExitStack() as held:
+
+        @cache
+        def claim() -> str:
+            keep_freed_memory()  # before torch allocates: large activations would be unmapped at every layer
+            import torch
+
+            torch.set_num_threads(threads)
+            return held.enter_context(claimed_device(options["device"], place["gpu"]))
+
+        yield claim
+
+
+def known_encoder(found: Mapping[str, Any], place: Mapping[str, Any]) -> tuple[EncoderRecord, str, dict[str, Any]]:
+    """An encoder of a rule's params: its record, the precision that the plan chose for it, its identity with both."""
+    record = EncoderRecord.from_dict(dict(found))
+    precision = place["precisions"][record.slug]
+    return record, precision, identity(record, weights_sha256(resolve_weights(record)), precision)
+
+
+def loaded_encoder(record: EncoderRecord, device: Callable[[], str], precision: str, compiled: bool = False) -> Any:
+    """`loading.load_encoder` on a device that is claimed now."""
+    where = device()
     from slidemake.encoders.loading import load_encoder
 
-    return Forward(load_encoder(record, device, precision), device, batch_of(device))
+    return load_encoder(record, where, precision, compile_model=compiled)
+
+
+def warm_encoder(record: EncoderRecord, device: Callable[[], str], precision: str) -> Forward:
+    """An encoder that is ready for batches of the usual size, for stages that embed a sample of tiles."""
+    return Forward(loaded_encoder(record, device, precision), device(), batch_of(device()))
 
 
 def embedding_fingerprint(tiles: str, encoder: dict[str, Any], stain: dict[str, Any], dtype: str) -> str:
@@ -136,14 +176,14 @@ def process_rack(
     records: list[Record],
     lanes: list[Lane],
     *,
-    device: str,
+    device: str | Callable[[], str],
     dtype: str,
     batch_size: int | str,
     threads: int = 1,
 ) -> list[list[Record]]:
     """Embed the slides of a rack with every encoder for which they are not finished yet; a manifest per encoder.
 
-    `records` are the tiling stage's. Returns each lane's records.
+    `records` are the tiling stage's. `device`: its name, or `device_on_demand`'s function. Returns each lane's records.
     """
     jobs: list[dict[str, SlideJob]] = [{} for _ in lanes]
     broken: dict[tuple[int, str], SlideFailure] = {}
@@ -164,13 +204,18 @@ def process_rack(
         for r in records
     ]
     work = [of_slide for of_slide in work if of_slide]
-    batch = batch_of(device) if batch_size == "auto" else int(batch_size)
-    models = {n: Forward(lane.load(), device, batch) for n, lane in enumerate(lanes) if any(n == p[0] for p in pending)}
+    where = device if isinstance(device, str) else device() if pending else "cpu"
+    batch = batch_of(where) if batch_size == "auto" else int(batch_size)
+    slots = Slots(where)
+    needed = [(n, lane) for n, lane in enumerate(lanes) if any(n == number for number, _ in pending)]
+    models = {n: Forward(lane.load(), where, batch, slots) for n, lane in needed}
+    for model in models.values():
+        model.warm_up()
     tiles = {r["slide_id"]: r.get("tiles", 0) for r in records}
 
     def output(number: int, job: SlideJob, store: TileStore) -> FeatureSink:
         model = models[number].encoder
-        about = {"path": model.path_name, "device": device, "batch": batch}
+        about = {"path": model.path_name, "device": where, "batch": batch}
         return embedding_store(job, store, model, dtype, {"engine": about})
 
     engine = Engine(
@@ -179,7 +224,7 @@ def process_rack(
         output,
         batch=batch,
         dtype=dtype,
-        workers=max(1, threads) if device == "cpu" else max(READERS_PER_GPU, threads),
+        workers=max(1, threads) if where == "cpu" else max(READERS_PER_GPU, threads),
         progress=Progress(sum(tiles[slide_id] for _, slide_id in pending)).add,
     )
 

@@ -36,7 +36,7 @@ class Encoder:
     model: Callable[[torch.Tensor], torch.Tensor]
     preprocess: Preprocess
     device: torch.device
-    precision: str  # what really runs: fp32 | fp16 | bf16
+    precision: str  # what really runs: fp32 | tf32 | fp16 | bf16
     path_name: str  # "traced", "onednn", "compiled" or "eager"
     weights_sha256: str
     identity: dict[str, Any]
@@ -69,8 +69,8 @@ def load_encoder(
 ) -> Encoder:
     """Find, verify and load the record's weights on `device`; -> a warm `Encoder`.
 
-    `precision`: fp32, fp16 or bf16; None or "auto" is the record's own on a GPU and fp32 on the CPU. On the CPU the C
-    library's allocator is tuned for the whole process (`memory.keep_freed_memory`). RunError when weights are
+    `precision`: fp32, tf32, fp16 or bf16; None or "auto" is the record's own on a GPU and fp32 on the CPU. On the CPU
+    the C library's allocator is tuned for the whole process (`memory.keep_freed_memory`). RunError when weights are
     missing, are not those of the record (sha256, names or shapes of tensors), or give features of another width.
     """
     device = torch.device(device)

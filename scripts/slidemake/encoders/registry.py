@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +277,19 @@ def contaminated(record: EncoderRecord, cohort: str) -> list[str]:
 
 
 def weights_sha256(path: str | Path | None) -> str:
-    """Hex SHA-256 of a weights file (about 1 s per 1.5 GB); "random" for None, the answer of `resolve_weights` then."""
-    return file_sha256(path) if path else "random"
+    """Hex SHA-256 of a weights file; "random" for None, the answer of `resolve_weights` then.
+
+    A file is read for it once in the life of a process (about 1 s per 1.5 GB), unless its size or time change.
+    """
+    if not path:
+        return "random"
+    found = Path(path).stat()
+    return _weights_sha256(str(path), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _weights_sha256(path: str, size: int, time_ns: int) -> str:
+    return file_sha256(path)
 
 
 def transform_sha256(record: EncoderRecord) -> str:

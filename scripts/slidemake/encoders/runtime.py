@@ -22,7 +22,7 @@ from slidemake.core.onednn import use_onednn
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 AGREEMENT = 1e-3  # largest difference between traced and eager features, relative to the largest feature
 PROBES = (1, 3)  # tiles in the batches on which that is looked at
 
@@ -30,22 +30,75 @@ PROBES = (1, 3)  # tiles in the batches on which that is looked at
 def effective_precision(precision: str | None, recorded: str, device: torch.device) -> str:
     """Precision that will run: the one asked for; for None and "auto" the record's on a GPU and fp32 on the CPU.
 
-    fp16 on the CPU is refused: it is slower than fp32 there and not what anybody evaluated.
+    ValueError on the CPU for fp16 and tf32, which nobody evaluated there, and for bf16 where the processor has no units
+    for it: it is emulated then, and slower than fp32.
     """
     automatic = recorded if device.type == "cuda" else "fp32"
     chosen = automatic if precision in (None, "auto") else str(precision)
     if chosen not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {chosen!r}")
-    if chosen == "fp16" and device.type == "cpu":
-        raise ValueError("fp16 needs a GPU; on the CPU use fp32 (or bf16)")
+    if device.type == "cpu":
+        if chosen in ("fp16", "tf32"):
+            raise ValueError(
+                f"{chosen} needs a GPU, and this job has none. Run where there is one; or set embedding.precision: "
+                "fp32 (or bf16), with which features that are there in another precision are computed anew"
+            )
+        if chosen == "bf16" and not has_bf16():
+            raise ValueError(
+                "this processor has no units for bf16 (AVX512_BF16 or AMX) and would emulate it, slower than fp32: use "
+                "fp32, a GPU, or another processor"
+            )
     return chosen
 
 
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16 by itself: AVX512_BF16 or AMX."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Context in which the model runs: autocast for fp16 and bf16, nothing for fp32."""
-    if precision == "fp32":
+    """Context in which the model runs: autocast for fp16 and bf16, nothing for fp32 and tf32."""
+    if PRECISIONS[precision] == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether this process's GPU may multiply float32 numbers with 10 bits of their mantissa (TF32).
+
+    PyTorch does so in convolutions and not in products of matrices; here fp32 never does, and tf32 does in both.
+    """
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def cast_weights(model: nn.Module, device: torch.device, precision: str, input_px: int) -> int:
+    """Give linear and convolution layers their weights in `precision` once, where autocast would cast them for every
+    batch: the same bits, half of the memory. Returns how many layers; 0 where features would differ in any bit, and
+    then nothing is changed.
+    """
+    dtype = PRECISIONS[precision]
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+    if dtype == torch.float32 or not layers:
+        return 0
+    batch = probe(2, input_px, device)
+    with autocast(device, precision):
+        expected = model(batch)
+    kept = [[(name, weight.data) for name, weight in layer.named_parameters(recurse=False)] for layer in layers]
+    for layer in layers:
+        layer.to(dtype)
+    try:
+        with autocast(device, precision):
+            same = torch.equal(model(batch), expected)
+    except RuntimeError as error:  # a layer whose weights are used beside autocast
+        log.debug("weights are cast with every batch: %s", error)
+        same = False
+    if same:
+        return len(layers)
+    for layer, weights in zip(layers, kept, strict=True):
+        for name, weight in weights:
+            getattr(layer, name).data = weight
+    return 0
 
 
 @torch.inference_mode()
@@ -56,13 +109,19 @@ def accelerate(
 
     Path names: "traced" (CPU, fp32, a model with batch normalisation whose traced form agrees with the eager one to
     `AGREEMENT` on two probe batches of different size), "onednn" (CPU, fp32, linear layers through oneDNN), "compiled"
-    (on request), otherwise "eager".
+    (on request), otherwise "eager". On a GPU all of it is there when this returns, whichever stream uses it.
     `input_px` is the side of the square input. `model` must be a module (B, 3, px, px) float32 -> (B, D).
     """
     model = model.eval().to(device=device)
     if not isinstance(model, torch.jit.ScriptModule):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     script = isinstance(model, torch.jit.ScriptModule)
+    if device.type == "cuda":
+        allow_tf32(precision == "tf32")
+    if not script:
+        cast_weights(model, device, precision, input_px)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # weights were laid out anew in the default stream, which others do not wait for
     if compile_model and not script:
         return torch.compile(model, dynamic=False), "compiled"  # the engine gives it batches of one shape only
     if device.type == "cuda" or precision != "fp32" or script:

@@ -38,6 +38,7 @@ class Machine:
     cores: int = 2
     gpus: int = 0
     cluster: bool = False
+    gpu: bool = False  # the driver of a GPU answers on this machine
 
     def embedding_threads(self, on_gpu: bool) -> int:
         """Threads of an embedding job: all cores without a GPU; GPUs share half of them, the rest tiles other racks."""

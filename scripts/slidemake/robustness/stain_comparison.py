@@ -27,7 +27,8 @@ from slidemake.robustness.shortcuts import DRAWS
 from slidemake.statistics.bootstrap import bootstrap_weights, percentile_interval
 
 if TYPE_CHECKING:
-    from slidemake.embedding.engine import Forward, SlideJob
+    from slidemake.embedding.engine import SlideJob
+    from slidemake.embedding.forward import Forward
 
 TILES = 24  # of a slide
 REPEATS = 5  # deals of the patients into folds, averaged
@@ -61,14 +62,14 @@ def cohort_vectors(
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """{slide: `slide_vectors`} of the slides that have tiles; those computed before are read from `folder`."""
-    from slidemake.embedding.engine import single_threaded
+    from slidemake.embedding.forward import prepare_thread
 
     marks = [fingerprint("stain", comparison=job.slide_id, features=job.fingerprint, tiles=TILES) for job in jobs]
     known = [_vectors(folder / f"{mark}.json", job.slide_id) for mark, job in zip(marks, jobs, strict=True)]
     todo = [i for i, found in enumerate(known) if found is None]
     if todo:
         forward, done = make_forward(), len(jobs) - len(todo)
-        with ThreadPoolExecutor(max(1, threads), initializer=single_threaded) as pool:
+        with ThreadPoolExecutor(max(1, threads), initializer=prepare_thread, initargs=(forward.device,)) as pool:
             for i, found in zip(todo, pool.map(lambda i: slide_vectors(jobs[i], forward), todo), strict=True):
                 path = folder / f"{marks[i]}.json"
                 write_json(path, {"slide_id": jobs[i].slide_id, "vectors": found, **placed(path)})

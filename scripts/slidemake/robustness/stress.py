@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from slidemake.core.files import fingerprint, read_json_if_whole, write_json
-from slidemake.embedding.engine import Forward, SlideJob, Source, read_selected, single_threaded, stain_hook
+from slidemake.embedding.engine import SlideJob, Source, read_selected, stain_hook
+from slidemake.embedding.forward import Forward, prepare_thread
 from slidemake.evaluation.probabilities.calibration import bins_for
 from slidemake.jobs import isolation
 from slidemake.mil.bundle import Bundle, predict
@@ -123,7 +124,7 @@ def stress_cohort(
     if todo:
         forward = make_forward()
         done = len(known) - len(todo)
-        with ThreadPoolExecutor(max(1, threads), initializer=single_threaded) as pool:
+        with ThreadPoolExecutor(max(1, threads), initializer=prepare_thread, initargs=(forward.device,)) as pool:
             kinds, count, seed = options["corruptions"], options["tiles"], options["seed"]
             work = pool.map(lambda i: stress_patient(patients[i], forward, kinds, count, seed), todo)
             for i, found in zip(todo, work, strict=True):

@@ -32,6 +32,7 @@ from slidemake.splits.files import split_files
 from slidemake.stain.fit import resolve_method
 from slidemake.tasks.controls import TRAINED
 from slidemake.tasks.labels import label_columns, label_task
+from slidemake.workflow.place import KEY, embedding_place, marked_place
 
 PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
 
@@ -47,6 +48,7 @@ class Plan:
     registry: dict[str, Any]
     bundle: dict[str, Any] | None
     rack_size: int
+    place: dict[str, Any]  # where it embeds, and in which precision (`place.embedding_place`)
     racks_on_disk: int = 4  # racks whose remote slides may be on the disk at a time
 
     @property
@@ -275,7 +277,9 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     check_addresses(row.path for row in rows if not row.exclude)
     kept = read_marker(config["output"]).get("racks_on_disk")
     on_disk = int(kept or config["remote"]["racks_on_disk"])
-    return Plan(config, rows, racks, encoders, known, bundle, size, on_disk)
+    where = machine or Machine()
+    place = embedding_place(config["embedding"], encoders, config["output"], where, bundle=bundle, in_job=in_job)
+    return Plan(config, rows, racks, encoders, known, bundle, size, place, on_disk)
 
 
 def normal_output(path: str) -> str:
@@ -398,11 +402,14 @@ def check_results_folder(output: Path) -> None:
         )
 
 
-def mark_results_folder(output: Path, rack_size: int | None = None, racks_on_disk: int | None = None) -> None:
+def mark_results_folder(
+    output: Path, rack_size: int | None = None, racks_on_disk: int | None = None, plan: Plan | None = None
+) -> None:
     """Say in the results folder which version of the format it has (when a run starts; not in a dry run).
 
     `rack_size` (None: there are no racks yet) is kept for `rack_size: auto` of later runs and for jobs on other nodes,
-    `racks_on_disk` (None: no slide is fetched) because another number would make Snakemake fetch all slides again.
+    `racks_on_disk` (None: no slide is fetched) because another number would make Snakemake fetch all slides again, and
+    where `plan` embeds, for its jobs and for `precision: auto` of later runs.
     """
     found = read_marker(output)
     marked = {**found, "format": "slidemake-results", "format_version": found.get("format_version", FORMAT_VERSION)}
@@ -410,6 +417,8 @@ def mark_results_folder(output: Path, rack_size: int | None = None, racks_on_dis
         marked["rack_size"] = rack_size
     if racks_on_disk:
         marked["racks_on_disk"] = racks_on_disk
+    if plan is not None and plan.encoders:
+        marked[KEY] = marked_place(found, plan.config["embedding"], plan.place)
     if marked != found:
         write_json(output / MARKER, marked)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from slidemake.core.files import read_json, write_json
 from slidemake.embedding.background import background_tiles, background_vectors, embed_background
-from slidemake.embedding.engine import Forward
+from slidemake.embedding.forward import Forward
 from slidemake.robustness.background_control import background_control, judged
 from slidemake.tiles.grid import parse_grid, plan_window, tile_positions
 from toy_encoder import ToyEncoder

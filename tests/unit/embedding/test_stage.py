@@ -15,10 +15,12 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 import toy_encoder
 import zarr
 from slidemake.core.failures import RunError, SlideFailure
-from slidemake.embedding.engine import WAITING, Engine, Forward, Source
+from slidemake.embedding.engine import WAITING, Engine, Source
+from slidemake.embedding.forward import Forward
 from slidemake.embedding.stage import Lane, embedding_fingerprint, process_rack, stain_description
 from slidemake.jobs.racks import run_rack
 from slidemake.stain.fit import StainTransform
@@ -124,10 +126,51 @@ def test_batches_are_halved_when_memory_runs_out(rack, limit):
     assert max(encoder.batches) <= limit
 
 
-def test_no_memory_for_one_tile_is_the_slides_failure_and_other_errors_are_not_hidden(rack):
-    records = run(rack, ToyEncoder(0))
-    assert [r["failure"] and r["failure"]["code"] for r in records] == ["out_of_memory", None, *["out_of_memory"] * 2]
+def test_no_memory_for_one_tile_is_no_slides_failure(rack):
+    with pytest.raises(RunError, match="toy does not fit into the memory of cpu with one tile"):
+        run(rack, ToyEncoder(0))
+    assert not (rack[0] / "manifest.json").exists()
 
+
+class Breaks(ToyEncoder):
+    """A GPU that breaks after some batches: every later call fails, as with CUDA."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def forward(self, batch, stain=None):
+        if len(self.batches) >= self.after:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+        return super().forward(batch, stain)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_gpu_that_fails_ends_the_job_and_what_was_finished_is_kept(rack, threads):
+    """Slides a (3 batches), b (none) and c (1) are done, and d fails: no manifest, and the next run takes d alone."""
+    broken = Breaks(4)
+    with pytest.raises(RunError, match="unspecified launch failure"):
+        run(rack, broken, threads=threads)
+    assert not (rack[0] / "manifest.json").exists()
+    kept = {path.name for path in (rack[0] / "embeddings").iterdir()}
+    assert kept <= {"a.zarr", "b.zarr", "c.zarr"}
+    assert kept == {"a.zarr", "b.zarr", "c.zarr"} or threads > 1
+    whole = ToyEncoder()
+    records = run(rack, whole)
+    assert [r["status"] for r in records] == ["ok"] * 4
+    assert [r.get("reused", False) for r in records] == [f"{name}.zarr" in kept for name in "abcd"]
+    np.testing.assert_allclose(features(rack, "d"), expected(rack[2]["d"]), rtol=1e-5)
+
+
+def test_a_gpu_that_fails_in_one_encoder_leaves_nobody_waiting_in_the_other(rack):
+    class First(Breaks, Other):
+        pass
+
+    with pytest.raises(RunError, match="unspecified launch failure"):
+        two(rack, ToyEncoder(), First(0))
+
+
+def test_other_errors_are_not_hidden(rack):
     class Wrong(ToyEncoder):
         def forward(self, batch, stain=None):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -488,6 +489,17 @@ def test_safetensors_from_a_local_file(tmp_path):
     torch.save(state, tmp_path / "resnet18.pth")
     with pytest.raises(RunError, match=r"reads \.safetensors files only"):
         load_encoder(local(record, tmp_path / "resnet18.pth"))
+
+
+def test_a_file_of_weights_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    reads, path = [], tmp_path / "w.bin"
+    plain = encoders.file_sha256
+    monkeypatch.setattr(encoders, "file_sha256", lambda path: reads.append(path) or plain(path))
+    path.write_bytes(b"one")
+    assert encoders.weights_sha256(path) == encoders.weights_sha256(str(path)) == hashlib.sha256(b"one").hexdigest()
+    assert len(reads) == 1
+    path.write_bytes(b"other")
+    assert encoders.weights_sha256(path) == hashlib.sha256(b"other").hexdigest()
 
 
 def test_files_that_do_not_fit(tmp_path):

@@ -11,7 +11,15 @@ import torch
 from slidemake.core.failures import RunError
 from slidemake.encoders.loading import load_encoder
 from slidemake.encoders.registry import load_record
-from slidemake.encoders.runtime import accelerate, effective_precision, probe, relative_difference
+from slidemake.encoders.runtime import (
+    accelerate,
+    allow_tf32,
+    autocast,
+    cast_weights,
+    effective_precision,
+    probe,
+    relative_difference,
+)
 from slidemake.jobs.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -153,13 +161,68 @@ def test_precision_follows_the_device():
     assert effective_precision(None, "fp16", CPU) == "fp32"
     assert effective_precision("auto", "fp16", torch.device("cuda:0")) == "fp16"
     assert effective_precision("fp32", "fp16", torch.device("cuda:0")) == "fp32"
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        effective_precision("fp16", "fp16", CPU)
-    with pytest.raises(RunError, match="must be one of fp32, fp16, bf16, not 'int8'"):
+    for precision in ("fp16", "tf32"):
+        with pytest.raises(ValueError, match=f"{precision} needs a GPU"):
+            effective_precision(precision, "fp16", CPU)
+    assert effective_precision("tf32", "fp16", torch.device("cuda:0")) == "tf32"
+    with pytest.raises(RunError, match="must be one of fp32, tf32, fp16, bf16, not 'int8'"):
         load_encoder(load_record("random_resnet18"), "cpu", "int8")
 
 
-def test_bf16_on_the_cpu_is_close_to_fp32_and_says_so():
+def test_bf16_is_refused_on_a_processor_that_emulates_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(RunError, match="no units for bf16"):
+        load_encoder(load_record("random_resnet18"), "cpu", "bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert effective_precision("bf16", "fp16", CPU) == "bf16"
+
+
+def test_only_tf32_multiplies_with_ten_bits():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_weights_cast_once_give_the_same_bits():
+    """As autocast casts them for every batch: linear layers, convolutions; norms stay as they are."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, img_size=32).eval().requires_grad_(False)
+    x = probe(3, 32, CPU)
+    with torch.inference_mode(), autocast(CPU, "bf16"):
+        expected = model(x)
+    with torch.inference_mode():
+        assert cast_weights(model, CPU, "fp32", 32) == 0
+        assert cast_weights(model, CPU, "bf16", 32) == 1 + 4  # patch embedding; qkv, projection and two of the MLP
+        assert model.blocks[0].mlp.fc1.weight.dtype == model.patch_embed.proj.bias.dtype == torch.bfloat16
+        assert model.norm.weight.dtype == torch.float32
+        with autocast(CPU, "bf16"):
+            assert torch.equal(model(x), expected)
+
+
+def test_weights_that_are_also_used_beside_autocast_stay_as_they_are():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.layer(x.mean((2, 3))) * self.layer.weight.sum(1).exp()
+
+    torch.manual_seed(0)
+    model = Tied().eval().requires_grad_(False)
+    weight = model.layer.weight.clone()
+    with torch.inference_mode():
+        assert cast_weights(model, CPU, "bf16", 8) == 0
+    assert torch.equal(model.layer.weight, weight)
+
+
+def test_bf16_on_the_cpu_is_close_to_fp32_and_says_so(monkeypatch):
+    monkeypatch.setattr("slidemake.encoders.runtime.has_bf16", lambda: True)  # emulated gives the same numbers
     record = load_record("random_resnet18")
     plain, half = load_encoder(record), load_encoder(record, precision="bf16")
     assert (plain.path_name, half.path_name) == ("traced", "eager")

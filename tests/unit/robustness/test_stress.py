@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from slidemake.embedding.engine import Forward
+from slidemake.embedding.forward import Forward
 from slidemake.mil.aggregators import build_aggregator
 from slidemake.mil.bundle import Bundle, Group
 from slidemake.robustness.stress import (
