@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -147,8 +147,8 @@ def _table(batch: torch.Tensor, table: np.ndarray) -> torch.Tensor:
 
     The memory layout is kept: tiles come from the store as (B, H, W, 3), and convolutions like them so.
     """
-    entries = torch.as_tensor(table.astype(np.float32).ravel(), device=batch.device)
-    first = torch.tensor([0, 256, 512], dtype=torch.int32, device=batch.device)
+    entries = _constant(table.astype(np.float32).ravel(), batch.device)
+    first = _constant(np.array([0, 256, 512], np.int32), batch.device)
     size, channels, height, width = batch.shape
     if not _channels_last(batch):
         index = batch.to(torch.int32, memory_format=torch.contiguous_format) + first.view(1, 3, 1, 1)
@@ -158,6 +158,21 @@ def _table(batch: torch.Tensor, table: np.ndarray) -> torch.Tensor:
     return entries.index_select(0, index.view(-1)).view(size, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _constant(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Numbers on the device. A GPU gets them once for all batches of a slide: each sending waits for its stream."""
+    if device.type == "cpu":
+        return torch.as_tensor(values)
+    sent = _sent(values.tobytes(), values.dtype.str, str(device))
+    if device.type == "cuda":
+        sent.record_stream(torch.cuda.current_stream(device))  # others than the stream that it was made in use it
+    return sent
+
+
+@lru_cache(maxsize=64)
+def _sent(values: bytes, dtype: str, device: str) -> torch.Tensor:
+    return torch.as_tensor(np.frombuffer(values, dtype).copy(), device=device)
+
+
 def _channels_last(batch: torch.Tensor) -> bool:
     return not batch.is_contiguous() and batch.is_contiguous(memory_format=torch.channels_last)
 
@@ -165,7 +180,7 @@ def _channels_last(batch: torch.Tensor) -> bool:
 def _density(batch: torch.Tensor, white: np.ndarray) -> torch.Tensor:
     if batch.dtype == torch.uint8:
         return _table(batch, optical_density(np.arange(256)[:, None] * np.ones(3), white).T)
-    ceiling = torch.as_tensor(np.log(white), dtype=torch.float32, device=batch.device).view(1, 3, 1, 1)
+    ceiling = _constant(np.log(white).astype(np.float32), batch.device).view(1, 3, 1, 1)
     clean = torch.nan_to_num(batch.float(), nan=255.0)
     return (ceiling - clean.clamp_(1.0, 255.0).log_()).clamp_(min=0.0)
 
@@ -198,7 +213,7 @@ def _reinhard(batch: torch.Tensor, density: torch.Tensor, transform: StainTransf
         balanced_table = np.minimum(np.arange(256) * gain[:, None], 255.0)
         balanced, linear = _table(batch, balanced_table), _table(batch, srgb_to_linear(balanced_table / 255.0))
     else:
-        scale = torch.as_tensor(gain, dtype=torch.float32, device=batch.device).view(1, 3, 1, 1)
+        scale = _constant(gain.astype(np.float32), batch.device).view(1, 3, 1, 1)
         balanced = (torch.nan_to_num(batch.float(), nan=255.0) * scale).clamp_(0.0, 255.0)
         unit = balanced / 255.0
         linear = torch.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)

@@ -123,3 +123,17 @@ def test_cuda_gives_the_same(transform, tiles):
     out = apply_stain(to_batch(tiles).cuda(), transform)
     assert out.device.type == "cuda"
     assert torch.allclose(out.cpu(), apply_stain(to_batch(tiles), transform), atol=5e-3)
+
+
+def test_a_slides_tables_are_sent_to_a_device_once(monkeypatch):
+    """The meta device stands in for a GPU: nothing is computed there, but what is sent is counted."""
+    from slidemake.stain import on_device
+
+    on_device._sent.cache_clear()
+    table = np.arange(768, dtype=np.float32).reshape(3, 256)
+    for _ in range(3):
+        on_device._table(torch.zeros((2, 3, 8, 8), dtype=torch.uint8, device="meta"), table)
+    assert on_device._sent.cache_info().misses == 2  # the table, and where its rows begin
+    assert on_device._sent.cache_info().hits == 4
+    on_device._table(torch.zeros((2, 3, 8, 8), dtype=torch.uint8, device="meta"), table + 1)
+    assert on_device._sent.cache_info().misses == 3
