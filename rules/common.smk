@@ -5,6 +5,7 @@ import os
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
+from slidemake.embedding.sizes import embedding_mb
 from slidemake.jobs.devices import nvidia_gpus
 from slidemake.jobs.job import available_cpus, cgroup_quotas
 from slidemake.configuration.load import stage_options

@@ -30,7 +30,15 @@ for GRID in GRIDS:
         threads: EMBED_THREADS
         resources:
             gpu=0 if DEVICE == "cpu" else 1,
-            mem_mb=growing(2500 + 1500 * len(PLAN.encoders_of(GRID))),
+            mem_mb=growing(
+                embedding_mb(
+                    len(PLAN.encoders_of(GRID)),
+                    "cuda" if ON_GPU else "cpu",
+                    EMBED_THREADS,
+                    CONFIG["embedding"]["batch_size"],
+                    PLAN.tile_px(GRID),
+                )
+            ),
             runtime=minutes(20, per_slide=6),
         params:
             results=OUTPUT,

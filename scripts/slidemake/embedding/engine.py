@@ -35,7 +35,6 @@ FeatureSink = AbstractContextManager[Callable[[np.ndarray], None]]  # takes feat
 
 WAITING = 2  # batches that wait beyond those that are worked on: enough that no worker ever finds none
 UNWRITTEN = 64  # batches of a slide whose features are not written yet: a slow disk slows the rest down
-READERS_PER_GPU = 4  # worker threads beside a GPU, at least: two feed it, the others read
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import numpy as np
 
 from slidemake.core.failures import SlideFailure, damaged
 from slidemake.core.files import committed, fingerprint, read_json, read_slide_record
-from slidemake.embedding.engine import READERS_PER_GPU, Engine, FeatureSink, Progress, SlideJob
+from slidemake.embedding.engine import Engine, FeatureSink, Progress, SlideJob
 from slidemake.embedding.forward import Forward, Slots
+from slidemake.embedding.sizes import batch_of, workers_of
 from slidemake.encoders.access import resolve_weights
 from slidemake.encoders.registry import EncoderRecord, identity, weights_sha256
 from slidemake.jobs import isolation
@@ -30,9 +31,6 @@ from slidemake.stores.integrity import check_store, seal
 from slidemake.stores.tile_store import TileStore, store_fingerprint
 
 FORMAT, FORMAT_VERSION = "slidemake-embeddings", 1
-# batch_size: auto. On CPU larger batches are not faster and need more memory; batches of 8 need 300 MB less with two
-# threads and are 4 % slower
-BATCH = {"cpu": 16, "cuda": 128}
 Record = dict[str, Any]
 
 
@@ -47,11 +45,6 @@ class Lane:
     load: Callable[[], Any]
     make_job: Callable[[Record], SlideJob]
     run: Callable[[list[Record], Callable[[Record], Record]], list[Record]]
-
-
-def batch_of(device: str) -> int:
-    """Tiles of a batch where nobody says how many."""
-    return BATCH["cpu" if device == "cpu" else "cuda"]
 
 
 @contextmanager
@@ -224,7 +217,7 @@ def process_rack(
         output,
         batch=batch,
         dtype=dtype,
-        workers=max(1, threads) if where == "cpu" else max(READERS_PER_GPU, threads),
+        workers=workers_of(where, threads),
         progress=Progress(sum(tiles[slide_id] for _, slide_id in pending)).add,
     )
 

@@ -43,5 +43,7 @@ def _colour_scores(pixels: np.ndarray) -> tuple[float, float, float, float]:
     teal = (r > 0.2) & (g < 0.85 * r) & (b > 0.5 * r)
     navy = (r > 0.4) & (g < 0.8 * r) & (b < 0.4 * r)
     vivid = (red > 110) & (saturation > 0.78) & (np.abs(green.astype(np.int16) - blue) < 30) & (red == top)
-    brightness = float(pixels.mean(dtype=np.float64)) / 255
-    return brightness, float(saturation.mean()), float((teal | navy | vivid).mean()), float((top < 40).mean())
+    # sums of integers are exact, and several times as fast as means of a view with gaps
+    total = sum(int(channel.sum(dtype=np.uint32)) for channel in (red, green, blue))
+    pen, black = np.count_nonzero(teal | navy | vivid), np.count_nonzero(top < 40)
+    return total / (3 * top.size) / 255, float(saturation.mean()), pen / top.size, black / top.size

@@ -125,12 +125,16 @@ def run_shards(
     import dask
 
     if scheduler in ("threads", "synchronous"):
+        from dask.local import get_sync
+        from dask.threaded import get
+
+        here = get if scheduler == "threads" else get_sync  # by name, Dask would look for a cluster, too
         part, finish = dask.delayed(make_part, pure=False, traverse=False), dask.delayed(finish_shard, pure=False)
         delayed = [
             finish(task, [part(task, start, reader) for start in range(0, len(task.coords), READ_TILES)])
             for task in tasks
         ]
-        return list(dask.compute(*delayed, scheduler=scheduler, num_workers=max(1, threads), optimize_graph=False))
+        return list(dask.compute(*delayed, scheduler=here, num_workers=max(1, threads), optimize_graph=False))
     return _on_cluster(tasks, scheduler)
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from slidemake.mil.bags import Bags
 from slidemake.tasks.base import Outcome
 from slidemake.tasks.classes import ClassOutcome
 
 if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     from slidemake.mil.aggregators import Aggregator
 
 C_GRID = tuple(10.0**k for k in range(-5, 4))
@@ -47,6 +48,9 @@ def mean_vectors(bags: Bags, patients: Sequence[str]) -> np.ndarray:
 
 def fit_lr(x: np.ndarray, y: np.ndarray, c: float) -> tuple[StandardScaler, LogisticRegression]:
     """Logistic regression of y (n,) on the standardised x (n, D), classes weighed alike, with inverse penalty c."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(x)
     return scaler, LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(scaler.transform(x), y)
 

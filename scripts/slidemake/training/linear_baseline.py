@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.preprocessing import StandardScaler
 
 from slidemake.mil.bags import Bags
 from slidemake.statistics.survival import RiskSets
@@ -26,6 +24,9 @@ from slidemake.tasks.multilabel import MultilabelOutcome
 from slidemake.tasks.ordinal import OrdinalOutcome
 from slidemake.tasks.regression import RegressionOutcome
 from slidemake.training.class_baselines import C_GRID, mean_vectors, worth
+
+if TYPE_CHECKING:
+    from sklearn.preprocessing import StandardScaler
 
 CERTAIN = 10.0  # logit of a stage or label that training had only one value of
 Fit = Callable[[np.ndarray, list[Any], float, Mapping[str, Any]], tuple[np.ndarray, np.ndarray]]
@@ -57,6 +58,8 @@ def fit_linear(
     """
     everyone = sorted({*train, *(p for _, v in plan for p in v)})
     vectors = dict(zip(everyone, mean_vectors(bags, everyone), strict=True))
+
+    from sklearn.preprocessing import StandardScaler
 
     def fit(patients: Sequence[str], c: float) -> tuple[StandardScaler, np.ndarray, np.ndarray]:
         scaler = StandardScaler().fit(x := np.stack([vectors[p] for p in patients]))
@@ -98,6 +101,8 @@ def _solver(outcome: Outcome) -> Fit:
 
 
 def _ridge(x: np.ndarray, y: list[float], c: float, scale: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.linear_model import Ridge
+
     fitted = Ridge(alpha=1 / c).fit(x, (np.array(y) - scale["mean"]) / scale["sd"])
     return fitted.coef_[None], np.array([fitted.intercept_])
 
@@ -106,6 +111,8 @@ def _logistic(x: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, float
     """Coefficients and intercept of y (n,) in {0, 1}; constant where y is."""
     if len(np.unique(y)) < 2:
         return np.zeros(x.shape[1]), (CERTAIN if len(y) and y[0] else -CERTAIN) if len(y) else 0.0
+    from sklearn.linear_model import LogisticRegression
+
     fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(x, y)
     return fitted.coef_[0], float(fitted.intercept_[0])
 

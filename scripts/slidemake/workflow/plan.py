@@ -71,6 +71,10 @@ class Plan:
         """Folder names of the encoders that take their tiles from a grid."""
         return [encoder for encoder in self.encoders if self.grid_of(encoder) == grid]
 
+    def tile_px(self, grid: str) -> int:
+        """Side of the tiles of a grid, in px."""
+        return max(self.encoders[encoder].tile_px for encoder in self.encoders_of(grid))
+
     def encoder_record(self, encoder: str) -> dict[str, Any]:
         """The registry's record of an encoder, as it goes into params and fingerprints."""
         return self.encoders[encoder].as_dict()
