@@ -1,5 +1,9 @@
 """Multiple-instance learning: folds of patients, one model per fold and repeat, predictions out of fold, metrics."""
 
+# Folds are trained side by side, and models and controls are jobs of their own: together they have the cores.
+TRAINED_MODELS = sum(len(PLAN.models_of(task)) for task in TASKS)
+TRAINING_THREADS = RACK_THREADS if IN_JOB else MACHINE.training_threads(TRAINED_MODELS)
+
 
 rule split_cohort:
     """Folds at patient level, with a report on balance; a patient in two folds stops the run."""
@@ -149,9 +153,9 @@ rule train_aggregator:
         benchmark_file("train_aggregator/{task}/{model}")
     conda:
         "../envs/slidemake.yaml"
-    threads: 1
+    threads: TRAINING_THREADS
     resources:
-        mem_mb=growing(3000),
+        mem_mb=growing(2500 + 500 * TRAINING_THREADS),
         runtime=minutes(240),
     params:
         encoder=lambda wildcards: PLAN.encoder_of(wildcards.task, wildcards.model),

@@ -20,7 +20,6 @@ JUSTIFIED = {
     "Param sheet is a prefix of input or output file but hardcoded": "the sheet is an input only where it must exist",
     "Mixed rules and functions in same snakefile": "an input function stands beside the one rule that uses it",
     'Absolute path "/".join([OUTPUT': "not a path: the separator",
-    'Absolute path "/dev/nvidia0"': "a device: is there a GPU",
     "Environment variable PYTHONPATH used": "added to, for the jobs; a run needs none",
     "Environment variable SLIDEMAKE_SLIDE_SECONDS": "set there, for jobs, because it changes no result",
     "Environment variable SLIDEMAKE_JOB_CPUS used": "set in the line above, for the processes of a cluster's job",

@@ -44,6 +44,10 @@ class Machine:
         """Threads of an embedding job: all cores without a GPU; GPUs share half of them, the rest tiles other racks."""
         return max(1, self.cores // (2 * max(1, self.gpus))) if on_gpu else self.cores
 
+    def training_threads(self, jobs: int) -> int:
+        """Threads of one of so many training jobs that can run at a time, each of which fits its folds side by side."""
+        return max(1, min(16, self.cores // (1 if self.cluster else max(1, jobs))))
+
 
 def auto_rack_size(slides: int, machine: Machine) -> int:
     """Slides per rack for `rack_size: auto`, when a cohort is run for the first time.

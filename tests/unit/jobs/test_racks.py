@@ -20,6 +20,12 @@ def test_appending_a_slide_touches_one_rack():
     assert list(before) == ["r00000", "r00001", "r00002"]
 
 
+def test_training_jobs_share_the_cores():
+    assert [Machine(cores=n).training_threads(jobs=5) for n in (2, 5, 16, 64)] == [1, 1, 3, 12]
+    assert Machine(cores=64).training_threads(jobs=0) == 16  # no more than there are folds to fit
+    assert Machine(cores=8, cluster=True).training_threads(jobs=5) == 8  # a node's cores are a job's own
+
+
 def test_gpus_share_half_of_the_cores():
     assert Machine(cores=16).embedding_threads(on_gpu=False) == 16
     assert Machine(cores=16).embedding_threads(on_gpu=True) == 8
