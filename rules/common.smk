@@ -62,6 +62,8 @@ os.environ["SLIDEMAKE_SLIDE_SECONDS"] = str(PLAN.config["slide_seconds"])
 CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
 CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)
+CURRENCY.racks = {rack: [row.slide_id for row in rows] for rack, rows in RACKS.items()}
+CURRENCY.owners = lambda: PLAN.owners
 if not IN_JOB:
     for line in PLAN.outline_problems()[:20]:
         print(f"slidemake: warning: {line}", file=sys.stderr)
@@ -181,10 +183,7 @@ def start_run(files):
 
 def slides_of_plan():
     """What a dry run says of slides."""
-    racks = {rack: [row.slide_id for row in rows] for rack, rows in RACKS.items()}
-    jobs = workflow.dag.needrun_jobs()
-    planned = [job.wildcards.rack for job in jobs if "rack" in job.rule.wildcard_names]
-    return slides_in_plan(racks, planned, Path(OUTPUT))
+    return slides_in_plan(CURRENCY.racks, CURRENCY.fates(), Path(OUTPUT))
 
 
 if not IN_JOB and not is_run(sys.argv[1:]):

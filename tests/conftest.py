@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """A test that runs a job in its own process leaves the job's handlers to nobody."""
+    log = logging.getLogger("slidemake")
+    kept, propagate, level = list(log.handlers), log.propagate, log.level
+    yield
+    for handler in [handler for handler in log.handlers if handler not in kept]:
+        log.removeHandler(handler)
+    log.propagate = propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

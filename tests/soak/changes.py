@@ -5,10 +5,12 @@
 A sequence starts from a finished run and draws some of: another configuration (a sweep among them), sheet, slide, mask
 or weights (older than the results), a deleted or overwritten file of the results, Snakemake's memory deleted, times of
 all results made meaningless, a run from another folder, under another spelling or only up to the embeddings, a run that
-is killed. At its end stands a state of which there is a fresh run, and a run that is not disturbed. All files of the
-fresh run must be there with the same content. (The paths of slides are part of the results, so all runs are in one
-folder, one after the other.) One slide is at an address and fetched. Runs are real; only the interpreter is not started
-anew (tests/workflow/warm.py), and the encoder is a toy.
+is killed in some rule (each in its turn), in the middle of a change that asks for it. At its end stands a state of
+which there is a fresh run, a dry run, and a run that is not disturbed. All files of the fresh run must be there with
+the same content, and the run must do what the dry run said of slides. (The paths of slides are part of the results, so
+all runs are in one folder, one after the other.) One slide is at an address and fetched. Runs are real; only the
+interpreter is not started anew (tests/workflow/warm.py), the encoder is a toy, and what is not compared is not drawn
+(`plain.py`).
 """
 
 from __future__ import annotations
@@ -16,68 +18,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cohort import EXCEPT_FILES, LOOPBACK, TOY_RECORD, _same, make_project, rows, slide_site, write_toy_weights
-from snakemake_run import CONFIG, GRID, REPO, Project
+from choices import (
+    DELETABLE,
+    ENCODER,
+    FILES,
+    FINAL,
+    KILLED_IN,
+    NOT_COMPARED,
+    OVERWRITTEN,
+    REMOTE,
+    SETTINGS,
+    SHEETS,
+    STEPS,
+    WORKED,
+)
+from cohort import LOOPBACK, TOY_RECORD, _same, make_project, rows, slide_site, write_toy_weights
+from snakemake_run import REPO, Project
 from storage_servers import Site
 from warm import Warm
-
-ENCODER = "toy"
-SMALL = {**CONFIG["models"]["abmil"], "encoder": ENCODER}
-# What may be set to what; the first is what the sequence starts from.
-SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "model": [{"models": {"abmil": {"hidden": 16}}}, {"models": {"abmil": {"hidden": 24}}}],
-    "tissue": [{"tissue": {"focus_samples": 8}}, {"tissue": {"focus_samples": 6}}],
-    "stain": [{"stain": {"method": "macenko"}}, {"stain": {"method": "reinhard"}}],
-    "tiles": [{"tiling": {"min_tissue": 0.5}}, {"tiling": {"min_tissue": 0.7}}],
-    "evaluation": [{"evaluation": {"bootstrap": 100}}, {"evaluation": {"bootstrap": 120}}],
-    "explain": [{"explain": {"top_tiles": 3}}, {"explain": {"top_tiles": 2}}],
-    "sweep": [{"sweeps": None}, {"sweeps": {"rates": {**SMALL, "learning_rate": [1e-3, 1e-4]}}}],
-}
-FILES = {"slide": "slides/P03-A.tiff", "mask": "slides/truth/P01-A_tumour16.png", "weights": "toy.pt"}
-LONGEST = 25.0  # s after which a run that is to be killed is, unless it has ended
-REMOTE = "P04-A"  # the slide that is fetched
-SHEETS = ("as it was", "labels", "excluded", "shorter")
-FINAL = (  # states that a sequence may end with
-    {},
-    {"sheet": "labels"},
-    {"model": 1, "slide": 1},
-    {"tissue": 1, "mask": 1},
-    {"tiles": 1, "sheet": "excluded"},
-    {"evaluation": 1, "explain": 1, "sheet": "shorter"},
-    {"sweep": 1, "weights": 1},
-)
-NOT_COMPARED = (*EXCEPT_FILES, "digests/", "plan.json", "slidemake.json", ".snakemake")
-DELETABLE = (
-    *("manifests/screen/r00000.json", "manifests/tissue/r00001.json", f"manifests/tiles/{GRID}/r00000.json"),
-    *(f"manifests/embed/{ENCODER}/r00001.json", "manifests/explain/tumour/abmil/r00000.json", "plan.json", "digests"),
-    *("cohort/slides.csv", "cohort/passed.json", "cohort/stain_target.json", f"cohort/bags/{ENCODER}.npy"),
-    *("tasks/tumour/splits.csv", "tasks/tumour/abmil/train.json", "tasks/tumour/abmil/bundle", "report/index.html"),
-    *("tasks/tumour/metrics.json", "tasks/tumour/site_only/predictions_patients.csv", "slides/P04-A/tissue.json"),
-    *(f"tiles/{GRID}/P01-A.zarr", f"embeddings/{ENCODER}/P03-A.zarr", "slides/P01-A", "explain/tumour/abmil/P02-A"),
-    *("digests/cohort/slides.csv.json", "tasks/tumour/abmil/bundles/repeat0_fold0", "manifests", "slides", "tasks"),
-)
-OVERWRITTEN = (
-    *("cohort/slides.csv", "cohort/failures.csv", "tasks/tumour/splits.csv", "tasks/tumour/metrics.csv"),
-    *("tasks/tumour/abmil/predictions_patients.csv", "manifests/tissue/r00000.json", "cohort/stain_target.json"),
-    *("tasks/tumour/comparison.json", "digests/tasks/tumour/splits.csv.json", "plan.json"),
-)
-STEPS = {
-    **{"setting": 4, "sheet": 2, "file": 2, "delete": 3, "overwrite": 1, "forget": 1, "times": 1},
-    **{"run": 2, "killed run": 5, "part": 1},
-}
 
 
 @dataclass
@@ -89,6 +63,7 @@ class Sequence:
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     killed: int = 0
+    killed_in: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -105,18 +80,29 @@ class Stage:
         self.drawn.mkdir(exist_ok=True)
         self.rows = rows(self.drawn)
         site.files[f"/{REMOTE}.tiff"] = (self.drawn / f"{REMOTE}.tiff").read_bytes()
+        for seed in (0, 1):
+            if not (base / f"{seed}-toy.pt").exists():  # the same weights are not the same bytes twice
+                write_toy_weights(base / f"{seed}-toy.pt", seed)
 
     def fresh(self, state: dict[str, Any]) -> Path:
         """A run of a state from the beginning, made when it is first asked for."""
         name = "-".join(["fresh", *(f"{key}={value}" for key, value in sorted(state.items()))]).replace(" ", "_")
         kept = self.base / name
-        if not kept.exists():
-            self._draw()
-            for key, value in state.items():
-                self.set(key, value)
-            if self.run() != 0:
-                raise RuntimeError(f"the fresh run of {state} failed: {self.terminal.read_text()[-3000:]}")
-            self.project.folder.rename(kept)
+        if kept.exists():
+            return kept
+        trained = "results/tasks/tumour/abmil/bundle"
+        if state:
+            shutil.copytree(self.fresh({}) / trained, self.base / "bundle", dirs_exist_ok=True)
+        self._draw()
+        if state:
+            (self.base / "bundle").rename(self.project.folder / "bundle")
+        for key, value in state.items():
+            self.set(key, value)
+        if self.run() != 0:
+            raise RuntimeError(f"the fresh run of {state} failed: {self.terminal.read_text()[-3000:]}")
+        if not state:  # what is applied is the model of the run that all begin with
+            shutil.copytree(self.project.folder / trained, self.project.folder / "bundle")
+        self.project.folder.rename(kept)
         return kept
 
     def _draw(self) -> None:
@@ -141,8 +127,8 @@ class Stage:
 
         folder = self.project.folder / "others"
         folder.mkdir()
-        for name, seed in ((self.project.folder / FILES["weights"], 0), (folder / "1-toy.pt", 1)):
-            write_toy_weights(name, seed)
+        shutil.copy2(self.base / "0-toy.pt", self.project.folder / FILES["weights"])
+        shutil.copy2(self.base / "1-toy.pt", folder)
         for name in FILES.values():
             shutil.copy2(self.project.folder / name, folder / f"0-{Path(name).name}")
         slide = (self.project.folder / FILES["slide"]).read_bytes()
@@ -183,7 +169,7 @@ class Stage:
             return [row | {"exclude": "yes" if row["slide_id"] == "P02-B" else ""} for row in self.sheet]
         return self.sheet if name != "shorter" else [row for row in self.sheet if row["slide_id"] != "P02-B"]
 
-    def run(self, *arguments: str, spelling: str = "usual", kill_after: float | None = None) -> int | None:
+    def run(self, *arguments: str, spelling: str = "usual", kill_in: tuple[str, float] | None = None) -> int | None:
         """A run; after one that was killed the lock is taken away, as --unlock does."""
         for lock in self.base.rglob(".snakemake/locks/*.lock"):
             lock.unlink()
@@ -193,12 +179,14 @@ class Stage:
             (self.base / "elsewhere").mkdir(exist_ok=True)
             config = str(folder / "config.yaml")
             paths = {"sheet": "slides.csv", "output": "results", "encoders_file": "toy.yaml"}
+            if self.state.get("bundle"):
+                paths["bundle"] = "bundle"
             extra = ["--config", *(f"{key}={folder}/{name}" for key, name in paths.items())]
             folder = self.base / "elsewhere"
         elif spelling == "other":
             extra = ["--config", f"output={folder}/./results/"]
         command = [*arguments, "--snakefile", str(REPO / "Snakefile"), "--cores", "1", "--configfile", config, *extra]
-        return self.warm.run(folder, command, self.terminal, kill_after, **LOOPBACK)
+        return self.warm.run(folder, command, self.terminal, kill_in, **LOOPBACK)
 
     def compare(self, fresh: Path, sequence: Sequence) -> None:
         """All files of the fresh run, with the same content."""
@@ -213,30 +201,19 @@ class Stage:
                 sequence.wrong.append(f"{name} differs")
 
 
-def step(stage: Stage, rng: np.random.Generator, sequence: Sequence) -> None:
+def step(stage: Stage, rng: np.random.Generator, sequence: Sequence, rules: Iterator[str]) -> None:
     """One step, drawn."""
     weights = np.array(list(STEPS.values()), float)
     kind = str(rng.choice(list(STEPS), p=weights / weights.sum()))
     results = stage.project.results
     if kind == "setting":
-        key = str(rng.choice(list(SETTINGS)))
-        value: Any = 1 - int(stage.state.get(key, 0))
-        stage.set(key, value)
-        kind = f"{key} = {value}"
+        kind = change(stage, str(rng.choice(list(SETTINGS))))
     elif kind == "sheet":
-        value = str(rng.choice(SHEETS))
-        stage.set("sheet", value)
-        kind = f"sheet: {value}"
+        kind = change(stage, kind, str(rng.choice(SHEETS)))
     elif kind == "file":
-        key = str(rng.choice(list(FILES)))
-        value = 1 - int(stage.state.get(key, 0))
-        stage.set(key, value)
-        kind = f"{key} = {value}"
+        kind = change(stage, str(rng.choice(list(FILES))))
     elif kind == "delete":
-        name = str(rng.choice(DELETABLE))
-        path = results / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        kind = f"delete {name}"
+        kind = delete(results, str(rng.choice(DELETABLE)))
     elif kind == "overwrite":
         name = str(rng.choice(OVERWRITTEN))
         if (results / name).exists():
@@ -249,35 +226,96 @@ def step(stage: Stage, rng: np.random.Generator, sequence: Sequence) -> None:
             moment = rng.uniform(1e9, 3e9)
             os.utime(path, (moment, moment))
     else:
-        spelling = str(rng.choice(["usual", "usual", "other", "elsewhere"]))
-        target = ["embeddings"] if kind == "part" else []
-        after = float(rng.uniform(1, LONGEST)) if kind == "killed run" else None
-        code = stage.run(*target, spelling=spelling, kill_after=after)
-        sequence.killed += code is None
-        kind = f"{kind} ({spelling}{'' if after is None else f', {after:.0f} s'}): {code}"
+        kind = started(stage, rng, sequence, kind, next(rules) if kind == "killed run" else None)
     sequence.steps.append(kind)
+
+
+def started(stage: Stage, rng: np.random.Generator, sequence: Sequence, kind: str, rule: str | None) -> str:
+    """A run, under some spelling, up to some target; with `rule` it is killed there, in the middle of a change."""
+    spelling = str(rng.choice(["usual", "usual", "other", "elsewhere"]))
+    if rule is None:
+        code = stage.run(*(["embeddings"] if kind == "part" else []), spelling=spelling)
+        return f"{kind} ({spelling}): {code}"
+    wanted = "bundle" if rule in ("predict_slides", "watch_drift") else ""
+    if int(stage.state.get("bundle", 0)) != bool(wanted):  # with a bundle nothing is trained
+        stage.set("bundle", int(bool(wanted)))
+    asked = KILLED_IN[rule]
+    if asked.startswith("delete "):
+        asked = delete(stage.project.results, asked.removeprefix("delete "))
+    elif asked == "sheet":
+        asked = change(stage, asked, str(rng.choice([name for name in SHEETS if name != stage.state.get("sheet")])))
+    elif not wanted:
+        asked = change(stage, asked, 1 if asked in ("sweep", "background", "stress") else None)
+    seconds = float(rng.uniform(0, WORKED))
+    code = stage.run(spelling=spelling, kill_in=(rule, seconds))
+    sequence.killed += code is None
+    if code is None:
+        sequence.killed_in.append(rule)
+    return f"{asked}, and killed in {rule} after {seconds:.1f} s ({spelling}): {'killed' if code is None else code}"
+
+
+def change(stage: Stage, key: str, value: Any = None) -> str:
+    """Another value for a part of the state."""
+    if value is None:
+        value = 1 - int(stage.state.get(key, 0))
+    stage.set(key, value)
+    return f"{key} = {value}"
+
+
+def delete(results: Path, name: str) -> str:
+    """Take a file or folder away from the results."""
+    path = results / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return f"delete {name}"
+
+
+def every_rule(seed: int, number: int) -> Iterator[str]:
+    """The rules in which runs are killed: all of them, shuffled, again and again, over the sequences of a seed."""
+    names = list(KILLED_IN)
+    np.random.default_rng(seed).shuffle(names)
+    return islice(cycle(names), 2 * number % len(names), None)
+
+
+def foretold(text: str) -> list[str]:
+    """Where a run did not do what the dry run before it had said of slides, by what both say."""
+    said = re.findall(r"^slidemake: of \d+ slides (.*)$", text, re.MULTILINE)
+    if len(said) < 2:
+        return []
+    plan, done = (
+        Counter({words: int(n) for n, words in re.findall(r"(\d+) ([a-z]+ ?[a-z]* ?[a-z]*)", s)}) for s in said
+    )
+    computed, found = plan["will be computed"], plan["will be found"]
+    looked = plan["will be looked"]
+    well = (
+        computed <= done["computed"] + done["failed"] <= computed + looked + plan["failed"]
+        and found <= done["found finished"] <= found + looked
+    )
+    return [] if well else [f"the dry run said {said[0]!r}, and the run {said[-1]!r}"]
 
 
 def run_sequence(stage: Stage, number: int, seed: int, finals: tuple[dict[str, Any], ...] = FINAL) -> Sequence:
     """One sequence, its last run, and what differs from a fresh one."""
-    started, sequence = time.monotonic(), Sequence(number)
+    began, sequence = time.monotonic(), Sequence(number)
     rng = np.random.default_rng([seed, number])
     final = finals[int(rng.integers(len(finals)))]
     fresh = stage.fresh(final)
     stage.begin()
-    for _ in range(int(rng.integers(2, 6))):
-        step(stage, rng, sequence)
+    rules = every_rule(seed, number)
+    for _ in range(int(rng.integers(2, 5))):
+        step(stage, rng, sequence, rules)
     for key in [*SETTINGS, *FILES, "sheet"]:
         default = "as it was" if key == "sheet" else 0
         wanted = final.get(key, default)
         if stage.state.get(key, default) != wanted:
             stage.set(key, wanted)
     stage.terminal.write_text("")
-    if stage.run() != 0:
+    if stage.run("--dry-run") != 0 or stage.run() != 0:
         sequence.wrong.append(f"the last run failed: {stage.terminal.read_text()[-2000:]}")
+    else:
+        sequence.wrong += foretold(stage.terminal.read_text())
     stage.compare(fresh, sequence)
     sequence.steps.append(f"end: {final}")
-    sequence.seconds = round(time.monotonic() - started, 1)
+    sequence.seconds = round(time.monotonic() - began, 1)
     if sequence.lost or sequence.wrong:
         kept = stage.base / f"wrong{number}"
         shutil.rmtree(kept, ignore_errors=True)
@@ -291,7 +329,7 @@ def run(
 ) -> list[Sequence]:
     """Sequences; a line of JSON for each goes into `folder`/changes.jsonl."""
     done = []
-    with Warm() as warm:
+    with Warm(Path(__file__).with_name("plain.py")) as warm:
         base = folder / "changes"
         base.mkdir(parents=True, exist_ok=True)
         with slide_site(base, {}) as site:

@@ -2,17 +2,19 @@
 
 A run of the small cohort takes 28 jobs, each of which imports for seconds and works for a tenth of that. Here the real
 Snakemake runs the real scripts, each in a process of its own, in the same folders and with the same arguments; only the
-interpreter is not started anew. `Warm().run(folder, arguments)` is such a run; `kill_after` ends it and all its jobs as
-when a machine goes down.
+interpreter is not started anew. `Warm().run(folder, arguments)` is such a run; `kill_in` ends it and all its jobs, as
+when a machine goes down, while a job of that rule is in work.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import random
+import runpy
 import select
 import signal
 import socket
@@ -24,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[2]
+KILLED = "WARM_KILL"  # rule and seconds, for Snakemake's process
 IMPORTED = (
+    *("torch._dynamo", "torch.optim", "distributed", "requests", "matplotlib.backends.backend_agg", "PIL.ImageOps"),
     *("snakemake.cli", "snakemake.api", "snakemake.script", "snakemake.report.html_reporter", "jsonschema", "psutil"),
     *("torch", "zarr", "sklearn.linear_model", "scipy.stats", "skimage.measure", "matplotlib.pyplot", "PIL.Image"),
     *(
@@ -50,13 +54,16 @@ IMPORTED = (
 
 
 class Warm:
-    """The process that everything is forked from. A context manager."""
+    """The process that everything is forked from. A context manager. first: a file of Python that it runs first."""
+
+    def __init__(self, first: Path | None = None):
+        self.first = [str(first)] if first else []
 
     def __enter__(self) -> Warm:
         self._folder = tempfile.TemporaryDirectory(prefix="warm-")
         self.address = str(Path(self._folder.name) / "socket")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "scripts")}
-        self._server = subprocess.Popen([sys.executable, __file__, self.address], env=environment)
+        self._server = subprocess.Popen([sys.executable, __file__, self.address, *self.first], env=environment)
         while not os.path.exists(self.address):
             if self._server.poll() is not None:
                 raise RuntimeError("the warm process could not start")
@@ -69,17 +76,24 @@ class Warm:
         self._folder.cleanup()
 
     def run(
-        self, folder: Path, arguments: list[str], terminal: Path, kill_after: float | None = None, **env: str
+        self,
+        folder: Path,
+        arguments: list[str],
+        terminal: Path,
+        kill_in: tuple[str, float] | None = None,
+        **env: str,
     ) -> int | None:
-        """Snakemake with `arguments` in `folder`: its exit code; None when it was killed after so many seconds."""
+        """Snakemake with `arguments` in `folder`: its exit code; None when it was killed.
+
+        kill_in: a rule, and for how many seconds its first job may work; one that is done sooner is the last, too.
+        """
         request = {"kind": "snakemake", "folder": str(folder), "arguments": arguments, "terminal": str(terminal)}
-        with asked(self.address, {**request, "env": env}) as connection:
-            connection.settimeout(kill_after)
-            try:
-                return int(connection.makefile().readline())
-            except TimeoutError:
-                pass  # closing the connection kills
-        time.sleep(0.5)
+        killed = {KILLED: f"{kill_in[0]} {kill_in[1]}"} if kill_in else {}
+        with asked(self.address, {**request, "env": {**env, **killed}}) as connection:
+            code = int(connection.makefile().readline())
+        if code != -signal.SIGKILL:
+            return code
+        time.sleep(0.2)  # its jobs are being killed
         return None
 
 
@@ -97,10 +111,13 @@ def asked(address: str, request: dict[str, Any]) -> Any:
 # -- in the warm process and its forks ---------------------------------------------------------------------------------
 
 
-def serve(address: str) -> None:
+def serve(address: str, *first: str) -> None:
     sys.path.insert(0, str(REPO / "scripts"))
+    for path in first:
+        runpy.run_path(path)
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # forks share what is there, and copy none of it to count references to it
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
@@ -156,11 +173,17 @@ def run_snakemake(address: str, arguments: list[str]) -> int:
     from snakemake.script import PythonScript
 
     terminal = os.readlink("/proc/self/fd/1")
+    rule, _, seconds = os.environ.pop(KILLED, "").partition(" ")
 
     def execute_script(self: Any, fname: str, edit: bool = False) -> None:
         request = {"kind": "script", "folder": os.getcwd(), "script": fname, "terminal": terminal}
         with asked(address, {**request, "env": dict(os.environ)}) as connection:
-            code = int(connection.makefile().readline())
+            dies = Path(fname).suffixes[-2:-1] == [f".{rule}"]
+            connection.settimeout(float(seconds) if dies else None)
+            with contextlib.suppress(TimeoutError):
+                code = int(connection.makefile().readline())
+            if dies:  # the job goes with it, as its connection is closed
+                os.kill(os.getpid(), signal.SIGKILL)
         if code:
             raise subprocess.CalledProcessError(code, fname)
 
@@ -175,8 +198,6 @@ def run_snakemake(address: str, arguments: list[str]) -> int:
 
 
 def run_script(request: dict[str, Any]) -> int:
-    import runpy
-
     try:
         runpy.run_path(request["script"], run_name="__main__")
     except SystemExit as end:
@@ -185,4 +206,4 @@ def run_script(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

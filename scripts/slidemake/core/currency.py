@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from slidemake.core.failures import RunError
 from slidemake.core.files import read_json, read_json_if_whole, write_json
 from slidemake.core.stages import ARTEFACTS
 
@@ -50,6 +51,7 @@ class Outcome:
     read: dict[str, str] = field(default_factory=dict)
     after: str = ""
     made: tuple[str, ...] = ()  # files outside of the results folder that the job makes
+    slides: dict[str, list[str]] = field(default_factory=dict)  # of a rack's: what shapes each slide (slide_fates)
 
     @property
     def digest(self) -> str:
@@ -140,7 +142,8 @@ def write_record(results: Path, entry: Mapping[str, Any], retry: Iterable[str] =
     files = {name: _state(results / name) for name in entry["files"]}
     while True:
         vouches = _vouched(results, entry["files"])
-        write_json(where, {**kept, "files": files, "vouches": vouches, "retry": sorted(retry)})
+        told = {"vouches": vouches, "retry": sorted(retry), "slides": entry.get("slides", {})}
+        write_json(where, {**kept, "files": files, **told})
         written, files = files, {name: _state(results / name) for name in entry["files"]}
         if files == written:
             return
@@ -270,6 +273,7 @@ def plan_entry(outcome: Outcome) -> dict[str, Any]:
         "settings": outcome.settings,
         "read": outcome.read,
         "after": outcome.after,
+        **({"slides": outcome.slides} if outcome.slides else {}),
     }
 
 
@@ -281,30 +285,87 @@ def write_plan(results: Path, outcomes: Iterable[Outcome]) -> None:
         write_json(results / PLAN_FILE, plan)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ticket:
-    """A job's place in the plan of its run."""
+    """A job's place in the plan of its run.
+
+    Snakemake may be killed and leave its jobs behind, and the next run may want something else. Such a job does no harm
+    to it: it ends before its next slide (`check_wanted`), and keeps no digest of what it left.
+    """
 
     results: Path
     entry: dict[str, Any]
+    made_from: dict[str, str]  # {first file: digest} of the outcomes that this one is made from, as planned
+    seen: tuple[int, ...] = ()  # which plan.json was looked at
 
-    def done(self) -> None:
-        """The outcome is complete: keep what determined it."""
+    def wanted(self) -> bool:
+        """Whether the plan that counts now wants of this job what the plan of its run did."""
+        seen = _stamp(self.results / PLAN_FILE)
+        if seen != self.seen:
+            plan = read_json_if_whole(self.results / PLAN_FILE)
+            now = _entry_of(plan, self.entry["files"][0]) if plan else self.entry
+            if now is None or now["digest"] != self.entry["digest"]:
+                return False
+            self.seen = seen
+        return True
+
+    def done(self) -> bool:
+        """The outcome is complete: keep what determined it. Not where another run wants something else by now, or a job
+        that another run left behind has written what this one is made from: the next run looks.
+        """
+        kept = {name: read_json_if_whole(record_file(self.results, name)) for name in self.made_from}
+        same = all(isinstance(one, dict) and one["digest"] == self.made_from[name] for name, one in kept.items())
+        if not same or not self.wanted():
+            return False
         write_record(self.results, self.entry, passing_failures(self.results, self.entry["files"]))
+        return True
 
 
-def begin(outputs: Iterable[str], params: Mapping[str, Any]) -> Ticket | None:
+_ticket: Ticket | None = None  # of the job that this process does
+
+
+def begin(outputs: Iterable[str], params: Mapping[str, Any], inputs: Iterable[str] = ()) -> Ticket | None:
     """A job starts: from now on its outcome is nobody's. Returns its ticket, None where no plan has it: a job outside
     of a run of the workflow, or one whose settings were changed after its run was planned (the next run looks again).
     """
+    global _ticket
+    _ticket = None
     files = [os.path.abspath(path) for path in outputs]
     results = next((p for p in Path(files[0]).parents if (p / PLAN_FILE).exists()), None) if files else None
     if results is None:
         return None
     first = Path(files[0]).relative_to(results).as_posix()
     record_file(results, first).unlink(missing_ok=True)
+    seen = _stamp(results / PLAN_FILE)
     plan = read_json_if_whole(results / PLAN_FILE) or {"outcomes": []}
-    entry = next((entry for entry in plan["outcomes"] if entry["files"][0] == first), None)
+    entry = _entry_of(plan, first)
     if entry is None or entry["settings"] != settings_of(params):
         return None
-    return Ticket(results, entry)
+    read = {os.path.relpath(os.path.abspath(str(path)), results) for path in inputs}
+    made_from = {one["files"][0]: one["digest"] for one in plan["outcomes"] if read & set(one["files"])}
+    _ticket = Ticket(results, entry, made_from, seen)
+    return _ticket
+
+
+def check_wanted(output: str | Path) -> None:
+    """RunError in the job that writes `output`, once another run has begun that wants something else of it."""
+    if _ticket is None or os.path.relpath(os.path.abspath(output), _ticket.results) not in _ticket.entry["files"]:
+        return
+    if not _ticket.wanted():
+        raise RunError(
+            f"Another run has begun on {_ticket.results} that wants something else of {_ticket.entry['rule']} (other "
+            "settings, sheet or files). This job is of an earlier run, and ends here; what is finished is kept."
+        )
+
+
+def _entry_of(plan: Mapping[str, Any], first: str) -> dict[str, Any] | None:
+    return next((entry for entry in plan["outcomes"] if entry["files"][0] == first), None)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Which file this is: another one after every rename into place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_ino, found.st_mtime_ns, found.st_size)

@@ -43,10 +43,11 @@ def job(snakemake: Any) -> Iterator[Any]:
     _stop_on_sigterm()
     code = 1
     try:
-        ticket = currency.begin(getattr(snakemake, "output", ()), dict(getattr(snakemake, "params", {}).items()))
+        params = dict(getattr(snakemake, "params", {}).items())
+        ticket = currency.begin(getattr(snakemake, "output", ()), params, getattr(snakemake, "input", ()))
         yield snakemake
-        if ticket is not None and isolation.tried_alone() is None:
-            ticket.done()
+        if ticket is not None and isolation.tried_alone() is None and not ticket.done():
+            logging.getLogger("slidemake").warning("another run takes part here: the next run looks at this again")
         code = 0
     except Exception as error:
         _tell(error, snakemake.rule, log_file)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slidemake.core import currency
 from slidemake.core.failures import Failure, RunError, SlideFailure, disk_trouble
 from slidemake.core.files import check_place, placed, read_json, write_json
 from slidemake.core.stages import STAGE_VERSIONS
@@ -129,6 +130,7 @@ def run_rack(
         slide_id = before["slide_id"]
         if before.get("status") == "failed":
             return {"slide_id": slide_id, "status": "failed", "failure": before["failure"]}
+        currency.check_wanted(manifest)
         started = time.perf_counter()
         if not background:
             timings.event("begin", slide_id=slide_id)

@@ -150,6 +150,20 @@ class Plan:
             return []
         return [truth_file(pattern, row.path, row.slide_id) for row in self.racks[rack] if not is_remote(row.path)]
 
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """{file of the user's that is of one slide: that slide}; of one that is in several rows, of none of them."""
+        found: dict[str, str] = {}
+        for rack, rows in self.racks.items():
+            files = [[row.slide_id, path] for row in rows for path in (row.path, row.tissue_geojson) if path]
+            if self.config["explain"]["truth"]:
+                local = [row for row in rows if not is_remote(row.path)]
+                files += [[row.slide_id, mask] for row, mask in zip(local, self.truth_files(rack), strict=True)]
+            for slide_id, path in files:
+                path = os.path.abspath(path)
+                found[path] = slide_id if found.get(path, slide_id) == slide_id else ""
+        return found
+
     def models_of(self, task: str) -> list[str]:
         """Configured models of a task, then the controls."""
         return [*self.tasks[task]["models"], *TRAINED]

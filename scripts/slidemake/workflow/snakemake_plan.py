@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,8 +31,11 @@ from slidemake.core.currency import (
     write_plan,
     write_record,
 )
+from slidemake.core.files import read_json_if_whole
+from slidemake.workflow.slide_fates import FAILED, Digests, fates, fates_of_current, slide_digests
 
 SHOWN = 6  # reasons that a plan tells
+SPINE = ("screen_slides", "detect_tissue", "tile_slides")  # what fails here is not worked on by what follows
 
 
 class Currency:
@@ -41,7 +45,12 @@ class Currency:
         self.workflow, self.results, self.in_job = workflow, results, in_job
         self.outcomes: dict[Any, Outcome] = {}
         self.stale: dict[Any, str] = {}
+        self.racks: dict[str, list[str]] = {}  # {rack: slides}
+        self.owners: Callable[[], Mapping[str, str]] = dict  # {file of the user's: slide}
         self._tree = Tree(results)
+        self._all: dict[Any, Outcome] = {}  # those of files that are not kept, too
+        self._slides: dict[Any, Digests] = {}
+        self._fates: dict[Any, dict[str, str]] = {}
 
     def look(self, dag: Any) -> None:
         """Compare every outcome of the plan with what is there."""
@@ -53,11 +62,56 @@ class Currency:
                 before = {digests[other] for other in ours} - {None}
                 outcome = outcome_of(job, before, ours, dag, self.results)
                 digests[job] = outcome.digest if outcome else None
-                if outcome is None or not is_kept(job):
+                if outcome is None:
+                    continue
+                self._all[job] = outcome
+                if not is_kept(job):
                     continue
                 self.outcomes[job] = outcome
                 if reason := why_stale(outcome, self.results, tree):
                     self.stale[job] = reason
+
+    def slides_of(self, job: Any) -> Digests:
+        """What shapes each slide of a job's rack; nothing for a job that has none."""
+        if job not in self._slides:
+            rack = job.wildcards_dict.get("rack")
+            if job not in self._all or rack not in self.racks:
+                return {}
+            known = [other for other in self.workflow.dag.dependencies[job] if other in self._all]
+            same = [other for other in known if other.wildcards_dict.get("rack") == rack]
+            same.sort(key=lambda other: self._all[other].files)
+            self._slides[job] = slide_digests(
+                self._all[job],
+                dict(job.params.items()),
+                self.racks[rack],
+                self.owners(),
+                [self.slides_of(other) for other in same],
+                [self._all[other].digest for other in known if other not in same],
+            )
+        return self._slides[job]
+
+    def fates(self) -> list[dict[str, str]]:
+        """Of each job of a rack that is to run, {slide: what becomes of it}."""
+        jobs = self.workflow.dag.needrun_jobs(exclude_finished=False)
+        told = [(job, self._fates_of(job)) for job in jobs if job in self.outcomes and "rack" in job.wildcards_dict]
+        # slides that are not explained, or have no background looked at, did not fail
+        some = ("explain_slides", "embed_background")
+        return [
+            {slide: fate for slide, fate in found.items() if fate != FAILED or job.rule.name not in some}
+            for job, found in told
+        ]
+
+    def _fates_of(self, job: Any) -> dict[str, str]:
+        if job not in self._fates:
+            kept = read_json_if_whole(record_file(self.results, self.outcomes[job].files[0]))
+            record, now = kept if isinstance(kept, dict) else None, self.slides_of(job)
+            before = [other for other in self.workflow.dag.dependencies[job] if other.rule.name in SPINE]
+            self._fates[job] = (
+                fates(now, record, self._tree, [self._fates_of(other) for other in before])
+                if self.workflow.dag.needrun(job)
+                else fates_of_current(now, record)
+            )
+        return self._fates[job]
 
     def tell(self) -> list[str]:
         """What a plan says of outcomes that are there and are not current; nothing of those that never were."""
@@ -82,14 +136,18 @@ class Currency:
 
     def write_plan(self) -> None:
         """For the jobs of a run that starts, and for `verify`."""
-        jobs = set(self.workflow.dag.jobs)
-        write_plan(self.results, (outcome for job, outcome in self.outcomes.items() if job in jobs))
+        jobs, dag = set(self.workflow.dag.jobs), self.workflow.dag
+        known = ((job, outcome) for job, outcome in self.outcomes.items() if job in jobs)
+        write_plan(self.results, (self._with_slides(job, one) if dag.needrun(job) else one for job, one in known))
+
+    def _with_slides(self, job: Any, outcome: Outcome) -> Outcome:
+        return replace(outcome, slides=self.slides_of(job))
 
     def accept(self) -> None:
         """After `snakemake --touch`: the user says that results are current."""
         for job in self.workflow.dag.needrun_jobs(exclude_finished=False):
             if job in self.outcomes:
-                write_record(self.results, plan_entry(self.outcomes[job]))
+                write_record(self.results, plan_entry(self._with_slides(job, self.outcomes[job])))
 
 
 def attach(workflow: Any, results: Path, in_job: bool) -> Currency:

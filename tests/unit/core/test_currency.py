@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from slidemake.core import currency
 from slidemake.core.currency import Outcome, Tree, begin, identity, record_file, settings_of, why_stale, write_plan
-from slidemake.core.failures import HINTS
+from slidemake.core.failures import HINTS, RunError
 from slidemake.core.files import read_json, write_json
 
 MANIFEST = "manifests/tiles/224px_0.5mpp/r00000.json"
@@ -70,6 +70,44 @@ def test_the_record_of_a_job_that_a_twin_overtook_is_of_the_files_that_are_there
     currency.write_record(made, read_json(made / "plan.json")["outcomes"][0])
     assert len(written) == 2
     assert why(made) is None
+
+
+def test_a_job_that_another_run_overtook_keeps_no_digest_and_stops(made: Path):
+    """Snakemake was killed alone, the change taken back, and the next run planned while the job still works."""
+    params = {"options": {"codec": "jpeg"}, "version": 1}
+    write_plan(made, [outcome(after="changed")])
+    orphan = begin([str(made / MANIFEST)], params)
+    currency.check_wanted(made / MANIFEST)
+    write_plan(made, [outcome()])
+    with pytest.raises(RunError, match="wants something else of tile_slides"):
+        currency.check_wanted(made / MANIFEST)
+    assert not orphan.done()
+    assert why(made) == currency.NO_RECORD
+    # the same is wanted: a run that was killed, and begun again
+    twin = begin([str(made / MANIFEST)], params)
+    write_json(made / "plan.json", {**read_json(made / "plan.json"), "format": 2})
+    currency.check_wanted(made / MANIFEST)
+    (made / "plan.json").unlink()
+    assert twin.done()
+    assert why(made) is None
+
+
+def test_what_was_made_from_another_run_s_files_is_looked_at_again(made: Path):
+    """While a job reads a manifest, a job that another run left behind writes it."""
+    after = Outcome("embed_tiles", {"rack": "r00000"}, ["manifests/embed/toy/r00000.json"], {}, {}, outcome().digest)
+    write_plan(made, [outcome(), after])
+    for digest, expected in ((None, True), ("another", False), ("none", False)):
+        made_from = begin([str(made / MANIFEST)], {"options": {"codec": "jpeg"}, "version": 1})
+        made_from.done()
+        ticket = begin([str(made / after.files[0])], {}, [str(made / MANIFEST), "/slides/a.svs"])
+        manifest(made, after.files[0])
+        kept = record_file(made, MANIFEST)
+        if digest == "another":
+            write_json(kept, {**read_json(kept), "digest": digest})
+        elif digest:
+            kept.unlink()  # it has begun
+        assert ticket.done() is expected
+        assert record_file(made, after.files[0]).exists() is expected
 
 
 def test_what_is_as_it_was_made_is_current(made: Path):

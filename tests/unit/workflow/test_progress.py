@@ -171,9 +171,13 @@ def test_a_plan_is_told_in_slides(tmp_path):
     racks = {"r0": ["a", "b"], "r1": ["c", "d", "e"], "r2": ["f"]}
     for name in "abc":
         (tmp_path / "slides" / name).mkdir(parents=True)
-    assert slides_in_plan(racks, ["r1", "r1", "r0"], tmp_path) == (
-        "of 6 slides 2 are new and will be computed, 3 will be looked at (computed where a change concerns them, else "
-        "found finished), 1 are not concerned"
+    planned = [{"a": "found", "b": "failed"}, {"a": "found", "b": "looked at"}, dict.fromkeys("cde", "looked at")]
+    assert slides_in_plan(racks, planned, tmp_path) == (
+        "of 6 slides 2 will be computed for the first time, 2 will be looked at (computed where a change concerns "
+        "them, else found finished), 1 will be found finished, 1 are not concerned"
+    )
+    assert slides_in_plan(racks, [{"a": "failed", "d": "failed"}, {"c": "computed"}], tmp_path) == (
+        "of 6 slides 2 will be computed (1 of them new), 1 failed, and nothing has changed of them, 3 are not concerned"
     )
     assert slides_in_plan(racks, [], tmp_path / "none") == "of 6 slides 6 are not concerned"
     assert slides_in_plan({}, [], tmp_path) is None
