@@ -65,7 +65,7 @@ def decide(prob: np.ndarray, classes: Sequence[str], threshold: float | None) ->
     return classes[int(np.argmax(prob))]
 
 
-@task_type("binary", "multiclass")
+@task_type("binary", "multiclass", "classes")  # the last: of bundles that do not say which
 class ClassOutcome(OfClasses):
     """Classes without an order; with two of them the second is the positive one. Softmax over one logit each."""
 

@@ -21,6 +21,7 @@ from slidemake.tasks.labels import (
     summary,
     why_untrainable,
 )
+from slidemake.tasks.registry import load_outcome
 
 SURVIVAL = {"type": "survival", "label": "os"}
 SEVERAL = {"type": "multilabel", "labels": ["er", "pr"]}
@@ -200,3 +201,9 @@ def test_slides_of_a_patient_that_disagree(tmp_path):
     table[5]["age"] = "9"
     with pytest.raises(RunError, match='row 7, column age: patient P2 has "9" here and "2" in row 6'):
         read_sheet(sheet(tmp_path, table), tasks=tasks)
+
+
+def test_a_bundle_that_calls_its_type_classes_is_one_of_classes():
+    about = {"type": "classes", "classes": ["n", "t"]}
+    assert load_outcome({"target": about}).about() == load_outcome({"classes": ["n", "t"]}).about()
+    assert load_outcome({"target": about}).kind == "binary"
