@@ -103,7 +103,9 @@ class Currency:
 
     def _fates_of(self, job: Any) -> dict[str, str]:
         if job not in self._fates:
-            kept = read_json_if_whole(record_file(self.results, self.outcomes[job].files[0]))
+            path = record_file(self.results, self.outcomes[job].files[0])
+            there = self._tree.has(path.relative_to(self.results).as_posix())  # folders were listed before
+            kept = read_json_if_whole(path) if there else None
             record, now = kept if isinstance(kept, dict) else None, self.slides_of(job)
             before = [other for other in self.workflow.dag.dependencies[job] if other.rule.name in SPINE]
             self._fates[job] = (
