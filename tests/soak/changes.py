@@ -276,21 +276,17 @@ def every_rule(seed: int, number: int) -> Iterator[str]:
     return islice(cycle(names), 2 * number % len(names), None)
 
 
-def foretold(text: str) -> list[str]:
+def foretold(dry: str, run: str) -> list[str]:
     """Where a run did not do what the dry run before it had said of slides, by what both say."""
-    said = re.findall(r"^slidemake: of \d+ slides (.*)$", text, re.MULTILINE)
-    if len(said) < 2:
-        return []
-    plan, done = (
-        Counter({words: int(n) for n, words in re.findall(r"(\d+) ([a-z]+ ?[a-z]* ?[a-z]*)", s)}) for s in said
-    )
-    computed, found = plan["will be computed"], plan["will be found"]
-    looked = plan["will be looked"]
+    said = [re.findall(r"^slidemake: of \d+ slides (.*)$", text, re.MULTILINE)[-1:] for text in (dry, run)]
+    words = [re.findall(r"(\d+) ([a-z]+ ?[a-z]* ?[a-z]*)", text[0] if text else "") for text in said]
+    plan, done = (Counter({what: int(count) for count, what in found}) for found in words)
+    computed, found, looked = (plan[f"will be {what}"] for what in ("computed", "found", "looked"))
     well = (
         computed <= done["computed"] + done["failed"] <= computed + looked + plan["failed"]
         and found <= done["found finished"] <= found + looked
     )
-    return [] if well else [f"the dry run said {said[0]!r}, and the run {said[-1]!r}"]
+    return [] if well else [f"the dry run said {said[0]}, and the run {said[1]}"]
 
 
 def run_sequence(stage: Stage, number: int, seed: int, finals: tuple[dict[str, Any], ...] = FINAL) -> Sequence:
@@ -308,11 +304,12 @@ def run_sequence(stage: Stage, number: int, seed: int, finals: tuple[dict[str, A
         wanted = final.get(key, default)
         if stage.state.get(key, default) != wanted:
             stage.set(key, wanted)
-    stage.terminal.write_text("")
-    if stage.run("--dry-run") != 0 or stage.run() != 0:
-        sequence.wrong.append(f"the last run failed: {stage.terminal.read_text()[-2000:]}")
-    else:
-        sequence.wrong += foretold(stage.terminal.read_text())
+    texts, codes = [], []
+    for arguments in (["--dry-run"], []):
+        stage.terminal.write_text("")
+        codes.append(stage.run(*arguments))
+        texts.append(stage.terminal.read_text())
+    sequence.wrong += foretold(*texts) if codes == [0, 0] else [f"the last run failed: {texts[-1][-2000:]}"]
     stage.compare(fresh, sequence)
     sequence.steps.append(f"end: {final}")
     sequence.seconds = round(time.monotonic() - began, 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "soak"))
 
+from changes import foretold
 from cohort import EXCEPT_FILES, EXCEPT_KEYS, TESTS
 from soak import figures, table
 
@@ -47,3 +48,17 @@ def test_the_table_counts_what_is_wrong(tmp_path):
     assert (found["lost"], found["wrong"]) == (2, 4)
     assert "| sequences of changes | 1 | 2 steps, 1 runs killed |" in table(found)
     assert "| moments killed | 2 | 1 runs: 2 job |" in table(found)
+
+
+def test_a_dry_run_is_held_to_what_it_said():
+    def told(plan: str, done: str) -> bool:
+        return foretold(f"slidemake: of 5 slides {plan}\n", f"slidemake: of 5 slides {done}\n") == []
+
+    failed = "1 failed, and nothing has changed of them"
+    assert told(f"1 will be computed, 2 will be found finished, {failed}", "1 computed, 2 found finished, 1 failed")
+    assert told("2 will be looked at (computed where", "1 computed, 1 found finished, 3 not looked at")
+    assert told("2 will be computed (1 of them new)", "1 computed, 1 failed")
+    assert not told("2 will be computed", "1 computed, 1 found finished")
+    assert not told("2 will be found finished", "1 computed, 1 found finished")
+    assert not told(failed, "1 computed, 1 failed")
+    assert foretold("Nothing to be done", "Nothing to be done") == []
