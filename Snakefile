@@ -61,6 +61,7 @@ include: "rules/tissue.smk"
 include: "rules/stain.smk"
 include: "rules/tiles.smk"
 include: "rules/embed.smk"
+include: "rules/import.smk"
 include: "rules/cohort.smk"
 include: "rules/mil.smk"
 include: "rules/compare.smk"
@@ -120,7 +121,7 @@ rule tiles:
 rule embeddings:
     input:
         [
-            manifest("embed", rack, encoder=encoder)
+            manifest(PLAN.features_stage, rack, encoder=encoder)
             for encoder in ENCODERS
             for rack in RACKS
         ],

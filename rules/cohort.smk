@@ -6,15 +6,13 @@ rule cohort_table:
     input:
         sheet=CONFIG["sheet"] or [],
         screen=of_all_racks(manifests("screen")),
-        tissue=of_all_racks(manifests("tissue")),
-        stain=of_all_racks(manifests("stain")),
+        tissue=of_all_racks(SLIDE_MANIFESTS["tissue"]),
+        stain=of_all_racks(SLIDE_MANIFESTS["stain"]),
         target=rules.make_stain_target.output.target,
         tiles=of_all_racks(
             [path for grid in GRIDS for path in manifests("tiles", grid=grid)]
         ),
-        embed=of_all_racks(
-            [path for e in ENCODERS for path in manifests("embed", encoder=e)]
-        ),
+        embed=of_all_racks([path for e in ENCODERS for path in feature_manifests(e)]),
     output:
         slides=f"{OUTPUT}/cohort/slides.csv",
         failures=f"{OUTPUT}/cohort/failures.csv",

@@ -65,7 +65,7 @@ CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)
 CURRENCY.racks = {rack: [row.slide_id for row in rows] for rack, rows in RACKS.items()}
 CURRENCY.owners = lambda: PLAN.owners
 if not IN_JOB:
-    for line in PLAN.outline_problems()[:20]:
+    for line in [*PLAN.feature_notes(), *PLAN.outline_problems()[:20]]:
         print(f"slidemake: warning: {line}", file=sys.stderr)
     for line in describe_tasks(PLAN.rows, TASKS):
         print(f"slidemake: {line}", file=sys.stderr)
@@ -217,6 +217,17 @@ def manifest(stage, rack, **where):
 def manifests(stage, **where):
     """Manifests of a stage over all racks."""
     return [manifest(stage, rack, **where) for rack in RACKS]
+
+
+def feature_manifests(encoder):
+    """Manifests over all racks that vouch for the features of an encoder, embedded here or imported."""
+    return manifests(PLAN.features_stage, encoder=encoder)
+
+
+# Where features are imported, slides are neither masked nor tiled.
+SLIDE_MANIFESTS = {
+    stage: [] if PLAN.imports else manifests(stage) for stage in ("tissue", "stain")
+}
 
 
 def user_inputs(paths):

@@ -8,7 +8,7 @@ rule explain_slides:
         predictions=f"{OUTPUT}/tasks/{{task}}/{{model}}/predictions_patients.csv",
         splits=rules.split_cohort.output.splits,
         embed=lambda wildcards: manifest(
-            "embed",
+            PLAN.features_stage,
             wildcards.rack,
             encoder=PLAN.encoder_of(wildcards.task, wildcards.model),
         ),

@@ -40,7 +40,7 @@ rule pack_bags:
     """
     input:
         slides=rules.cohort_table.output.slides,
-        embed=lambda wildcards: manifests("embed", encoder=wildcards.encoder),
+        embed=lambda wildcards: feature_manifests(wildcards.encoder),
     output:
         features=f"{OUTPUT}/cohort/bags/{{encoder}}.npy",
         index=f"{OUTPUT}/cohort/bags/{{encoder}}.json",

@@ -10,7 +10,7 @@ if PLAN.bundle:
             bundle=f"{CONFIG['bundle']}/bundle.json",
             weights=PLAN.bundle_weights,
             embed=of_all_racks(
-                [path for e in ENCODERS for path in manifests("embed", encoder=e)]
+                [path for e in ENCODERS for path in feature_manifests(e)]
             ),
         output:
             slides=f"{OUTPUT}/predictions/slides.csv",

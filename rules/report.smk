@@ -39,10 +39,10 @@ rule write_report:
         manifests=of_all_racks(
             [
                 *manifests("screen"),
-                *manifests("tissue"),
-                *manifests("stain"),
+                *SLIDE_MANIFESTS["tissue"],
+                *SLIDE_MANIFESTS["stain"],
                 *[path for grid in GRIDS for path in manifests("tiles", grid=grid)],
-                *[path for e in ENCODERS for path in manifests("embed", encoder=e)],
+                *[path for e in ENCODERS for path in feature_manifests(e)],
             ]
         ),
     output:

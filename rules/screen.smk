@@ -5,7 +5,7 @@ def slides_of_rack(wildcards):
     """Slide files that are there. One that is missing becomes a failure record, not an error of the whole plan."""
     if CONFIG["demo"]:
         return []
-    return user_inputs(row.path for row in RACKS[wildcards.rack])
+    return user_inputs(row.path for row in RACKS[wildcards.rack] if row.path)
 
 
 rule screen_slides:
@@ -27,6 +27,7 @@ rule screen_slides:
         mem_mb=growing(1500),
         runtime=minutes(10, per_slide=1),
     params:
+        **({"features": True} if PLAN.imports else {}),  # a slide that is not there is then no failure
         results=OUTPUT,
         rows=lambda wildcards: PLAN.screening_rows(wildcards.rack),
         options=stage_options(CONFIG, "screen"),

@@ -33,7 +33,7 @@ rule make_stain_target:
     input:
         manifests=of_all_racks(
             manifests("stain")
-            if PLAN.stain_target == "cohort" and not PLAN.bundle
+            if PLAN.stain_target == "cohort" and not PLAN.bundle and not PLAN.imports
             else []
         ),
         image=(

@@ -19,8 +19,9 @@ with job(snakemake) as sm:  # noqa: F821
     stages |= {stage: read_manifests(sm.input[stage], stage) for stage in ("tissue", "stain")}
     for stage in ("tiles", "embed"):
         for path in sm.input[stage]:  # manifests/<stage>/<grid or encoder>/<rack>.json
-            stages.setdefault(f"{stage} {Path(path).parent.name}", []).extend(read_manifests([path], stage))
-    duplicates = find_duplicates(screened) if sm.params.duplicates == "fail" else {}
+            stages.setdefault(f"{stage} {Path(path).parent.name}", []).extend(read_manifests([path]))
+    imported = [r for name in stages if name.startswith("embed ") for r in stages[name] if "identity" in r]
+    duplicates = find_duplicates(screened) | find_duplicates(imported) if sm.params.duplicates == "fail" else {}
     target = read_json(sm.input.target)
     rows = cohort_rows(
         sheet_records(sm.params.sheet), stages, results, duplicates, partial(judgement_columns, results, target)

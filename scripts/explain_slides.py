@@ -26,7 +26,7 @@ with job(snakemake) as sm:  # noqa: F821
         out,
         fetch=lambda slide_id, folder: fetch_row(remote[slide_id], folder, dict(sm.params.fetching)),
     )
-    slides = [record for record in read_manifest(sm.input.embed, "embed") if record["slide_id"] in rows]
+    slides = [record for record in read_manifest(sm.input.embed) if record["slide_id"] in rows]
     run_rack(
         "explain",
         sm.output.manifest,

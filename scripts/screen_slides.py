@@ -1,9 +1,11 @@
 """Rule screen_slides: slide files of a rack -> slide.json each, manifest."""
 
+from functools import partial
 from pathlib import Path
 
 from slidemake.cohort.sheet import SlideRow
 from slidemake.core.addresses import local_copy
+from slidemake.interchange.stage import screen_or_pass
 from slidemake.jobs.job import job
 from slidemake.jobs.racks import read_manifest, run_rack
 from slidemake.slides.screening import screen_slide
@@ -15,13 +17,19 @@ with job(snakemake) as sm:  # noqa: F821
     rows = {row["slide_id"]: dict(row) for row in sm.params.rows if not row["exclude"]}
     for slide_id in fetched:
         rows[slide_id]["path"] = local_copy(folder, slide_id, rows[slide_id]["path"])
+
+    def screened(record):
+        row = SlideRow.for_screening(**rows[record["slide_id"]])
+        screen = partial(screen_slide, row, options, results, record.get("remote"))
+        if not sm.params.get("features"):
+            return screen()
+        return screen_or_pass(row.slide_id, screen if row.path else None, results)
+
     run_rack(
         "screen",
         sm.output.manifest,
         [fetched.get(slide_id, {"slide_id": slide_id}) for slide_id in rows],
-        lambda record: screen_slide(
-            SlideRow.for_screening(**rows[record["slide_id"]]), options, results, record.get("remote")
-        ),
+        screened,
         rack=sm.wildcards.rack,
         threads=sm.threads,
     )

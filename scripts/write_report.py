@@ -14,7 +14,7 @@ with job(snakemake) as sm:  # noqa: F821
     config = dict(sm.params.config)
     configured = [f"--configfile {shlex.quote(str(path))}" for path in sm.params.configfiles]
     html = Path(sm.output.html)
-    pictures = stain_pictures(results, html.parent, sm.params.grids[0], sm.input.target)
+    pictures = stain_pictures(results, html.parent, sm.params.grids[0], sm.input.target) if sm.params.grids else []
     write_report(
         results,
         html,

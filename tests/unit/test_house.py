@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "stain": "core slides tissue",
     "tiles": "core jobs stores slides tissue stain",
     "encoders": "core jobs stores",
+    "interchange": "core stores encoders",  # files of other tools become stores of embeddings: it needs no pixels
     "embedding": "core jobs stores slides tissue stain tiles encoders",
     "mil": "core statistics stores tasks configuration",
     "training": "core statistics tasks splits mil",
@@ -42,13 +43,13 @@ MAY_IMPORT = {
     "robustness": "core jobs statistics tasks splits embedding mil evaluation",
     "explain": "core jobs statistics stores slides splits embedding mil",
     "report": "core jobs stores tasks stain robustness",
-    "workflow": "core jobs stores tasks configuration cohort splits slides stain encoders embedding mil",
+    "workflow": "core jobs stores tasks configuration cohort splits slides stain encoders interchange embedding mil",
     "demo": "core",
 }
 WINGS = {
     "ground": "core statistics stores jobs",
     "entrance": "tasks splits cohort configuration",
-    "slide wing": "slides tissue stain tiles encoders embedding",
+    "slide wing": "slides tissue stain tiles encoders interchange embedding",
     "patient wing": "mil training evaluation drift",
     "where they meet": "robustness explain",
     "roof": "report workflow demo",

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.cohort.label_checks import Cells, cell_problems, cohort_problems, order_problems, patient_labels
-from slidemake.cohort.sheet_checks import check_cells, check_rows, converted, disagreements, lost_zeros, resolve
+from slidemake.cohort.sheet_checks import (
+    check_cells,
+    check_rows,
+    converted,
+    disagreements,
+    lost_zeros,
+    resolve,
+    unasked_features,
+)
 from slidemake.cohort.sheet_table import KNOWN, Problem, Table, check_columns, read_table
 from slidemake.cohort.spellings import doubtful_names, number_problems, spelling_problems
 from slidemake.core.failures import RunError
@@ -33,8 +41,8 @@ class SlideRow:
     those that `read_sheet` was asked for ("" where a slide has no value).
 
     path: as a program opens it (resolved against the sheet's folder), or a URI. mpp: um per px of level 0, or None.
-    tissue_geojson: resolved like path, or None. sha256: of the slide file, in small letters, or "". row: number in the
-    file, the header being 1.
+    tissue_geojson: resolved like path, or None. features: file of its features, resolved like path, or "". sha256: of
+    the slide file, in small letters, or "". row: number in the file, the header being 1.
     """
 
     slide_id: str
@@ -48,6 +56,7 @@ class SlideRow:
     stain: str = ""
     exclude: bool = False
     tissue_geojson: str | None = None
+    features: str = ""
     sha256: str = ""
     labels: dict[str, str] = field(default_factory=dict)
     row: int = field(default=0, compare=False)
@@ -67,19 +76,29 @@ class SlideRow:
 
 
 def read_sheet(
-    path: str | Path, columns: Iterable[str] = (), tasks: Mapping[str, Mapping[str, Any]] | None = None
+    path: str | Path,
+    columns: Iterable[str] = (),
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    features: bool = False,
 ) -> list[SlideRow]:
     """Rows of a sample sheet in file order, excluded ones too; all as text but for mpp and exclude.
 
     columns: label columns that must be there. tasks: the configuration's tasks; their labels are checked in the same
-    go (`task_problems`). Ids that look as if a spreadsheet had taken their leading zeros are warned of in the log.
+    go (`task_problems`). features: features are imported, so a slide needs no path. Ids that look as if a spreadsheet
+    had taken their leading zeros are warned of in the log.
     Raises RunError that lists every problem (the first 50, and how many more there are).
     """
     path, tasks = Path(path), tasks or {}
     columns = list(dict.fromkeys([*columns, *(column for task in tasks.values() for column in label_columns(task))]))
     table = read_table(path)
     cells = [(number, converted(row)) for number, row in table.rows]
-    problems = [*table.problems, *check_columns(table.columns, columns), *check_cells(cells, columns)]
+    if features:
+        for _, row in cells:
+            row["path"] = row.get("path") or None
+    problems = [*table.problems, *check_columns(table.columns, columns, () if features else ("path",))]
+    problems += check_cells(cells, columns, pathless=features)
+    if not features:
+        problems += unasked_features(cells)
     for _, row in cells:
         row["patient_id"] = row.get("patient_id") or str(row.get("slide_id") or "")
     problems += check_rows(cells, path)
@@ -137,11 +156,12 @@ def _slide_row(number: int, row: dict[str, Any], sheet: Path, columns: list[str]
     labels |= {key: str(row[key] or "") for key in columns if key in row and key in KNOWN}
     return SlideRow(
         slide_id=row.get("slide_id") or "",
-        path=resolve(row.get("path") or "", sheet),
+        path=resolve(row["path"], sheet) if row.get("path") else "",
         patient_id=row["patient_id"],
         mpp=mpp if isinstance(mpp, float) else None,
         exclude=row.get("exclude") is True,
         tissue_geojson=resolve(outline, sheet) if outline else None,
+        features=resolve(row["features"], sheet) if row.get("features") else "",
         sha256=(row.get("sha256") or "").lower(),
         labels=labels,
         row=number,
@@ -166,7 +186,11 @@ def sheet_records(path: str | Path) -> list[dict[str, str]]:
     table: Table = read_table(path)
     records = []
     for _, cells in table.rows:
-        record = {"slide_id": cells["slide_id"], "path": cells["path"], "patient_id": cells.get("patient_id", "")}
+        record = {
+            "slide_id": cells["slide_id"],
+            "path": cells.get("path", ""),
+            "patient_id": cells.get("patient_id", ""),
+        }
         record["patient_id"] = record["patient_id"] or record["slide_id"]
         records.append({**record, **{key: value for key, value in cells.items() if key not in record}})
     return records

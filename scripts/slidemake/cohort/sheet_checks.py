@@ -59,10 +59,10 @@ def converted(cells: dict[str, str]) -> dict[str, Any]:
     return row
 
 
-def check_cells(rows: Iterable[Row], single_line: Iterable[str] = ()) -> Iterator[Problem]:
+def check_cells(rows: Iterable[Row], single_line: Iterable[str] = (), pathless: bool = False) -> Iterator[Problem]:
     """Cells that the schema refuses. One validator serves all rows; cells seen before are not looked at again.
 
-    single_line: further columns whose cells hold no line break, as ours hold none.
+    single_line: further columns whose cells hold no line break, as ours hold none. pathless: a slide needs no path.
     """
     single_line = {*KNOWN, *single_line}
     parts = schema()["properties"]
@@ -75,13 +75,22 @@ def check_cells(rows: Iterable[Row], single_line: Iterable[str] = ()) -> Iterato
                 if fault:
                     yield Problem(number, printable(column), fault)
                     continue
-            if column not in validators:
+            if column not in validators or (pathless and column == "path" and value is None):
                 continue  # label columns and metadata are text, whatever they say
             key = (column, value)
             if key not in verdicts:
                 verdicts[key] = validators[column].is_valid(value) and _real(column, value)
             if not verdicts[key]:
                 yield Problem(number, column, _remedy(column, value))
+
+
+def unasked_features(rows: Iterable[Row]) -> Iterator[Problem]:
+    """Files of features where the configuration asks for none: they would be passed over in silence."""
+    for number, row in rows:
+        if row.get("features"):
+            text = "names files of features, and the configuration does not say of which encoder: set features.encoder"
+            yield Problem(number, "features", f"{text}, or rename the column to embed the slides here")
+            return
 
 
 def _unprintable(value: str) -> str | None:
@@ -194,6 +203,8 @@ def check_rows(rows: list[Row], sheet: Path) -> Iterator[Problem]:
         lambda v: resolve(v, sheet),
         "is the file of row {first} too; keep one row, or set exclude on the other",
     )
+    text = "is the file of row {first} too; every slide has features of its own"
+    yield from _repeated(included, "features", lambda v: resolve(v, sheet), text)
     for column in _IDS:
         text = "and {value} in row {first} differ in leading zeros only: a spreadsheet has taken them for numbers; "
         text += "format the column as text and enter the ids again"

@@ -31,7 +31,19 @@ _DOUBTFUL = (
 KEYS = ("slide_id", "path")  # cells that are never read as missing, except when they are empty
 KNOWN = (
     *KEYS,
-    *("patient_id", "site", "scanner", "scan_date", "split", "mpp", "stain", "exclude", "tissue_geojson", "sha256"),
+    *(
+        "patient_id",
+        "site",
+        "scanner",
+        "scan_date",
+        "split",
+        "mpp",
+        "stain",
+        "exclude",
+        "tissue_geojson",
+        "sha256",
+        "features",
+    ),
 )
 # What others call our columns. Used to say what is meant; a sheet without patient_id that has one of its other names
 # would silently take every slide for a patient of its own, and leak.
@@ -170,14 +182,15 @@ def separator(text: str) -> str:
     return max(",;\t", key=lambda mark: (len(next(csv.reader([first], delimiter=mark))), mark == ","))
 
 
-def check_columns(columns: Iterable[str], needed: Iterable[str]) -> list[Problem]:
+def check_columns(columns: Iterable[str], needed: Iterable[str], own: Iterable[str] = ("path",)) -> list[Problem]:
     """Columns that are missing, and columns whose name is nearly one that slidemake knows.
 
-    `needed` are those that the tasks name. A column of any other name is metadata, and welcome.
+    `needed` are those that the tasks name; `own` those of ours that must be there besides slide_id. A
+    column of any other name is metadata, and welcome.
     """
-    columns, needed = list(columns), list(needed)
+    columns, needed, keys = list(columns), list(needed), ["slide_id", *own]
     problems = []
-    for name in (*KEYS, *(name for name in needed if name not in KEYS)):
+    for name in (*keys, *(name for name in needed if name not in keys)):
         if name not in columns:
             near = _meant(name, [column for column in columns if column not in KNOWN])
             remedy = f"did you mean {near}?" if near else f"it has: {', '.join(columns)}"

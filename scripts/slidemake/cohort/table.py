@@ -56,6 +56,10 @@ def cohort_rows(
             if stage.startswith("tiles "):
                 row[stage.replace("tiles ", "tiles_")] = record.get("tiles", "")
                 row["corrupt_tiles"] = record.get("corrupt", "")
+            elif "tool" in record:  # features that were imported
+                row["tiles_imported"], row["features_tool"] = record.get("tiles", ""), record["tool"]
+                row["features_um"] = "" if record.get("um") is None else record["um"]
+                row["features_notes"] = "; ".join(record.get("notes", ()))
         rows.append(row)
     return rows
 

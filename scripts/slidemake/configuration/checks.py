@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import jsonschema
 
 FILES = (".json", ".csv")  # what names of models may not end with: metrics.json lies beside the models' folders
+FOLDER_FIELDS = ("slide_id", "patient_id", "stem")  # of features.folder
 FOLDERS = ("leakage", "shortcuts")  # these, too
 
 
@@ -104,7 +105,29 @@ def cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator[
     if config.get("bundle_label") and not config.get("bundle"):
         yield "bundle_label: says what a bundle is to be measured by, and bundle is empty; name its folder"
     yield from _check_explain(config, models, tasks)
+    yield from _check_features(config, models)
     yield from _check_files(config)
+
+
+def _check_features(config: dict[str, Any], models: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What cannot be had of features that were made elsewhere."""
+    features: dict[str, Any] = config["features"] if isinstance(config.get("features"), dict) else {}
+    if not features.get("encoder"):
+        if features.get("folder"):
+            yield "features.encoder: is empty, and features.folder names files: write which encoder made them"
+        return
+    folder = features.get("folder")
+    if isinstance(folder, str) and not _plain_fields(folder, FOLDER_FIELDS):
+        yield f"features.folder: {folder!r} may hold {{slide_id}}, {{patient_id}} and {{stem}}, and no other braces"
+    elif isinstance(folder, str) and "{" not in folder:
+        yield f"features.folder: {folder} is the same for every slide; write a pattern such as {folder}/{{slide_id}}.h5"
+    for section, key in (("background", "tiles"), ("stress", "tiles"), ("stain", "compare")):
+        part = config.get(section)
+        if isinstance(part, dict) and part.get(key):
+            yield f"{section}.{key}: needs tiles of slides, and features are imported here; leave it out"
+    for name, model in models.items():
+        if model.get("stain") is not None:
+            yield f"models.{name}.stain: nothing is normalised where features are imported; leave it out"
 
 
 def _check_splits(name: str, task: dict[str, Any]) -> Iterator[str]:

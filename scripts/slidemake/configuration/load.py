@@ -91,13 +91,15 @@ def sheet_columns(config: dict[str, Any], bundle: Mapping[str, Any] | None = Non
 
 def path_keys(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """(section, key) of every setting that is a path and is set: in them, `~` is the home folder."""
-    stain, explain = (config[key] if isinstance(config.get(key), dict) else {} for key in ("stain", "explain"))
+    parts = ("stain", "explain", "features")
+    stain, explain, features = (config[key] if isinstance(config.get(key), dict) else {} for key in parts)
     names = ("sheet", "output", "bundle", "slides_folder", "encoders_file")
     splits = [task["splits"] for task in sections(config, "tasks").values() if isinstance(task.get("splits"), dict)]
     places = [
         *((config, name) for name in names),
         (stain, "target"),
         (explain, "truth"),
+        (features, "folder"),
         *((s, "file") for s in splits),
     ]
     for section, key in places:

@@ -28,6 +28,9 @@ HINTS: dict[str, str] = {
     "implausible_colours": "Look at tissue.jpg: glass under transmitted light is white or nearly so. Export the slide "
     "again, with its colour profile; or, if it is as it should be, give an outline in the tissue_geojson column.",
     "too_few_tiles": "Lower tiling.min_tissue or tiling.min_tiles, or exclude the slide.",
+    "missing_features": "Check the column features of the sheet (relative paths start at the sheet's folder), or the "
+    "pattern features.folder.",
+    "wrong_features": "See that the file is of this slide, of this encoder, and whole.",
     "duplicate": "The same scan is in the sheet twice: keep one row, or set exclude on the other.",
     "out_of_memory": "Lower embedding.batch_size; or give the job more memory or fewer threads, and run again with "
     "--forcerun and the name of its rule.",

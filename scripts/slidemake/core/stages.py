@@ -42,6 +42,10 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("tiles", 4, "tiling", None, "tiles/{where}/{slide}.zarr", "tiling"),
         Stage("embed", 3, "embedding", None, "embeddings/{where}/{slide}.zarr", "embedding"),
+        Stage(
+            *("import", 1, "features", ("format", "mapping", "tile_px", "mpp", "dim")),
+            *("embeddings/{where}/{slide}.zarr", "import of features"),
+        ),
         Stage("bags", 2),
         Stage("splits", 3),
         Stage("train", 11, "models"),

@@ -76,6 +76,7 @@ class EncoderRecord:
     corpora: tuple[str, ...]
     reference: str
     normalisation: str | None = None  # stain method of a model that does not take the run's
+    imported: bool = False  # its features come from files of others
 
     @property
     def name(self) -> str:
@@ -85,7 +86,8 @@ class EncoderRecord:
     @property
     def slug(self) -> str:
         """`name` fit for a folder: `virchow2-cls`; with a stain method of its own `virchow2-cls-reinhard`."""
-        return "-".join([self.name.replace(":", "-"), *filter(None, [self.normalisation])])
+        marks = [self.normalisation, "imported" if self.imported else None]
+        return "-".join([self.name.replace(":", "-"), *filter(None, marks)])
 
     @property
     def grid(self) -> str:
@@ -102,6 +104,8 @@ class EncoderRecord:
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         if self.normalisation is None:  # as it was before there was one: nothing runs again
             del plain["normalisation"]
+        if not self.imported:
+            del plain["imported"]
         return plain
 
     @classmethod

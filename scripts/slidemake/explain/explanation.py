@@ -217,7 +217,7 @@ def explain_slide(
     features: np.ndarray,
     attention: np.ndarray,
     leave_one_out: np.ndarray | None,
-    read_tiles: Callable[[np.ndarray], np.ndarray],
+    read_tiles: Callable[[np.ndarray], np.ndarray] | None,
     overview: np.ndarray,
     sx: float,
     sy: float,
@@ -229,7 +229,8 @@ def explain_slide(
     """Write the explanation of one slide into `folder` (FILES, explain.json last) and return explain.json's content.
 
     coords (N, 2) and tile_level0_px (w, h) in level-0 px; features (N, D); attention (N,); leave_one_out (N,) =
-    f(X) - f(X without the tile), or None for models that have none; read_tiles(indices) -> (k, H, W, 3) uint8;
+    f(X) - f(X without the tile), or None for models that have none; read_tiles(indices) -> (k, H, W, 3) uint8, or None
+    where nobody has the tiles: there are no galleries then;
     overview (h, w, 3) uint8 with sx, sy level-0 px per px; mpp um per level-0 px (x, y) or None; k tiles per gallery;
     truth (N,) fraction of each tile that is tumour, where known (`tile_truth`). `facts` (fingerprint, label, ...) are
     added to explain.json. N = 0 and N = 1 are legal; tiles whose score is NaN are listed and not drawn.
@@ -251,9 +252,9 @@ def explain_slide(
     render_heatmap(overview, coords, tile_level0_px, rank, folder / "heatmap.png", **place)
     top = select_diverse(attention, features, k)
     bottom = select_diverse(np.where(np.isin(np.arange(n), top), np.nan, -attention), features, k)
-    for name, chosen, word in (("top", top, "highest"), ("bottom", bottom, "lowest")):
+    for name, chosen, word in (("top", top, "highest"), ("bottom", bottom, "lowest")) if read_tiles else ():
         title = f"{word} attention, {len(chosen)} of {n} tiles" + (", look-alikes left out" if len(chosen) < n else "")
-        tiles = read_tiles(chosen) if len(chosen) else np.empty((0, 1, 1, 3), np.uint8)
+        tiles = read_tiles(chosen) if read_tiles and len(chosen) else np.empty((0, 1, 1, 3), np.uint8)
         tile_mpp = mpp[0] * tile_level0_px[0] / tiles.shape[2] if mpp and len(chosen) else None
         gallery(
             tiles,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from slidemake.core.files import (
     read_slide_record,
 )
 from slidemake.explain.explanation import explain_slide, tile_truth
+from slidemake.explain.imported import ImportedTiles
 from slidemake.jobs import isolation
 from slidemake.mil.bags import open_embeddings
 from slidemake.mil.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
@@ -90,12 +91,17 @@ class Explainer:
             raise damaged(stored, f"is not the store that the embedding stage made of slide {slide_id}")
         features = stored_features.read().astype(np.float32)
         attention, change, probability = self._scores(bundles, features, attrs, row)
-        store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
+        store: TileStore | ImportedTiles
+        if attrs.get("imported"):
+            store = ImportedTiles(stored, attrs)
+        else:
+            store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
         truth = None
         if mask_file is not None:
             mask = np.asarray(Image.open(mask_file).convert("L")) > 127
             slide = read_slide_record(self.results / "slides" / slide_id, "slide.json")
-            truth = tile_truth(mask, store.coords, store.attrs["tile_level0_px"], slide["width"] / mask.shape[1])
+            if slide.get("width"):
+                truth = tile_truth(mask, store.coords, store.attrs["tile_level0_px"], slide["width"] / mask.shape[1])
         described = self._write(
             out,
             row,
@@ -145,6 +151,8 @@ class Explainer:
         if not pattern:
             return None
         slide = read_slide_record(self.results / "slides" / row["slide_id"], "slide.json")
+        if not slide.get("path"):
+            return None
         path = Path(truth_file(pattern, slide["path"], row["slide_id"]))
         return path if path.exists() else None
 
@@ -152,7 +160,7 @@ class Explainer:
         self,
         out: Path,
         row: dict[str, str],
-        store: TileStore,
+        store: TileStore | ImportedTiles,
         features: np.ndarray,
         attention: np.ndarray,
         change: np.ndarray,
@@ -172,11 +180,11 @@ class Explainer:
                 features=features,
                 attention=attention,
                 leave_one_out=change,
-                read_tiles=lambda indices: read_selected(store, slide, reader, indices),
+                read_tiles=None if isinstance(store, ImportedTiles) else partial(read_selected, store, slide, reader),
                 overview=overview,
                 sx=sx,
                 sy=sy,
-                mpp=tuple(slide["mpp_xy"]),
+                mpp=store.mpp if isinstance(store, ImportedTiles) else tuple(slide["mpp_xy"]),
                 k=self.options["top_tiles"],
                 truth=truth,
                 facts=facts,
@@ -184,12 +192,15 @@ class Explainer:
 
     @contextmanager
     def _opened(
-        self, slide: dict[str, Any], store: TileStore
+        self, slide: dict[str, Any], store: TileStore | ImportedTiles
     ) -> Iterator[tuple[np.ndarray, float, float, SlideReader | None]]:
         """Overview, level-0 px per px of it in x and y, and the open slide: None where it is not on the disk and not
         needed either, because screening kept an overview and the store has the tiles."""
         from slidemake.slides.opening import open_screened
 
+        if isinstance(store, ImportedTiles) and slide.get("status") == "absent":
+            yield *store.paper(OVERVIEW), None
+            return
         if not slide.get("remote"):
             with open_screened(slide) as reader:
                 yield *reader.overview_of(OVERVIEW), reader

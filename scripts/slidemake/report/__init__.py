@@ -1,5 +1,5 @@
 """Everything that a run left in, one page out.
 
 In reading order: page, task (a task's section), figures, calibration, comparison,
-stress, drift, timeline, pictures; templates/.
+stress, drift, timeline, imported (features of others), pictures; templates/.
 """

@@ -22,6 +22,7 @@ from slidemake.jobs.racks import read_manifests
 from slidemake.report import figures
 from slidemake.report.comparison import comparison_section
 from slidemake.report.drift import drift_section
+from slidemake.report.imported import imported_section
 from slidemake.report.pictures import stain_sentences
 from slidemake.report.stress import stress_section
 from slidemake.report.task import measured_section
@@ -234,6 +235,7 @@ def write_report(
             style=(TEMPLATES / "report.css").read_text(),
             rows=rows,
             cards=slide_cards(results, rows, max_slides),
+            imported=imported_section(rows),
             failures=failures,
             sites=sites,
             patients=len({row["patient_id"] for row in rows}),

@@ -25,6 +25,7 @@ from slidemake.core.marker import MARKER, inferred_rack_size, read_marker
 from slidemake.encoders.access import check_access
 from slidemake.encoders.contamination import contamination, public_cohorts
 from slidemake.encoders.registry import REGISTRY, EncoderRecord, load_record, registry
+from slidemake.interchange.sources import feature_files
 from slidemake.jobs.racks import Machine, assign_racks, auto_rack_size
 from slidemake.mil.bundle_checks import check_bundle
 from slidemake.slides.remote import check_addresses
@@ -32,6 +33,7 @@ from slidemake.splits.files import split_files
 from slidemake.stain.fit import resolve_method
 from slidemake.tasks.controls import TRAINED
 from slidemake.tasks.labels import label_columns, label_task
+from slidemake.workflow.imported import feature_notes, imported_encoder
 from slidemake.workflow.place import KEY, embedding_place, marked_place
 
 PATIENCE = 60.0  # seconds that a job waits for the marker: network file systems show new files late
@@ -59,13 +61,23 @@ class Plan:
     def tasks(self) -> dict[str, Any]:
         return dict(self.config["tasks"])
 
+    @property
+    def imports(self) -> bool:
+        """Whether features are imported, and no slide is tiled and embedded."""
+        return bool(self.config["features"]["encoder"])
+
+    @property
+    def features_stage(self) -> str:
+        """The stage whose manifests vouch for the stores of embeddings."""
+        return "import" if self.imports else "embed"
+
     @cached_property
     def grids(self) -> list[str]:
-        return sorted({self.grid_of(key) for key in self.encoders})
+        return [] if self.imports else sorted({self.grid_of(key) for key in self.encoders})
 
     def grid_of(self, encoder: str) -> str:
         """Name of the grid that an encoder takes its tiles from."""
-        return self.encoders[encoder].grid
+        return "imported" if self.imports else self.encoders[encoder].grid
 
     def encoders_of(self, grid: str) -> list[str]:
         """Folder names of the encoders that take their tiles from a grid."""
@@ -78,6 +90,21 @@ class Plan:
     def encoder_record(self, encoder: str) -> dict[str, Any]:
         """The registry's record of an encoder, as it goes into params and fingerprints."""
         return self.encoders[encoder].as_dict()
+
+    def feature_files(self, rack: str) -> dict[str, list[str]]:
+        """{slide: its files of features} of a rack: one is right."""
+        pattern = self.config["features"]["folder"]
+        return {row.slide_id: feature_files(row, pattern) for row in self.racks[rack] if not row.exclude}
+
+    def feature_rows(self, rack: str) -> list[dict[str, Any]]:
+        """What importing a rack's features depends on besides their files."""
+        return [{"slide_id": row.slide_id, "mpp": row.mpp} for row in self.racks[rack] if not row.exclude]
+
+    def feature_notes(self) -> list[str]:
+        """What a look at the names alone tells of the features that are to be imported."""
+        if not self.imports:
+            return []
+        return feature_notes(self.rows, self.config["features"], self.registry)
 
     @cached_property
     def stain_options(self) -> dict[str, Any]:
@@ -105,6 +132,8 @@ class Plan:
 
     def stain_method_of(self, encoder: str) -> str:
         """Stain method of a folder of embeddings: a model's own, the configured one, or for `auto` the encoder's."""
+        if self.imports:
+            return "none"
         own = self.encoders[encoder].normalisation
         return own or resolve_method(self.config["stain"]["method"], self.encoders[encoder].stain)
 
@@ -170,6 +199,8 @@ class Plan:
 
     def encoder_of(self, task: str, model: str) -> str:
         """Folder name of the encoder whose features a model of a task reads; controls use the first model's."""
+        if self.imports:
+            return next(iter(self.encoders))
         return features_record(self._model(task, model), self.config, self.registry).slug
 
     def _model(self, task: str, model: str) -> dict[str, Any]:
@@ -278,16 +309,23 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     tasks = config["tasks"]
     # write_sheet makes the sheet that is not there yet
     new_sheet = config["slides_folder"] and not Path(config["sheet"]).exists()
-    rows = [] if new_sheet else read_sheet(config["sheet"], sheet_columns(config, bundle), tasks)
+    imports = bool(config["features"]["encoder"])
+    rows = [] if new_sheet else read_sheet(config["sheet"], sheet_columns(config, bundle), tasks, features=imports)
+    if imports:  # nothing is fetched for pictures alone
+        rows = [replace(row, path="") if is_remote(row.path) else row for row in rows]
     if bundle and config["bundle_label"]:
         labels = label_columns(label_task(bundle, config["bundle_label"]))
         tested = [row.patient_id for row in rows if not row.exclude and any(row.labels.get(name) for name in labels)]
         check_external(tested, bundle)
     encoders = {}
-    for model in used_features(config, tasks, bundle):
-        record = features_record(model, config, known)
-        check_access(record)
+    if imports or (bundle and bundle["encoder"].get("weights_sha256") == "imported"):
+        record = imported_encoder(raw, config, bundle, known)
         encoders[record.slug] = record
+    else:
+        for model in used_features(config, tasks, bundle):
+            record = features_record(model, config, known)
+            check_access(record)
+            encoders[record.slug] = record
     check_results_folder(Path(config["output"]))
     size = rack_size(config, len(rows), machine or Machine(), in_job)
     by_id = {row.slide_id: row for row in rows}

@@ -33,7 +33,7 @@ from slidemake.jobs.racks import check_ids
 from slidemake.stores.integrity import problems
 from slidemake.workflow.verify_plan import check_plan, planned_files, what_is_not_covered
 
-STORES = {path.split("/")[0]: stage for stage, path in ARTEFACTS.items() if path.endswith(".zarr")}  # by folder
+STORES = {stage: path.split("/")[0] for stage, path in ARTEFACTS.items() if path.endswith(".zarr")}  # their folders
 SLIDE_FILES = {  # by name
     Path(path).name: stage for stage, path in ARTEFACTS.items() if path.endswith(".json") and "{where}" not in path
 }
@@ -187,7 +187,9 @@ class Results:
                 yield self.finding(described, "is missing beside its features", path)
 
     def stores(self) -> list[Path]:
-        found = [path for folder in STORES for path in sorted((self.folder / folder).glob("*/*.zarr"))]
+        found = [
+            path for folder in sorted(set(STORES.values())) for path in sorted((self.folder / folder).glob("*/*.zarr"))
+        ]
         return [path for path in found if not path.name.startswith(".")]
 
     def jsons(self) -> list[Path]:
@@ -212,9 +214,8 @@ def _artefact(folder: Path, stage: str, where: list[str], slide_id: str) -> Path
             return folder / "slides" / slide_id / name
     if stage == "background":
         return folder / "slides" / slide_id / record_name(*where)
-    for name, of in STORES.items():
-        if of == stage:
-            return folder / name / Path(*where) / f"{slide_id}.zarr"
+    if stage in STORES:
+        return folder / STORES[stage] / Path(*where) / f"{slide_id}.zarr"
     return folder / stage / Path(*where) / slide_id / f"{stage}.json"
 
 
