@@ -19,6 +19,8 @@ def resolve_weights(record: EncoderRecord) -> Path | None:
         return _existing(record, Path(source.file))
     if source.kind == "package":
         return _package_file(record)
+    if source.kind == "file":
+        raise RunError(_by_hand(record))
     import huggingface_hub
 
     hub, filename = str(source.hub), str(source.filename)  # the schema demands both
@@ -44,6 +46,8 @@ def check_access(record: EncoderRecord) -> None:
     if source.kind == "package":
         _package_file(record)
         return
+    if source.kind == "file":
+        raise RunError(_by_hand(record))
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -66,6 +70,15 @@ def _existing(record: EncoderRecord, path: Path) -> Path:
     if not path.is_file():
         raise RunError(f"Encoder {record.key}: there is no weights file {path} (encoders.{record.key}.source.file).")
     return path
+
+
+def _by_hand(record: EncoderRecord) -> str:
+    """What to do about weights that no hub has."""
+    return (
+        f"Encoder {record.key}: its weights ({record.source.filename}) are on no hub. Download them "
+        f"({record.reference}) "
+        f"and set encoders.{record.key}.source.file in the file that the configuration key encoders_file names."
+    )
 
 
 def _package_file(record: EncoderRecord) -> Path:

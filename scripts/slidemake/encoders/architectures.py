@@ -32,7 +32,8 @@ def build_trunk(record: EncoderRecord) -> nn.Module:
     import timm
 
     arguments = timm_arguments(record)
-    if torch.get_default_device().type == "meta" and str(record.architecture).startswith("vit_"):
+    plain = str(record.architecture).startswith("vit_") and "dinov3" not in str(record.architecture)
+    if torch.get_default_device().type == "meta" and plain:
         arguments["weight_init"] = "skip"  # there is nothing to initialise, and going through it costs most of the time
     try:
         trunk = timm.create_model(str(record.architecture), pretrained=False, **arguments)

@@ -57,7 +57,7 @@ class EncoderRecord:
     layout: str
     architecture: str | None
     arguments: dict[str, Any] = field(hash=False)
-    resample_position: bool
+    resample_position: bool | str
     tile_px: int
     mpp: float
     trained_mpp: tuple[float, ...]

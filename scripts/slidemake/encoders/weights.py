@@ -123,6 +123,26 @@ def dinov2_to_timm(state: StateDict) -> StateDict:
     return renamed
 
 
+_HEADS = ("dino_head.", "ibot_head.", "head.", "decoder.", "student.")
+
+
+def teacher_to_timm(state: StateDict) -> StateDict:
+    """A checkpoint of self-supervised training whose network has timm's names: prefixes and projection heads go."""
+    found = {}
+    for key, value in state.items():
+        for prefix in ("teacher.", "module.", "backbone.", "encoder."):
+            key = key.removeprefix(prefix)
+        if not key.startswith(_HEADS):
+            found[key] = value
+    return found
+
+
+def dinov2_teacher_to_timm(state: StateDict) -> StateDict:
+    """The same of DINOv2's own training, whose blocks may be in chunks (`blocks.1.12.`, counted through)."""
+    found = teacher_to_timm(state)
+    return dinov2_to_timm({re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): v for key, v in found.items()})
+
+
 def conch_to_tower(state: StateDict) -> StateDict:
     """CONCH's file -> `ConchTower`: the vision tower's `visual.` tensors but for the captioning pooler."""
     tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
@@ -136,6 +156,8 @@ _LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
     "hf_vit": hf_vit_to_timm,
     "dinov2": dinov2_to_timm,
     "conch": conch_to_tower,
+    "teacher": teacher_to_timm,
+    "dinov2_teacher": dinov2_teacher_to_timm,
 }
 
 
@@ -172,7 +194,9 @@ def load_into(model: nn.Module, record: EncoderRecord, path: Path) -> None:
 
 
 def _resample_position(model: nn.Module, record: EncoderRecord, state: StateDict, wanted: StateDict) -> None:
-    """Fit a position embedding of another image size, where the record allows it (bicubic, as timm does it)."""
+    """Fit a position embedding of another image size, where the record allows it: bicubic, as timm does it, or as
+    transformers does (`hf`: not antialiased).
+    """
     key = "pos_embed"
     if not record.resample_position or key not in state or state[key].shape == wanted[key].shape:
         return
@@ -180,6 +204,13 @@ def _resample_position(model: nn.Module, record: EncoderRecord, state: StateDict
 
     prefix = 0 if getattr(model, "no_embed_class", False) else record.prefix_tokens
     grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    if record.resample_position == "hf":
+        table = state[key].float()
+        side = round((table.shape[1] - prefix) ** 0.5)
+        patches = table[:, prefix:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        fitted = nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        state[key] = torch.cat([table[:, :prefix], fitted.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+        return
     state[key] = resample_abs_pos_embed(state[key].float(), new_size=grid, num_prefix_tokens=prefix)
 
 

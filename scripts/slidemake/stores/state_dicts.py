@@ -14,7 +14,7 @@ StateDict = dict[str, torch.Tensor]
 
 
 def read_state_dict(path: Path, safetensors_only: bool = False) -> StateDict:
-    """Tensors of a .safetensors, .bin, .pt or .pth file, unwrapped from `state_dict` or `model`; or RunError."""
+    """Tensors of a .safetensors, .bin, .pt or .pth file, out of `state_dict`, `model` or `teacher`; or RunError."""
     if path.suffix == ".safetensors":
         import safetensors
         from safetensors.torch import load_file
@@ -31,7 +31,7 @@ def read_state_dict(path: Path, safetensors_only: bool = False) -> StateDict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"{path} cannot be read as plain PyTorch weights ({reason}). Download it again.") from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(raw, dict) and isinstance(raw.get(wrapper), dict):
             raw = raw[wrapper]
     if not isinstance(raw, dict) or not all(isinstance(value, torch.Tensor) for value in raw.values()):

@@ -100,6 +100,8 @@ def test_an_unknown_encoder_or_variant_is_answered_with_the_nearest():
 def test_resolution_after_the_resize_is_known():
     assert load_record("uni", KNOWN).effective_mpp == pytest.approx(0.5 * 256 / 224)  # 0.571
     assert load_record("prov_gigapath", KNOWN).effective_mpp == 0.5  # cropped, not shrunk
+    assert load_record("gpfm", KNOWN).effective_mpp == pytest.approx(0.5 * 256 / 224)  # 512 px at 40x, shrunk
+    assert load_record("conch_224", KNOWN).effective_mpp == pytest.approx(256 / 224)
 
 
 def test_stain_advice():
@@ -110,6 +112,7 @@ def test_stain_advice():
 def test_contamination_is_found_by_name():
     assert encoders.contaminated(load_record("phikon_v2", KNOWN), "TCGA-BRCA, 2024 download") == ["TCGA"]
     assert encoders.contaminated(load_record("gpfm", KNOWN), "camelyon-16") == ["CAMELYON16"]
+    assert encoders.contaminated(load_record("gpfm", KNOWN), "BRACS and CPTAC") == ["CPTAC", "BRACS"]
     assert encoders.contaminated(load_record("virchow2", KNOWN), "TCGA-BRCA") == []
 
 
@@ -208,6 +211,24 @@ def test_a_package_that_is_not_installed():
         check_access(replace(record, source=replace(record.source, package="not_there")))
 
 
+def test_weights_that_are_on_no_hub_say_where_they_are():
+    record = load_record("dinobloom_s", KNOWN)
+    for ask in (check_access, resolve_weights):
+        with pytest.raises(
+            RunError, match=r"DinoBloom-S.pth.*Zenodo record 10908163.*encoders.dinobloom_s.source.file"
+        ):
+            ask(record)
+
+
+def test_records_name_no_branch_that_can_move():
+    """Weights of foundation models of pathology are pinned where their commit is known, and then by their checksum."""
+    unpinned = {k for k in KEYS if (r := load_record(k, KNOWN)).source.kind == "hub" and not r.source.revision}
+    kaiko = {"kaiko_vitb16", "kaiko_vits16", "kaiko_vits8", "kaiko_vitb8"}
+    assert unpinned == kaiko | {"resnet50", "dinov2_vits14", "dinov2_vitb14", "dinov2_vitg14", "dinov3_vitb16"}
+    pinned = [load_record(key, KNOWN).source for key in KEYS if load_record(key, KNOWN).source.revision]
+    assert all(source.sha256 for source in pinned)
+
+
 # ------------------------------------------------------------------------------------------------- networks
 
 # Millions of parameters, from the papers and model cards; of backbones without a classifier.
@@ -224,6 +245,16 @@ PUBLISHED_SIZE = {
     "midnight_12k": 1136,
     "lunit_vits8": 21.7,
     "dinov2_vitb14": 86,
+    "mstar": 303.4,
+    "path_orchestra": 303.4,
+    "kaiko_vits16": 21.7,
+    "kaiko_vits8": 21.7,
+    "kaiko_vitb8": 85.8,
+    "lunit_vits16": 21.7,
+    "lunit_bt": 23.5,
+    "openmidnight": 1134,
+    "openpath": 1134,
+    "dinov3_vitb16": 85.6,
     "resnet50": 23.5,
 }
 # Tensors in the published files of the timm layout.
@@ -392,6 +423,50 @@ def test_dinov2_weights_of_transformers(name, swiglu, tmp_path):
         hidden = oracle(x).last_hidden_state
         expected = torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], -1) if swiglu else hidden[:, 0]
         assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+def test_a_position_table_of_518_px_is_fitted_as_transformers_does_it(tmp_path):
+    """Midnight's file may hold 257 tokens (above) or 1370, which transformers fits without antialiasing."""
+    transformers = pytest.importorskip("transformers")
+    record = small("midnight_12k")
+    config = transformers.Dinov2Config(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=518, patch_size=14, use_swiglu_ffn=True
+    )
+    torch.manual_seed(0)
+    oracle = transformers.Dinov2Model(config).eval()
+    for parameter in oracle.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path / "model.safetensors"
+    save_file(oracle.state_dict(), path)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        hidden = oracle(x).last_hidden_state
+        expected = torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], -1)
+        assert torch.allclose(build_model(local(record, path), path)(x), expected, atol=1e-4)
+        timms = build_model(local(replace(record, resample_position=True), path), path)(x)
+    assert not torch.allclose(timms, expected, atol=1e-3)  # antialiased: another table
+    with pytest.raises(RunError, match="shape of pos_embed"):
+        build_model(local(replace(record, resample_position=False), path), path)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_checkpoints_of_self_supervised_training(chunked, tmp_path):
+    """Prefixes, projection heads and chunks of blocks go; the class token of a model with registers gets its place."""
+    record = small("openmidnight")
+    model = build_trunk(record)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {key.replace("reg_token", "register_tokens"): value for key, value in model.state_dict().items()}
+    state["pos_embed"] = torch.cat([torch.zeros(1, 1, 96), state["pos_embed"]], 1)
+    state |= {"mask_token": torch.zeros(1, 96)}
+    if chunked:
+        state = {key.replace("blocks.", f"blocks.{int('blocks.1' in key)}."): value for key, value in state.items()}
+    saved = {f"backbone.{key}": value for key, value in state.items()} | {"dino_head.mlp.0.bias": torch.zeros(3)}
+    torch.save({"teacher": saved}, tmp_path / "t.pth")
+    loaded = build_model(local(record, tmp_path / "t.pth"), tmp_path / "t.pth").trunk
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
 
 
 def test_vit_weights_of_transformers():
