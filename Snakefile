@@ -2,7 +2,7 @@
 
 snakemake --cores all                                  the built-in demo cohort
 snakemake --cores all --configfile mine.yaml           your slides (config/config.yaml documents every key)
-snakemake --cores all tiles | embeddings | cohort | train | explain | report | predict | write_sheet
+snakemake --cores all tiles | embeddings | cohort | train | explain | report | export | predict | write_sheet
 """
 
 import os
@@ -69,6 +69,7 @@ include: "rules/explain.smk"
 include: "rules/stress.smk"
 include: "rules/predict.smk"
 include: "rules/report.smk"
+include: "rules/export.smk"
 
 
 # Of a module Snakemake takes the rules, and leaves out what it does when a run starts and ends.

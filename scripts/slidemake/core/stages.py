@@ -57,6 +57,7 @@ STAGES: dict[str, Stage] = {
         Stage("predict", 2),
         Stage("drift", 3),
         Stage("report", 2, "report"),
+        Stage("export", 1, "export"),
     )
 }
 STAGE_VERSIONS: dict[str, int] = {name: stage.version for name, stage in STAGES.items()}
