@@ -106,7 +106,8 @@ def _anndata(
 ) -> None:
     """A file per encoder: mean vector of every slide, the cohort's columns, folds and out-of-fold predictions."""
     extra = _predicted(results, tasks, splits)
-    rows = [{**row, **extra.get(row["patient_id"], {})} for row in slides]
+    used = [name for name in slides[0] if any(row.get(name) for row in slides)]
+    rows = [{**{name: row.get(name, "") for name in used}, **extra.get(row["patient_id"], {})} for row in slides]
     for encoder in encoders:
         stores = [results / "embeddings" / encoder / f"{row['slide_id']}.zarr" for row in slides]
         vectors = np.stack([StoredArray(store, "features").read().astype(np.float64).mean(0) for store in stores])
