@@ -213,6 +213,8 @@ def _meant(known: str, columns: list[str]) -> str | None:
     for column in columns:
         if plain(column) == plain(known) or plain(column) in OTHER_NAMES.get(known, ()):
             return column
+    if known == "features":  # too near to words of medicine, such as fractures
+        return None
     by_plain = {plain(column): column for column in columns}
     close = difflib.get_close_matches(plain(known), by_plain, n=1, cutoff=0.82)
     return by_plain[close[0]] if close else None

@@ -216,6 +216,16 @@ def test_other_columns_are_metadata(sheet):
     assert read_sheet(sheet("slide_id,path,sites\na,a.svs,x\n"), ["sites"])[0].labels == {"sites": "x"}
 
 
+def test_features_need_no_path_and_words_near_that_name_are_metadata(sheet, tmp_path):
+    path = sheet("slide_id,patient_id,features,fractures\na,p,f/a.h5,2\nb,q,,0\n")
+    rows = read_sheet(path, features=True)
+    assert [(row.path, row.features) for row in rows] == [("", str(tmp_path / "f/a.h5")), ("", "")]
+    assert rows[0].labels == {"fractures": "2"}
+    assert "features.encoder" in fault(sheet("slide_id,path,features\na,a.svs,a.h5\n"))
+    assert "is the file of row 2 too" in fault(sheet("slide_id,features\na,a.h5\nb,a.h5\n"), features=True)
+    assert sheet_records(path)[0]["path"] == ""
+
+
 def test_columns_there_twice(sheet):
     assert "column site: this column is there twice" in fault(sheet("slide_id,path,site,site\na,b,c,d\n"))
     assert "another spelling" in fault(sheet("slide_id,path,site,Site\na,b,c,d\n"))
