@@ -41,9 +41,8 @@ def trident(slide: StoredSlide, encoder: str, folder: Path) -> None:
 
 
 def clam(slide: StoredSlide, encoder: str, folder: Path) -> None:
-    """`<encoder>/h5_files`, `<encoder>/pt_files` and `<encoder>/patches`; sizes of tiles in px of level 0."""
+    """`<encoder>/h5_files` and `<encoder>/patches`; sizes of tiles in px of level 0. No pt_files: they are pickles."""
     import h5py
-    import torch
 
     for name in ("h5_files", "patches"):
         path = folder / encoder / name / f"{slide.slide_id}.h5"
@@ -56,9 +55,6 @@ def clam(slide: StoredSlide, encoder: str, folder: Path) -> None:
             coords = file.create_dataset("coords", data=slide.coords.astype(np.int64), maxshape=(None, 2))
             about = {"patch_size": round(slide.tile), "patch_level": 0, "downsample": np.ones(2)}
             coords.attrs.update({**about, "name": slide.slide_id, "save_path": "."})
-    tensors = folder / encoder / "pt_files"
-    tensors.mkdir(exist_ok=True)
-    torch.save(torch.from_numpy(slide.features.astype(np.float32)), tensors / f"{slide.slide_id}.pt")
 
 
 def stamp(slide: StoredSlide, encoder: str, folder: Path) -> None:
@@ -109,7 +105,9 @@ def parquet(slide: StoredSlide, encoder: str, folder: Path) -> None:
     about |= {"mpp": slide.mpp, "mpp_level0": slide.mpp0 or "", "identity": json.dumps(slide.encoder, sort_keys=True)}
     table = pyarrow.table(columns).replace_schema_metadata({key: str(value) for key, value in about.items()})
     (folder / encoder).mkdir(parents=True, exist_ok=True)
-    files.write_table(table, folder / encoder / f"{slide.slide_id}.parquet", compression="zstd")
+    path = folder / encoder / f"{slide.slide_id}.parquet"
+    with files.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        writer.write(table)
 
 
 PER_SLIDE: dict[str, Callable[[StoredSlide, str, Path], None]] = {

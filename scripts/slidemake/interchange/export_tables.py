@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from slidemake.core import csv_cells
+
 Row = Mapping[str, str]
 NEVER_TESTED = ("train", "val")  # folds of patients that no model was tested on
 
 
-def write_plain(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """CSV with every cell as it is: other tools read no escapes."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """CSV whose cells no spreadsheet takes for formulas (an id such as @P1 gets an apostrophe)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore", restval="")
+        writer = csv_cells.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -47,7 +48,7 @@ def clam_tables(
     """
     known = [row for row in slides if row["patient_id"] in labels]
     rows = [{"case_id": r["patient_id"], "slide_id": r["slide_id"], "label": labels[r["patient_id"]]} for r in known]
-    write_plain(folder / f"{task}.csv", ("case_id", "slide_id", "label"), rows)
+    write_csv(folder / f"{task}.csv", ("case_id", "slide_id", "label"), rows)
     of_patient: dict[str, list[str]] = defaultdict(list)
     for row in known:
         of_patient[row["patient_id"]].append(row["slide_id"])
@@ -58,16 +59,16 @@ def clam_tables(
             {"": i, "train": train[i] if i < len(train) else "", "val": "", "test": test[i] if i < len(test) else ""}
             for i in range(longest)
         ]
-        write_plain(folder / "splits" / task / f"splits_{number}.csv", ("", "train", "val", "test"), lines)
+        write_csv(folder / "splits" / task / f"splits_{number}.csv", ("", "train", "val", "test"), lines)
 
 
 def stamp_tables(folder: Path, encoder: str, slides: Sequence[Row], labels: Mapping[str, Mapping[str, str]]) -> None:
     """`clini.csv` (PATIENT and a column per task) and `slide.csv` (PATIENT, FILENAME relative to the features)."""
     patients = sorted({row["patient_id"] for row in slides})
     rows = [{"PATIENT": p, **{task: of.get(p, "") for task, of in labels.items()}} for p in patients]
-    write_plain(folder / "clini.csv", ("PATIENT", *labels), rows)
+    write_csv(folder / "clini.csv", ("PATIENT", *labels), rows)
     files = [{"PATIENT": row["patient_id"], "FILENAME": f"{row['slide_id']}.h5"} for row in slides]
-    write_plain(folder / encoder / "slide.csv", ("PATIENT", "FILENAME"), files)
+    write_csv(folder / encoder / "slide.csv", ("PATIENT", "FILENAME"), files)
 
 
 def stamp_splits(folder: Path, task: str, splits: Sequence[Row]) -> None:

@@ -298,7 +298,9 @@ def test_pooling_by_hand():
     assert pool_tokens(tokens, "cls_mean", 5).tolist() == [[0, 1, 11, 12]]
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("virchow2", 5), ("virchow", 1), ("h0_mini", 5), ("midnight_12k", 1)])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("virchow2", 5), ("virchow", 1), ("h0_mini:cls_mean", 5), ("midnight_12k", 1)]
+)
 def test_registers_stay_out_of_the_mean(name, prefix):
     """Change tokens behind the last norm: class token and registers must not move the mean, patches must."""
     record = small(name)
@@ -392,7 +394,10 @@ def test_weights_from_the_hub(name, monkeypatch, tmp_path):
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    encoder = load_encoder(replace(record, source=source))
+    with pytest.raises(RunError, match=r"has sha256 .*, the record expects"):
+        load_encoder(replace(record, source=source))  # random weights are not those that the record pins
+    asked.clear()
+    encoder = load_encoder(replace(record, source=replace(source, sha256=encoders.weights_sha256(path))))
     assert asked == [(source.hub, source.filename, source.revision)]
     assert encoder.identity["weights_sha256"] == encoders.weights_sha256(path)
     x = Preprocess(record)(tiles(2, record.tile_px))
@@ -436,6 +441,7 @@ def test_a_position_table_of_518_px_is_fitted_as_transformers_does_it(tmp_path):
     oracle = transformers.Dinov2Model(config).eval()
     for parameter in oracle.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(oracle.embeddings.position_embeddings, std=5.0)  # so that places count
     path = tmp_path / "model.safetensors"
     save_file(oracle.state_dict(), path)
     x = torch.randn(2, 3, 224, 224)

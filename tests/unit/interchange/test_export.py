@@ -66,7 +66,7 @@ def cells(path: Path) -> list[dict[str, str]]:
 
 PLACES = {
     "trident": "20x_256px_0px_overlap/features_uni/{}.h5",
-    "clam": "uni/pt_files/{}.pt",
+    "clam": "uni/h5_files/{}.h5",
     "stamp": "uni/{}.h5",
     "parquet": "uni/{}.parquet",
 }
