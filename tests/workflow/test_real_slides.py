@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from imported_cohort import import_features_of
-from snakemake_run import CONFIG, ENCODER, Project, cosine, embedding
+from snakemake_run import ENCODER, Project, cosine, embedding
 
 pytestmark = pytest.mark.workflow
 
@@ -108,22 +107,3 @@ def test_composed_cohort_is_learned_and_its_tumour_found(real_data: Path, tmp_pa
     found = [record["tile_auroc"] for record in project.manifest("explain", "cancer", "auto")]
     assert len(found) == 12
     assert np.median(found) >= 0.8
-    _check_features_of_others(project)
-
-
-def _check_features_of_others(project: Project):
-    """The same features in TRIDENT's layout, without the slides, come to the same metrics and heatmaps."""
-    quick = {"label": "label", "positive": "1", "splits": {"folds": 2, "repeats": 1}}
-    project.configure(tasks={"cancer": None}, models={"auto": None})
-    project.configure(
-        tasks={"quick": quick}, models={"abmil": CONFIG["models"]["abmil"]}, evaluation={"bootstrap": 100}
-    )
-    project.succeed()
-    other = import_features_of(project, project.folder / "other", sheet=project.folder / "cohort" / "slides.csv")
-    other.succeed()
-    ours, theirs = (made.json("tasks/quick/metrics.json")["models"] for made in (project, other))
-    assert ours.keys() == theirs.keys()
-    for name, model in ours.items():
-        assert theirs[name]["scopes"] == model["scopes"], name
-    assert len(other.manifest("explain", "quick", "abmil")) == 12
-    assert "were imported, not made here: files of trident" in (other.results / "report" / "index.html").read_text()
