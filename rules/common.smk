@@ -174,6 +174,9 @@ def start_run(files):
             f"slidemake: warning: this machine's GPU is not used, {NO_GPU_BECAUSE}; the CPU takes many times as long",
             file=sys.stderr,
         )
+    for record in ENCODERS.values():
+        if record.domain_warning:
+            print(f"slidemake: warning: {record.domain_warning}", file=sys.stderr)
     for encoder, corpora in PLAN.contamination.items():
         print(
             f"slidemake: warning: {contamination_warning(encoder, corpora)}",

@@ -77,6 +77,7 @@ class EncoderRecord:
     reference: str
     normalisation: str | None = None  # stain method of a model that does not take the run's
     imported: bool = False  # its features come from files of others
+    domain: str | None = None  # what it was trained on, where that is no tissue on a slide
 
     @property
     def name(self) -> str:
@@ -106,7 +107,19 @@ class EncoderRecord:
             del plain["normalisation"]
         if not self.imported:
             del plain["imported"]
+        if self.domain is None:
+            del plain["domain"]
         return plain
+
+    @property
+    def domain_warning(self) -> str | None:
+        """A sentence for encoders of something else than tissue; None for all others."""
+        if not self.domain:
+            return None
+        return (
+            f"encoder {self.name} was trained on {self.domain}: its features of tiles of tissue are out of its domain, "
+            "and what models learn of them may not hold"
+        )
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> EncoderRecord:
@@ -268,6 +281,7 @@ def _record(key: str, variant: str, raw: dict[str, Any]) -> EncoderRecord:
         stain=raw["stain"],
         corpora=tuple(raw.get("corpora", [])),
         reference=raw.get("reference", ""),
+        domain=raw.get("domain"),
     )
 
 

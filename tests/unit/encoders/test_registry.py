@@ -104,6 +104,12 @@ def test_resolution_after_the_resize_is_known():
     assert load_record("conch_224", KNOWN).effective_mpp == pytest.approx(256 / 224)
 
 
+def test_encoders_of_something_else_than_tissue_say_so():
+    told = {key for key in KEYS if load_record(key, KNOWN).domain_warning}
+    assert told == {f"dinobloom_{size}" for size in "sblg"}
+    assert "single cells of blood and marrow" in load_record("dinobloom_s", KNOWN).domain_warning
+
+
 def test_stain_advice():
     advice = {load_record(key, KNOWN).stain for key in KEYS}
     assert advice == {"allowed", "discouraged"}  # none was trained on normalised tiles
