@@ -102,6 +102,43 @@ def test_slide2vec_by_index_of_tiles(tmp_path: Path, features: np.ndarray):
     np.testing.assert_array_equal(found.coords, coords[order])
 
 
+def test_h5ad_by_columns_of_its_rows(tmp_path: Path, features: np.ndarray):
+    coords = other.grid_coords(N, 10)
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        file["X"], file["obs/x"], file["obs/y"] = features, coords[:, 0], coords[:, 1]
+    found, read = opened(tmp_path / "a.h5ad")
+    assert found.tool == "h5ad"
+    np.testing.assert_array_equal(read, features)
+    np.testing.assert_array_equal(found.coords, coords)
+    with h5py.File(tmp_path / "b.h5ad", "w") as file:  # corners or centres? nobody says
+        file["X"], file["obsm/spatial"] = features, coords
+        file.create_group("obs")
+    with pytest.raises(SlideFailure, match="corners or the centres"):
+        opened(tmp_path / "b.h5ad")
+
+
+def test_spatialdata_of_lazyslide(tmp_path: Path, features: np.ndarray):
+    """Several tables, of which one is meant; the grid's specification says how large a tile is on level 0."""
+    import zarr
+
+    coords = other.grid_coords(N, 448)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="w")
+    spec = {"height": 224, "width": 224, "stride_width": 224, "mpp": 0.5, "ops_downsample": 2.0, "base_downsample": 1.0}
+    group.attrs["tile_spec"] = {"tiles": spec}
+    for model in ("uni", "conch"):
+        table = group.create_group(f"tables/{model}_tiles")
+        table.create_array("X", data=features if model == "uni" else features[:, :3])
+        table.create_group("obs")
+        for axis, name in enumerate("xy"):
+            table["obs"].create_array(name, data=coords[:, axis])
+    with pytest.raises(SlideFailure, match="holds features in conch_tiles, uni_tiles"):
+        opened(tmp_path / "a.zarr")
+    found, read = opened(tmp_path / "a.zarr", "wsidata", {"features": "uni"})
+    assert (found.tile, found.stride, found.tile_px, found.mpp, found.encoder) == (448, 448, 224, 0.5, "uni")
+    np.testing.assert_array_equal(read, features)
+    np.testing.assert_array_equal(found.coords, coords)
+
+
 def test_plain_arrays(tmp_path: Path, features: np.ndarray):
     import zarr
 
