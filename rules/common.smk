@@ -169,7 +169,8 @@ def start_run(files):
         ],
     ):
         print(f"slidemake: {hint}", file=sys.stderr)
-    if NO_GPU_BECAUSE and not ON_CLUSTER and CONFIG["embedding"]["device"] == "auto":
+    wanted = CONFIG["embedding"]["device"] == "auto" and not PLAN.imports
+    if NO_GPU_BECAUSE and not ON_CLUSTER and wanted:
         print(
             f"slidemake: warning: this machine's GPU is not used, {NO_GPU_BECAUSE}; the CPU takes many times as long",
             file=sys.stderr,

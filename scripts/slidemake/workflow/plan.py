@@ -185,6 +185,8 @@ class Plan:
         found: dict[str, str] = {}
         for rack, rows in self.racks.items():
             files = [[row.slide_id, path] for row in rows for path in (row.path, row.tissue_geojson) if path]
+            if self.imports:
+                files += [[slide, path] for slide, paths in self.feature_files(rack).items() for path in paths]
             if self.config["explain"]["truth"]:
                 local = [row for row in rows if not is_remote(row.path)]
                 files += [[row.slide_id, mask] for row, mask in zip(local, self.truth_files(rack), strict=True)]
@@ -334,7 +336,8 @@ def plan_run(raw: dict[str, Any], base: Path, machine: Machine | None = None, in
     kept = read_marker(config["output"]).get("racks_on_disk")
     on_disk = int(kept or config["remote"]["racks_on_disk"])
     where = machine or Machine()
-    place = embedding_place(config["embedding"], encoders, config["output"], where, bundle=bundle, in_job=in_job)
+    embedded = {} if imports else encoders
+    place = embedding_place(config["embedding"], embedded, config["output"], where, bundle=bundle, in_job=in_job)
     return Plan(config, rows, racks, encoders, known, bundle, size, place, on_disk)
 
 
