@@ -46,6 +46,21 @@ def held(rename):
         return rename(source, target, **options)
     return patient
 os.replace, os.rename = held(os.replace), held(os.rename)
+
+from importlib.machinery import PathFinder
+class NoDevices:  # the cluster's GPU is one by name only: jobs that are given it compute on the CPU
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "slidemake.jobs.devices":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+        def executed(module):
+            execute(module)
+            module.cuda_devices = lambda: []
+        spec.loader.exec_module = executed
+        return spec
+sys.meta_path.insert(0, NoDevices)
 """
 # Why a file may differ from the undisturbed run's. All else is the same, byte for byte.
 MAY_DIFFER = {
