@@ -63,6 +63,7 @@ CONFIG, OUTPUT, RACKS, TASKS = PLAN.config, PLAN.output, PLAN.racks, PLAN.tasks
 ENCODERS, GRIDS = PLAN.encoders, PLAN.grids
 CURRENCY = attach(workflow, Path(OUTPUT), IN_JOB)
 CURRENCY.racks = {rack: [row.slide_id for row in rows] for rack, rows in RACKS.items()}
+CURRENCY.excluded = {row.slide_id for row in PLAN.rows if row.exclude}
 CURRENCY.owners = lambda: PLAN.owners
 if not IN_JOB:
     for line in [*PLAN.feature_notes(), *PLAN.outline_problems()[:20]]:

@@ -46,6 +46,7 @@ class Currency:
         self.outcomes: dict[Any, Outcome] = {}
         self.stale: dict[Any, str] = {}
         self.racks: dict[str, list[str]] = {}  # {rack: slides}
+        self.excluded: set[str] = set()  # slides that no job works on
         self.owners: Callable[[], Mapping[str, str]] = dict  # {file of the user's: slide}
         self._tree = Tree(results)
         self._all: dict[Any, Outcome] = {}  # those of files that are not kept, too
@@ -97,7 +98,11 @@ class Currency:
         # slides that are not explained, or have no background looked at, did not fail
         some = ("explain_slides", "embed_background")
         return [
-            {slide: fate for slide, fate in found.items() if fate != FAILED or job.rule.name not in some}
+            {
+                slide: fate
+                for slide, fate in found.items()
+                if slide not in self.excluded and (fate != FAILED or job.rule.name not in some)
+            }
             for job, found in told
         ]
 
