@@ -43,6 +43,7 @@ rule pack_bags:
         embed=lambda wildcards: feature_manifests(wildcards.encoder),
     output:
         features=f"{OUTPUT}/cohort/bags/{{encoder}}.npy",
+        places=f"{OUTPUT}/cohort/bags/{{encoder}}.places",
         index=f"{OUTPUT}/cohort/bags/{{encoder}}.json",
     log:
         log_file("pack_bags/{encoder}"),
@@ -65,7 +66,7 @@ rule pack_bags:
 def bags_of(wildcards):
     """The packed embeddings that a model trains on, and their index."""
     encoder = PLAN.encoder_of(wildcards.task, wildcards.model)
-    return [f"{OUTPUT}/cohort/bags/{encoder}{suffix}" for suffix in (".npy", ".json")]
+    return [f"{OUTPUT}/cohort/bags/{encoder}{suffix}" for suffix in (".npy", ".json", ".places")]
 
 
 rule check_leakage:

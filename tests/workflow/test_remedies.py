@@ -53,6 +53,7 @@ KINDS = {
     "cohort/passed.json": "check_cohort",
     "cohort/stain_target.json": "make_stain_target",
     "cohort/bags/*.npy": "pack_bags",
+    "cohort/bags/*.places": "pack_bags",
     "cohort/bags/*.json": "pack_bags",
     "tasks/*/splits.csv": "split_cohort",
     "tasks/*/splits.json": "split_cohort",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slidemake.configuration.presets import PAPER, PUBLISHED
 from slidemake.configuration.schema import describe, leaves, resolved, schema, types_of
 from slidemake.core.words import nearest
 from slidemake.tasks.controls import RESERVED
@@ -90,6 +91,9 @@ def cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator[
             yield f"models.{name}: this name belongs to a control that always runs; choose another name"
         if model.get("aggregator") == "mean_pool_lr" and model.get("slides") == "attention":
             yield f"models.{name}.slides: the regression mean_pool_lr has no attention over slides; write pool"
+        if model.get("preset") == PAPER and model.get("aggregator") not in PUBLISHED:
+            listed = ", ".join(PUBLISHED)
+            yield f"models.{name}.preset: {model.get('aggregator')} has no paper to take settings from; {listed} have"
         yield from _check_invariance(name, model)
         if encoders is not None and isinstance(encoder, str) and encoder.partition(":")[0] not in encoders:
             yield f"models.{name}.encoder: {_no_such(encoder, 'encoder', encoders)}"
@@ -104,6 +108,7 @@ def cross_check(config: dict[str, Any], encoders: list[str] | None) -> Iterator[
         yield from _check_task(name, task)
     if config.get("bundle_label") and not config.get("bundle"):
         yield "bundle_label: says what a bundle is to be measured by, and bundle is empty; name its folder"
+    yield from _check_target(config, models, tasks)
     yield from _check_explain(config, models, tasks)
     yield from _check_features(config, models)
     yield from _check_files(config)
@@ -128,6 +133,21 @@ def _check_features(config: dict[str, Any], models: dict[str, dict[str, Any]]) -
     for name, model in models.items():
         if model.get("stain") is not None:
             yield f"models.{name}.stain: nothing is normalised where features are imported; leave it out"
+
+
+def _check_target(config: dict[str, Any], models: dict[str, Any], tasks: dict[str, Any]) -> Iterator[str]:
+    """An external cohort is one on which nothing is fitted, the reference of the stain neither."""
+    stain = config["stain"] if isinstance(config.get("stain"), dict) else {}
+    used = {model.get("stain") or stain.get("method") for model in models.values()}
+    if stain.get("target") != "cohort" or used <= {"none"}:
+        return
+    for name, task in tasks.items():
+        splits = task["splits"] if isinstance(task.get("splits"), dict) else {}
+        if splits.get("method") == "external":
+            yield (
+                f"stain.target: the median of the cohort would be taken over the external cohort of task {name}, too, "
+                "on which nothing may be fitted; write tiatoolbox, or give an image of the training cohort"
+            )
 
 
 def _check_splits(name: str, task: dict[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slidemake.configuration.checks import cross_check, phrase, sections
+from slidemake.configuration.presets import with_presets
 from slidemake.configuration.schema import filled, schema
 from slidemake.configuration.sweeps import expand_sweeps, in_sweeps
 from slidemake.core.failures import RunError
@@ -36,7 +37,7 @@ def load_configuration(
     Raises RunError that lists every problem with its full key and what to write instead.
     """
     root = schema()
-    config = filled(expand_sweeps(copy.deepcopy(dict(raw))), root)
+    config = filled(with_presets(expand_sweeps(copy.deepcopy(dict(raw)))), root)
     for section, key in path_keys(config):
         section[key] = os.path.expanduser(section[key])
     validator = json_validator(root)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _EVALUATED = (
-    *("bootstrap", "seed", "ece_bins", "level", "stratify", "specificity", "abstention_alpha"),
+    *("bootstrap", "seed", "ece_bins", "level", "stratify", "specificity", "abstention_alpha", "prevalence"),
     *("subgroups", "subgroup_patients", "subgroup_class"),
 )
 
@@ -46,17 +46,17 @@ STAGES: dict[str, Stage] = {
             *("import", 1, "features", ("format", "mapping", "tile_px", "mpp", "dim")),
             *("embeddings/{where}/{slide}.zarr", "import of features"),
         ),
-        Stage("bags", 2),
+        Stage("bags", 3),
         Stage("splits", 3),
-        Stage("train", 11, "models"),
-        Stage("evaluate", 10, "evaluation", _EVALUATED),
+        Stage("train", 12, "models"),
+        Stage("evaluate", 11, "evaluation", _EVALUATED),
         Stage("compare", 2),
         Stage("background", 1, "background", None, "slides/{slide}/background_{where}.json"),
         Stage("stress", 3, "stress"),
         Stage("explain", 2, "explain", ("slides", "truth", "top_tiles"), "explain/{where}/{slide}", "explanation"),
         Stage("predict", 2),
         Stage("drift", 3),
-        Stage("report", 2, "report"),
+        Stage("report", 3, "report"),
         Stage("export", 1, "export"),
     )
 }

@@ -1,10 +1,8 @@
 """Is one model better than another? DeLong and paired bootstrap on the same patients, corrected for how often one asks.
 
-DeLong, DeLong and Clarke-Pearson 1988: the AUROC is the mean of psi(x_i, y_j) over pairs of a positive x and a negative
-y, psi = 1, 1/2 or 0 as x is above, level with or below y. Each patient's share in it (the structural components, V10 of
-a positive, V01 of a negative) gives the covariance of two AUROCs measured on the same patients, and from it a z-test. A
-model that was cross-validated several times has the mean AUROC of its repeats; the components of a mean are the means
-of the components, so the test applies as it stands. They are computed by mid-ranks (Sun and Xu 2014).
+AUROCs are compared by DeLong, DeLong and Clarke-Pearson 1988, paired, with the variance that training adds where
+patients were dealt to folds (`statistics.auroc_intervals`): the question is then which way of training is better, and
+not which of the models at hand. Other metrics have the paired bootstrap, which is of the models as they were trained.
 """
 
 from __future__ import annotations
@@ -13,51 +11,12 @@ from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, rankdata
 
+from slidemake.evaluation.aurocs import ranked_patients, training_ratio
+from slidemake.statistics.auroc_intervals import auroc_difference
 from slidemake.statistics.bootstrap import percentile_interval
 from slidemake.tasks.base import Predictions
 from slidemake.tasks.controls import NOT_A_RIVAL, REFERENCE
-
-
-def structural_components(positive: np.ndarray, score: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """AUROC, V10 of the positives (in their order) and V01 of the negatives; both classes must be there."""
-    x, y = score[positive], score[~positive]
-    everyone = rankdata(np.r_[x, y])
-    above = (everyone[: len(x)] - rankdata(x)) / len(y)
-    below = 1 - (everyone[len(x) :] - rankdata(y)) / len(x)
-    return float(above.mean()), above, below
-
-
-def _mean_components(positive: np.ndarray, scores: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """Means over the repeats (R, n) of AUROC, V10 and V01."""
-    found = [structural_components(positive, row) for row in scores]
-    return (
-        float(np.mean([auroc for auroc, _, _ in found])),
-        np.mean([above for _, above, _ in found], axis=0),
-        np.mean([below for _, _, below in found], axis=0),
-    )
-
-
-def delong(positive: np.ndarray, first: np.ndarray, second: np.ndarray) -> dict[str, float | None]:
-    """Difference of two AUROCs on the same patients, its standard error, z and two-sided p.
-
-    positive (n,) bool; first, second (R, n) scores of R repeats, R = 1 for a single model each. Equal scores give a
-    difference of 0 and p = 1. A standard error of 0 with a difference (both models perfect or constant) gives no p.
-    """
-    parts = [_mean_components(positive, np.atleast_2d(scores)) for scores in (first, second)]
-    difference = parts[0][0] - parts[1][0]
-    variance = 0.0
-    for one, two in ((parts[0][1], parts[1][1]), (parts[0][2], parts[1][2])):
-        shares = one - two
-        if len(shares) < 2:
-            return {"difference": difference, "se": None, "z": None, "p": None}
-        variance += float(shares.var(ddof=1)) / len(shares)
-    error = float(np.sqrt(variance))
-    if error < 1e-12:
-        return {"difference": difference, "se": 0.0, "z": None, "p": 1.0 if abs(difference) < 1e-12 else None}
-    z = difference / error
-    return {"difference": difference, "se": error, "z": z, "p": float(2 * norm.sf(abs(z)))}
 
 
 def bootstrap_p(draws: np.ndarray) -> float | None:
@@ -98,7 +57,8 @@ def pairs(models: Sequence[Predictions], controls: Container[str]) -> list[tuple
 def compare(
     a: Predictions, b: Predictions, values: dict[str, Any], draws: dict[str, dict[str, np.ndarray]], level: float
 ) -> dict[str, Any]:
-    """Paired differences a - b of the pooled metrics, on the same resampled patients; of classes with DeLong's test."""
+    """Paired differences a - b of the pooled metrics, on the same resampled patients; of classes without an order
+    with DeLong's test, whose interval their AUROC has."""
     about: dict[str, Any] = {"model": a.name, "reference": b.name, "metrics": {}, "delong": None}
     if a.cohort() != b.cohort():
         return {**about, "reason": "the two models saw different patients"}
@@ -110,21 +70,21 @@ def compare(
         apart = draws[a.name][name] - draws[b.name][name]
         low, high = percentile_interval(apart, level)
         about["metrics"][name] = {"difference": one - two, "low": low, "high": high, "p": bootstrap_p(apart)}
-    return {**about, "delong": _delong_of(a, b) if a.outcome.tests_auroc else None, "reason": None}
+    tested = _auroc_test(a, b, level) if a.outcome.tests_auroc else None
+    if tested and tested["low"] is not None:
+        about["metrics"]["auroc"] |= {"low": tested["low"], "high": tested["high"]}
+    return {**about, "delong": tested, "reason": None}
 
 
-def _delong_of(a: Predictions, b: Predictions) -> dict[str, Any]:
-    nothing = {"difference": None, "se": None, "z": None, "p": None}
-    positive = a.truth[:, 0] == 1
-    if len(a.names) != 2:
-        return {**nothing, "reason": "more than two classes"}
-    if positive.all() or not positive.any():
-        return {**nothing, "reason": "one class only"}
-    if not (np.isfinite(a.values).all() and np.isfinite(b.values).all()):
-        return {**nothing, "reason": "the repeats tested different patients"}
-    found = delong(positive, a.ranks[..., 1], b.ranks[..., 1])
+def _auroc_test(a: Predictions, b: Predictions, level: float) -> dict[str, Any]:
+    first, second, ratio = ranked_patients(a), ranked_patients(b), training_ratio(a)
+    nothing = dict.fromkeys(("difference", "low", "high", "se", "z", "p"))
+    about = {"tested_to_trained": ratio}
+    if first is None or second is None:
+        return {**nothing, **about, "reason": "one class only"}
+    found = auroc_difference(first, second, level, ratio)
     reason = None if found["p"] is not None else "no variance: every positive ranks alike against the negatives"
-    return {**found, "reason": reason}
+    return {**found, **about, "reason": reason}
 
 
 def adjust(comparisons: list[dict[str, Any]], metric: str) -> None:

@@ -2,7 +2,9 @@
 
 What the headline is. A repeat (seed) of the cross-validation predicts every patient once, out of fold. The `pooled`
 figure is the metric of each repeat's predictions, averaged over repeats; its interval is the percentile interval of
-that average over 2,000 resamples of patients, the same resampled patients in all repeats and in all models. The metric
+that average over 2,000 resamples of patients, the same resampled patients in all repeats and in all models. AUROCs of
+classes have intervals of their own (`statistics.auroc_intervals`), since percentiles are too sure of them in small
+cohorts, and a second one (`procedure`) for models that other patients would train. The metric
 of the probability averaged over repeats is another thing (an ensemble, usually better than any model trained) and is
 reported apart as `ensemble`. How much the figure moves when folds or seeds change is `spread`. Thresholds are those
 that inner validation chose, row by row; nothing is refitted on the predictions evaluated here.
@@ -22,7 +24,9 @@ import numpy as np
 from slidemake.core.failures import RunError
 from slidemake.core.stages import STAGE_VERSIONS
 from slidemake.core.tables import read_table
+from slidemake.evaluation.aurocs import of_procedure
 from slidemake.evaluation.choice import with_choice
+from slidemake.evaluation.clinical import clinical
 from slidemake.evaluation.comparisons import adjust, compare
 from slidemake.evaluation.confounding import confounding
 from slidemake.evaluation.files import read_models, write_metrics
@@ -50,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "stratify": True,
     "specificity": 0.9,
     "abstention_alpha": 0.1,
+    "prevalence": None,
     "subgroups": None,
     "subgroup_patients": 20,
     "subgroup_class": 5,
@@ -75,6 +80,11 @@ def _one_model(table: Predictions, draws: Draws, groups: Groups) -> tuple[dict[s
     looked_at = groups if not control or table.name == REFERENCE else {}
     subgroups = {column: group_scopes(table, column, values, draws) for column, values in looked_at.items()}
     entry: dict[str, Any] = {"control": control, "scopes": scopes, "spread": of_spread, "subgroups": subgroups}
+    entry["procedure"] = of_procedure(table, draws.options["level"])
+    if outcome.positive is not None:
+        view = outcome.as_classes(table)[""][1]
+        auroc = pooled.entry["metrics"]["auroc"]["value"]
+        entry["clinical"] = clinical(view, table.ranks, auroc, draws.options)
     entry |= about_predictions(table, draws.options, lambda scope, chosen: draws.weights(scope, table, chosen))
     return {**entry, **outcome.extras(table)}, pooled.draws
 

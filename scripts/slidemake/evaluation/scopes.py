@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slidemake.evaluation.aurocs import with_auroc_interval
 from slidemake.evaluation.subgroups import by_group
 from slidemake.statistics.bootstrap import (
     UNDEFINED_ONCE,
@@ -82,20 +83,24 @@ def subset_scopes(table: Predictions, chosen: np.ndarray, scope: str, draws: Dra
         points.append(outcome.over(table, r, part, None, options))
         resampled.append(outcome.over(table, r, part, weights[:, known], options))
         figures = figures_of(points[-1], resampled[-1], table, r, part, options["level"])
+        figures = with_auroc_interval(figures, table, part, options["level"], r)
         single[f"repeat:{repeat}"] = scope_entry(table, part, figures)
     mean, inside = mean_over(resampled), chosen[table.known(at)[chosen]]
     figures = figures_of(mean_over(points), mean, table, at, inside, options["level"])
+    figures = with_auroc_interval(figures, table, chosen, options["level"])
     entry = scope_entry(table, chosen, figures)
     return Subset(mean, single, {**entry, "repeats": len(points), **outcome.about_subset(len(chosen), options)})
 
 
 def ensemble_scope(table: Predictions, draws: Draws) -> dict[str, Any]:
     """Figures of the prediction averaged over repeats."""
-    everyone, outcome = np.arange(len(table.patients)), table.outcome
+    everyone, outcome, level = np.arange(len(table.patients)), table.outcome, draws.options["level"]
     weights = draws.weights("pooled", table, everyone)
     values = outcome.of_ensemble(table, None, draws.options)
     resampled = outcome.of_ensemble(table, weights, draws.options)
-    figures = figures_of(values, resampled, table.mean(), 0, everyone, draws.options["level"])
+    mean = table.mean()
+    figures = figures_of(values, resampled, mean, 0, everyone, level)
+    figures = with_auroc_interval(figures, mean, everyone, level)
     return scope_entry(table, everyone, figures)
 
 
@@ -108,6 +113,7 @@ def fold_scopes(table: Predictions, draws: Draws) -> dict[str, Any]:
             values = outcome.over(table, r, inside, None, draws.options)
             resampled = outcome.over(table, r, inside, weights, draws.options)
             figures = figures_of(values, resampled, table, r, inside, draws.options["level"])
+            figures = with_auroc_interval(figures, table, inside, draws.options["level"], r)
             scopes[name] = scope_entry(table, inside, figures)
     return scopes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from slidemake.core.words import contamination_warning
@@ -86,19 +86,39 @@ def about_shuffled(result: dict[str, Any], metric: str, title: str, chance: floa
     return [] if m is None or m["low"] is None else shuffled_control(title, m, chance)
 
 
-def about_intervals(result: dict[str, Any]) -> list[dict[str, str]]:
-    if result["repeats"] == 1:
+def about_intervals(result: dict[str, Any], names: Sequence[str], title: str) -> list[dict[str, str]]:
+    """Which question each interval answers."""
+    known = {name: found for name in names if (found := result["models"][name].get("procedure"))}
+    text = "Intervals say how these models, as they were trained, would do on other patients of the same kind."
+    if known:
+        shown = ", ".join(f"{name} {f['auroc']['low']:.2f} to {f['auroc']['high']:.2f}" for name, f in known.items())
+        text += f" Other patients would train other models, too. That counted, {title} is known to lie in: {shown}; "
+        text += f"differences in {title} between models, their intervals and p count it."
+    elif result["repeats"] > 1:
+        text += " How figures vary with other seeds is the spread over repeats."
+    else:
         return []
-    text = "Intervals say how the figures vary with other patients of the same kind; how they vary with other seeds "
-    return [say("note", "intervals", text + "is the spread over repeats.")]
+    return [say("note", "intervals", text)]
 
 
 def _about_model(name: str, result: dict[str, Any], outcome: Outcome) -> list[dict[str, str]]:
-    said = beats_controls(name, result, outcome.primary, outcome.title(outcome.primary))
+    title = outcome.title(outcome.primary)
+    said = beats_controls(name, result, outcome.primary, title)
     found = pooled(result, name, outcome.primary)
-    if outcome.tests_auroc and found and found["value"] == 1 and said[0]["code"] != "no_comparison":
-        text = f"{name} ranks every patient correctly; resampling cannot show errors that this sample lacks, so the "
-        said.append(say("note", "perfect", text + "width of its interval means nothing."))
+    if found is None or found["value"] is None or not outcome.tests_auroc:
+        return said
+    high = found["high"]
+    if procedure := result["models"][name].get("procedure"):
+        high = procedure["auroc"]["high"]
+    if high is not None and high < result["chance"]:
+        text = f"{name}: {title} {interval(found)} is below {result['chance']:g} beyond chance. A model that knows "
+        text += "nothing is at chance: look whether labels are inverted in a part of the cohort, or follow the folds."
+        said.append(say("warning", "below_chance", text))
+    if found["value"] == 1 and said[0]["code"] != "no_comparison":
+        text = (
+            f"{name} ranks every patient rightly; of the other figures resampling cannot show errors that this sample "
+        )
+        said.append(say("note", "perfect", text + "lacks, so that the width of their intervals means little."))
     return said
 
 
@@ -158,10 +178,12 @@ def _about_sites(result: dict[str, Any], outcome: Outcome) -> list[dict[str, str
 
 def about_calibration(name: str, calibration: dict[str, Any]) -> list[dict[str, str]]:
     """What the calibration error of probabilities (of classes, grades, or one label) says."""
-    measured, null, n = calibration["ece"], calibration["ece_if_calibrated"], calibration["n"]
+    of = calibration.get("single") or calibration  # of what the AUROC is of
+    measured, null, n = of["ece"], of["ece_if_calibrated"], of["n"]
     if null is None:
         return []
-    text = f"{name}: calibration error (ECE) {measured:.2f}; perfectly calibrated predictions would show "
+    repeats = " as a mean over repeats" if calibration.get("single") else ""
+    text = f"{name}: calibration error (ECE) {measured:.2f}{repeats}; perfectly calibrated predictions would show "
     text += f"{null['mean']:.2f} on average and at most {null['p95']:.2f} in 95 % of samples of this size"
     if measured > null["p95"]:
         return [say("warning", "miscalibrated", f"{text}: do not read its probabilities as risks.")]
@@ -249,4 +271,4 @@ def verdict(result: dict[str, Any], outcome: Outcome) -> list[dict[str, str]]:
     for name in names:
         said += OF_FORM[outcome.form](name, result)
         said += about_groups(name, result, outcome) + _about_coverage(name, result)
-    return said + about_intervals(result)
+    return said + about_intervals(result, names, outcome.title(outcome.primary))

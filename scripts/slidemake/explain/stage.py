@@ -33,6 +33,7 @@ from slidemake.explain.imported import ImportedTiles
 from slidemake.jobs import isolation
 from slidemake.mil.bags import open_embeddings
 from slidemake.mil.bundle import Bundle, bundle_leave_one_out, check_features, load_bundle, predict
+from slidemake.mil.places import grid_cells
 from slidemake.slides.screening import OVERVIEW
 from slidemake.splits.make import TRAIN, VAL, Splits
 from slidemake.stores.tile_store import TileStore
@@ -90,12 +91,13 @@ class Explainer:
         if attrs.get("fingerprint") != record["fingerprint"]:
             raise damaged(stored, f"is not the store that the embedding stage made of slide {slide_id}")
         features = stored_features.read().astype(np.float32)
-        attention, change, probability = self._scores(bundles, features, attrs, row)
         store: TileStore | ImportedTiles
         if attrs.get("imported"):
             store = ImportedTiles(stored, attrs)
         else:
             store = TileStore(self.results / "tiles" / attrs["grid"] / f"{slide_id}.zarr")
+        places = grid_cells(store.coords, store.attrs["tile_level0_px"])
+        attention, change, probability = self._scores(bundles, features, places, attrs, row)
         truth = None
         if mask_file is not None:
             mask = np.asarray(Image.open(mask_file).convert("L")) > 127
@@ -129,7 +131,12 @@ class Explainer:
         return [self.bundle(repeat, fold) for repeat, fold in tested]
 
     def _scores(
-        self, bundles: list[Bundle], features: np.ndarray, attrs: dict[str, Any], row: dict[str, str]
+        self,
+        bundles: list[Bundle],
+        features: np.ndarray,
+        places: np.ndarray,
+        attrs: dict[str, Any],
+        row: dict[str, str],
     ) -> tuple[np.ndarray, np.ndarray, float | None]:
         if not len(features) or not bundles:
             empty = np.zeros(len(features))
@@ -139,8 +146,8 @@ class Explainer:
             check_features(bundle.info, attrs["encoder"], attrs["stain"], row["slide_id"])
             domain = row.get(bundle.domain or "", "")
             with isolation.unhurried():
-                prediction = predict(bundle, features, None, [domain])
-                change.append(bundle_leave_one_out(bundle, features, domain))
+                prediction = predict(bundle, features, None, [domain], places)
+                change.append(bundle_leave_one_out(bundle, features, domain, places))
             attention.append(prediction.attention)
             probability.append(bundle.outcome.headline(prediction.values))
         return np.mean(attention, axis=0), np.mean(change, axis=0), float(np.mean(probability))

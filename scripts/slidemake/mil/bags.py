@@ -17,6 +17,7 @@ import numpy as np
 
 from slidemake.core.failures import RunError, SlideFailure, damaged
 from slidemake.core.files import check_file, check_place, committed, file_sums, placed, read_json, write_json
+from slidemake.mil.places import beside_each_other, grid_cells
 from slidemake.stores.arrays import StoredArray
 from slidemake.stores.integrity import check_store
 
@@ -40,6 +41,7 @@ class Bags:
     fingerprints: dict[str, str]  # slide -> fingerprint of its store
     where: dict[str, tuple[int, int]]  # patient -> (first slide, one past the last)
     domains: dict[str, str] = field(default_factory=dict)  # slide -> its scanner or site, where a model asks for it
+    cells: np.ndarray | None = None  # (T, 2) int32 row and column of each tile, a patient's slides side by side
 
     @property
     def dim(self) -> int:
@@ -53,6 +55,10 @@ class Bags:
         """(N, D) features of all slides of a patient, a view; N = 0 for a patient without tiles or without slides."""
         start, stop = self.rows(patient)
         return self.features[start:stop]
+
+    def places(self, patient: str) -> np.ndarray | None:
+        """(N, 2) row and column of each of a patient's tiles; None where nothing is known of them."""
+        return None if self.cells is None else self.cells[slice(*self.rows(patient))]
 
     def rows(self, patient: str) -> tuple[int, int]:
         """First row of a patient's tiles in `features`, and one past the last."""
@@ -134,7 +140,7 @@ def load_bags(folder: str | Path, slides: Iterable[tuple[str, str]]) -> Bags:
     cohort = _Cohort.open(folder, slides)
     features = np.empty(cohort.shape, np.float32)
     np.concatenate(list(cohort.values()), out=features)
-    return make_bags(features, cohort.slides, cohort.patients, cohort.sizes, **cohort.about())
+    return make_bags(features, cohort.slides, cohort.patients, cohort.sizes, **cohort.about(), cells=cohort.cells())
 
 
 def pack_bags(
@@ -145,8 +151,9 @@ def pack_bags(
 ) -> None:
     """Pack the stores as `load_bags` would into the NumPy file `path`, in the stores' type, with an index beside it.
 
-    The index (`.json`) is written last and names the array that it belongs to; memory does not grow with the cohort.
-    wanted: {slide: fingerprint} of the stores that the embedding stage made; others are refused (RunError).
+    The index (`.json`) is written last and names the arrays that it belongs to: the features, and the cells of the
+    tiles (`.places`, a NumPy file). Memory grows with the cohort by these alone, eight bytes a tile. wanted: {slide:
+    fingerprint} of the stores that the embedding stage made; others are refused (RunError).
     """
     cohort = _Cohort.open(folder, slides)
     cohort.check(wanted or {})
@@ -155,10 +162,17 @@ def pack_bags(
         np.lib.format.write_array_header_2_0(handle, header)
         for values in cohort.values():
             handle.write(values.data)  # tofile() does not say why it failed
+    with committed(places_of(path)) as work, open(work, "wb") as handle:
+        np.save(handle, cohort.cells(), allow_pickle=False)
     about = {"slides": cohort.slides, "patients": cohort.patients, "sizes": cohort.sizes, **cohort.about()}
     index = Path(path).with_suffix(".json")
-    files = file_sums(Path(path).parent, [Path(path).name])
+    files = file_sums(Path(path).parent, [Path(path).name, places_of(path).name])
     write_json(index, {"format": "slidemake-bags", **placed(index), **about, "files": files})
+
+
+def places_of(path: str | Path) -> Path:
+    """The file of the tiles' cells that lies beside packed features."""
+    return Path(path).with_suffix(".places")
 
 
 def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
@@ -170,6 +184,8 @@ def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
         if features.size * 4 <= in_memory_bytes:  # a larger one is checked by `slidemake verify` only
             check_file(path, index)
             features = np.asarray(features, np.float32)
+        check_file(places_of(path), index)
+        cells = np.load(places_of(path), allow_pickle=False)
     except (SlideFailure, OSError, ValueError, EOFError) as error:
         raise RunError(
             f"{path} cannot be read ({error}); delete it and run again: it is packed from the embeddings."
@@ -178,7 +194,7 @@ def open_bags(path: str | Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Bags:
         index.pop(key, None)
     if index.pop("format", None) != "slidemake-bags":
         raise RunError(f"{Path(path).with_suffix('.json')} is no index of packed bags; delete both and run again.")
-    return make_bags(features, **index)
+    return make_bags(features, **index, cells=cells)
 
 
 @dataclass(frozen=True)
@@ -235,6 +251,14 @@ class _Cohort:
                 )
             yield values
 
+    def cells(self) -> np.ndarray:
+        """(T, 2) cells of all tiles, a patient's slides side by side."""
+        found: dict[str, list[np.ndarray]] = {}
+        for slide, patient, attrs in zip(self.slides, self.patients, self.attrs, strict=True):
+            coords = StoredArray(self.folder / f"{slide}.zarr", "coords").read()
+            found.setdefault(patient, []).append(grid_cells(coords, attrs.get("tile_level0_px")))
+        return np.concatenate([beside_each_other(slides) for slides in found.values()])
+
     def about(self) -> dict[str, Any]:
         """What `make_bags` wants to know besides features, slides and sizes."""
         attrs = self.attrs[0]
@@ -257,8 +281,9 @@ def make_bags(
     grid: str = "",
     mpp: float | None = None,
     fingerprints: Mapping[str, str] | None = None,
+    cells: np.ndarray | None = None,
 ) -> Bags:
-    """Bags from arrays at hand: features (T, D), and per slide its id, patient and number of tiles.
+    """Bags from arrays at hand: features (T, D), and per slide its id, patient and number of tiles; cells (T, 2).
 
     Slides must come ordered by patient, then slide id.
     """
@@ -266,6 +291,8 @@ def make_bags(
     if order != sorted(set(order)):
         raise ValueError("slides must be unique and ordered by patient, then slide id")
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    if cells is not None and cells.shape != (len(features), 2):
+        raise ValueError(f"cells of {cells.shape} for {len(features)} tiles")
     if offsets[-1] != len(features):
         raise ValueError(f"{len(features)} feature rows for slides of {offsets[-1]} tiles")
     where: dict[str, tuple[int, int]] = {}
@@ -282,6 +309,7 @@ def make_bags(
         mpp,
         dict(fingerprints or {}),
         where,
+        cells=cells,
     )
 
 

@@ -254,16 +254,17 @@ def predict(
     features: np.ndarray,
     sizes: Sequence[int] | None = None,
     domains: Sequence[str] | None = None,
+    places: np.ndarray | None = None,
 ) -> Prediction:
     """Apply a bundle to the (N, D) features of one bag, N >= 1. The caller has checked them (`check_features`).
 
     sizes: tiles of each of the bag's slides, in order; None: one slide. domains: scanner or site of each slide, for
-    models that harmonise features (`Bundle.domain`).
+    models that harmonise features (`Bundle.domain`). places: as in `predict_bag`.
     """
     numbers = None if domains is None else [bundle.domain_number(name) for name in domains]
     outputs, values, attention, each = [], [], [], []
     for group in bundle.groups:
-        parts = [predict_bag(member, features, sizes, numbers) for member in group.members]
+        parts = [predict_bag(member, features, sizes, numbers, places) for member in group.members]
         scaled = np.array([p[0] for p in parts]) * group.factors[:, None]
         outputs.append(scaled.sum(0))
         values.append(bundle.outcome.predict(outputs[-1], group.link))
@@ -279,14 +280,16 @@ def predict(
     return found
 
 
-def bundle_leave_one_out(bundle: Bundle, features: np.ndarray, domain: str = "") -> np.ndarray:
+def bundle_leave_one_out(
+    bundle: Bundle, features: np.ndarray, domain: str = "", places: np.ndarray | None = None
+) -> np.ndarray:
     """(N,) what each tile adds to the score that `Outcome.direction` names, averaged as outputs are.
 
     For classes that is the log-odds of the positive, or last, one.
     """
     score, number = bundle.outcome.direction, bundle.domain_number(domain)
     found = [
-        factor * leave_one_out(member, features, score, number)
+        factor * leave_one_out(member, features, score, number, places)
         for group in bundle.groups
         for member, factor in zip(group.members, group.factors, strict=True)
     ]

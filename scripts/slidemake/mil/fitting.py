@@ -12,11 +12,12 @@ import torch
 
 from slidemake.mil.aggregators import Aggregator, Batch, build_aggregator, slide_numbers
 from slidemake.mil.bags import Bags
-from slidemake.mil.batches import sample_batch
+from slidemake.mil.batches import cells_of, sample_batch
 from slidemake.mil.invariance import OPTIONS, Robust, make_robust
 from slidemake.mil.invariance.guard import choose
 from slidemake.mil.losses import Objective
 from slidemake.mil.members import Fitted
+from slidemake.mil.optimisers import make_optimiser
 from slidemake.mil.scaling import Scaling, every_tile, fit_scaling, spread
 
 VALIDATION_TILES = 4096  # tiles per patient, evenly spaced, that the loss of an epoch is computed on ...
@@ -43,7 +44,10 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "weight_decay": 1e-2,
     "bags_per_step": 4,
-    "tile_fraction": 0.25,  # of a bag's tiles are drawn anew in every epoch: regularises, and saves time
+    "optimiser": "adamw",
+    "clip": None,  # the norm that gradients are cut to
+    "tile_fraction": None,  # of a bag's tiles are drawn anew in every epoch; None: `batches.TILE_FRACTION`, or all of
+    # them for models that look at neighbours
     "min_tiles": 32,  # ... but at least these many
     "max_tiles": 1024,  # ... and at most (None: no limit): bounds memory on large bags
     "validation": 0.25,  # of the training patients are held out by each member
@@ -107,12 +111,7 @@ def _fit(
         fit_scaling(bags, train, settings, change).install(model)
     model.to(device).seed_dropout(seed, device)
     rng = np.random.default_rng(seed)
-    optimiser = torch.optim.AdamW(
-        [*model.parameters(), *(robust.attach(model) if robust else [])],
-        lr=settings["learning_rate"],
-        weight_decay=settings["weight_decay"],
-        fused=True,
-    )  # fused: one call instead of a dozen per parameter, half of a step's time in models this small
+    optimiser = make_optimiser([*model.parameters(), *(robust.attach(model) if robust else [])], settings)
     epochs = settings["epochs"] if val else (settings["epochs"] + settings["min_epochs"]) // 2
     best, kept, state = float("inf"), 0, None
     curve: list[dict[str, float | int | None]] = []
@@ -158,13 +157,15 @@ def _one_epoch(
         if robust is not None:
             loss = robust.step(model, batch, progress, rng, objective.loss)
         else:
-            features, mask, slides = sample_batch(bags, batch, settings, rng)
-            mask, slides = (None if x is None else x.to(device) for x in (mask, slides))
+            drawn = sample_batch(bags, batch, settings, rng)
+            mask, slides, places = (None if x is None else x.to(device) for x in drawn[1:])
             bag_loss = partial(objective.loss, patients=batch)
-            bags_now = Batch(features.to(device), mask, objective.targets(batch), slides)
+            bags_now = Batch(drawn.features.to(device), mask, objective.targets(batch), slides, places)
             loss = model.step(bags_now, bag_loss).loss
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        if settings["clip"] is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
         optimiser.step()
         total += float(loss.detach()) * len(batch)
         bags.forget()
@@ -199,6 +200,9 @@ def _validate(
         if model.slide_scores is not None:
             numbers = slide_numbers(bags.sizes(patient)).numpy()
             slides = torch.from_numpy(spread(numbers, most))[None].to(device)
-        rows.append(model(tiles[None].to(device), None, slides)[0])
+        places = None
+        if model.placed and bags.cells is not None:
+            places = cells_of(bags, spread(np.arange(*bags.rows(patient)), most))[None].to(device)
+        rows.append(model(tiles[None].to(device), None, slides, places)[0])
         bags.forget()
     return objective.validation(torch.cat(rows), val)

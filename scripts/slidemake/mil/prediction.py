@@ -45,14 +45,15 @@ def predict_bags(
             continue
         first, last = bags.where[patient]
         domains = [bags.domains.get(slide, "") for slide in bags.slides[first:last]]
-        whole = predict(bundle, bag, bags.sizes(patient), domains)
+        whole = predict(bundle, bag, bags.sizes(patient), domains, bags.places(patient))
         args = (bundle.outcome, whole.logits, whole.values, bundle.threshold, len(bag))
         people.append(prediction_row(*args, patient_id=patient, member_scores=whole.members, **facts))
         for i in range(first, last):
             tiles = bags.slide(i)
             if len(tiles) == 0:
                 continue
-            one = whole if len(tiles) == len(bag) else predict(bundle, tiles, None, [domains[i - first]])
+            places = None if bags.cells is None else bags.cells[bags.offsets[i] : bags.offsets[i + 1]]
+            one = whole if len(tiles) == len(bag) else predict(bundle, tiles, None, [domains[i - first]], places)
             args = (bundle.outcome, one.logits, one.values, bundle.threshold, len(tiles))
             slides.append(prediction_row(*args, slide_id=bags.slides[i], patient_id=patient, **facts))
         bags.forget()

@@ -170,9 +170,11 @@ def scaled_bags(bags: Bags, patients: Sequence[str], scaling: Scaling) -> Bags:
     kept = [s for p in sorted({*patients}) for s in range(*bags.where.get(p, (0, 0)))]
     width = len(scaling.mean) if scaling.axes is None else scaling.axes.shape[1]
     most = max(1, SCALED_BYTES // (4 * width * max(1, len(kept))))
-    parts = []
+    parts, cells = [], []
     for s in kept:
         parts.append(scaling.apply(spread(bags.slide(s), most)))
+        if bags.cells is not None:
+            cells.append(spread(bags.cells[bags.offsets[s] : bags.offsets[s + 1]], most))
         bags.forget()
     where: dict[str, tuple[int, int]] = {}
     for place, s in enumerate(kept):
@@ -185,4 +187,5 @@ def scaled_bags(bags: Bags, patients: Sequence[str], scaling: Scaling) -> Bags:
         patients=tuple(bags.patients[s] for s in kept),
         offsets=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
         where=where,
+        cells=np.concatenate(cells) if cells else None,
     )

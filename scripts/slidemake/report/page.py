@@ -102,7 +102,7 @@ def slide_cards(results: Path, rows: list[dict[str, str]], limit: int) -> list[d
                 "tissue": small_picture(folder / "tissue.jpg", 300),
                 "flags": tissue.get("flags", []),
                 "unsure": "unsure" in tissue.get("flags", []),
-                "qc": {key: value for key, value in tissue.get("qc", {}).items() if value is not None},
+                "qc": {k: v for k, v in tissue.get("qc", {}).items() if k.endswith("_fraction") and v is not None},
                 "tiles": sum(int(float(value)) for value in tiles.values()),
             }
         )

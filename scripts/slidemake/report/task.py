@@ -9,6 +9,7 @@ from slidemake.core.files import read_json_if_whole
 from slidemake.core.tables import read_table
 from slidemake.report import figures
 from slidemake.report.calibration import probabilities_section, survival_section
+from slidemake.report.clinical import clinical_section
 from slidemake.tasks.controls import SHUFFLED
 from slidemake.tasks.registry import type_named
 
@@ -35,6 +36,7 @@ def measured_section(
         "quantity": outcome.quantity,
         "pictures": pictures,
         "evaluation": evaluation_section(metrics, splits, main, unit),
+        "clinical": clinical_section(metrics, main),
         "tables": _tables(metrics, main, unit),
         "undefined": _undefined(metrics, titles) if outcome.undefined else [],
     }
@@ -98,6 +100,7 @@ def evaluation_section(metrics: dict[str, Any], splits: dict[str, Any], main: st
         "labels_left_out": 0,
         "survival": None,
         "delong": outcome.tests_auroc,
+        "of_training": any((c["delong"] or {}).get("tested_to_trained") for c in metrics["comparisons"]),
         "prevalence": "prevalence" in entry["scopes"]["pooled"],
         "metric": outcome.primary,
         "title": outcome.titles[outcome.primary],

@@ -47,7 +47,7 @@ def findings(result: dict[str, Any]) -> list[dict[str, str]]:
         )
         said.append({"level": "warning", "code": "optimism", "text": text})
     null = result["null"]
-    if null["auroc"] is not None and null["p"] > P:
+    if null["auroc"] is not None and null["p"] > P and null["auroc"] <= null["null_high"]:
         below = null["auroc"] < null["null_low"]
         how = "worse than" if below else "not shown to be better than"
         why = (

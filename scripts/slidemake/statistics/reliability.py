@@ -13,11 +13,11 @@ MAX_POINTS = 300
 CLIP = 1e-6  # probabilities of exactly 0 or 1 have no logit
 
 
-def wilson_interval(hits: int, count: int) -> tuple[float, float]:
-    """Wilson score interval (95 %) of a proportion (Wilson 1927); stays inside 0..1 and is honest for small counts."""
+def wilson_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927); stays inside 0..1 and is honest for small counts."""
     if count <= 0:
         return 0.0, 1.0
-    found = binomtest(hits, count).proportion_ci(method="wilson")
+    found = binomtest(hits, count).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
 
@@ -47,7 +47,7 @@ def reliability_table(confidence: np.ndarray, hit: np.ndarray, bins: int, equal:
     return rows
 
 
-def _logistic(design: np.ndarray, offset: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+def logistic_fit(design: np.ndarray, offset: np.ndarray, y: np.ndarray) -> np.ndarray | None:
     """Maximum likelihood coefficients by Newton's method; None when there are none (separated or constant data)."""
     beta = np.zeros(design.shape[1])
     for _ in range(100):
@@ -76,11 +76,11 @@ def calibration_line(p: np.ndarray, y: np.ndarray) -> dict[str, float | str | No
     if len(np.unique(y)) < 2:
         return {**nothing, "reason": "one class only"}
     logit, ones = np.log(p / (1 - p)), np.ones((len(p), 1))
-    large = _logistic(ones, logit, y)
+    large = logistic_fit(ones, logit, y)
     in_the_large = None if large is None else float(large[0])
     if np.ptp(logit) < 1e-9:
         return {**nothing, "in_the_large": in_the_large, "reason": "all predictions are equal"}
-    line = _logistic(np.column_stack([ones, logit]), np.zeros(len(p)), y)
+    line = logistic_fit(np.column_stack([ones, logit]), np.zeros(len(p)), y)
     if line is None:
         return {
             **nothing,

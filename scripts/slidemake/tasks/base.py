@@ -83,6 +83,7 @@ class Predictions:
     validation: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]] | None = None
     raw: np.ndarray | None = None  # (R, n, C) logits before temperature, where there are any
     of_folds: bool = False  # each fold's model knows how common classes or labels are in the other folds
+    ranked_by: np.ndarray | None = None  # (R, n, P) `ranks`, where they are not those of the values
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,6 +94,8 @@ class Predictions:
     def ranks(self) -> np.ndarray:
         """(R, n, P) the values by which patients are ranked: of classes, grades and labels without the prevalence of
         each fold's training patients (`without_prevalence`)."""
+        if self.ranked_by is not None:
+            return self.ranked_by
         return self.outcome.ranks(self) if self.of_folds else self.values
 
     def known(self, repeat: int) -> np.ndarray:
@@ -104,13 +107,16 @@ class Predictions:
         return self.patients, self.truth.tolist()
 
     def mean(self) -> Predictions:
-        """The same with values averaged over repeats, as a single repeat, and what is decided from them."""
+        """The same with values, and what patients are ranked by, averaged over repeats, as a single repeat, and what is
+        decided from them."""
         values = np.nanmean(self.values, axis=0, keepdims=True)
         fold = self.fold.max(0, keepdims=True)
         if len(self.repeats) > 1:  # patients of one fold in one repeat are of several in the others
             fold = np.where(fold >= 0, 0, -1)
         decisions = self.outcome.decide_mean(values, self.decisions)
-        return replace(self, repeats=(0,), values=values, decisions=decisions, fold=fold, raw=None)
+        ranks = np.nanmean(self.outcome.comparable(self), axis=0, keepdims=True)
+        about = {"repeats": (0,), "values": values, "decisions": decisions, "fold": fold, "raw": None}
+        return replace(self, **about, ranked_by=ranks)
 
 
 class Outcome(ABC):
@@ -279,6 +285,10 @@ class Outcome(ABC):
 
     def ranks(self, table: Predictions) -> np.ndarray:
         return table.values
+
+    def comparable(self, table: Predictions) -> np.ndarray:
+        """(R, n, P) ranks that may be averaged over repeats, in which a patient is of other folds."""
+        return table.ranks
 
     def decide_mean(self, values: np.ndarray, decisions: np.ndarray) -> np.ndarray:
         """(1, n, Q) decided from values (1, n, P) averaged over repeats; by majority of decisions (R, n, Q)."""

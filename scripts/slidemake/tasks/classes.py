@@ -261,7 +261,7 @@ class ClassOutcome(OfClasses):
         if carriers >= SMALL:
             return None
         text = (
-            f"Small sample: {patients} patients, {carriers} of them {rarest}. One patient of this class ranked "
+            f"Small sample: {patients} patients, {carriers} of them labelled {rarest}. One patient of these ranked "
             f"differently moves the AUROC by up to {1 / carriers:.2f}; read the intervals, not the figures, and "
             "confirm on another cohort."
         )

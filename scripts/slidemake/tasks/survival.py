@@ -9,10 +9,12 @@ threshold is the median risk of validation patients, never of those tested.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import scipy
+from scipy.stats import rankdata
 
 from slidemake.statistics import survival_metrics
 from slidemake.statistics.survival import (
@@ -162,6 +164,23 @@ class SurvivalOutcome(Outcome):
         values, fold = table.values[repeat, chosen], table.fold[repeat, chosen]
         at = self.horizons
         return survival_metrics.metrics_over(time, event, values[:, 0], values[:, 1:], at, weights, fold)
+
+    def comparable(self, table: Predictions) -> np.ndarray:
+        """Risks as shares of their fold's patients at or below them: models of two folds have no scale in common."""
+        ranks = table.values.copy()
+        for r, of in enumerate(table.fold):
+            for fold in set(of.tolist()) - {-1}:
+                inside = of == fold
+                ranks[r, inside, 0] = (rankdata(table.values[r, inside, 0]) - 0.5) / inside.sum()
+        return ranks
+
+    def of_ensemble(self, table: Predictions, weights: np.ndarray | None, options: Options) -> Figures:
+        mean = table.mean()
+        if len(table.repeats) > 1:  # patients of different folds are compared then
+            risk = mean.values.copy()
+            risk[..., 0] = mean.ranks[..., 0]
+            mean = replace(mean, values=risk)
+        return self.over(mean, 0, np.arange(len(table.patients)), weights, options)
 
     def proper_loss(self, values: np.ndarray, truth: np.ndarray) -> float:
         event = truth[:, 1] == 1

@@ -82,7 +82,10 @@ def train_members(plan: Plan, scale: Mapping[str, Any], settings: dict[str, Any]
         for patient in val:
             domains = work.domain_of[slice(*work.bags.where[patient])].tolist()
             outputs.setdefault(patient, []).append(
-                predict_bag(fitted.model, work.bags.bag(patient), work.bags.sizes(patient), domains)[0]
+                predict_bag(
+                    *(fitted.model, work.bags.bag(patient), work.bags.sizes(patient), domains),
+                    places=work.bags.places(patient),
+                )[0]
             )
             work.bags.forget()
         models.append(fitted.model)

@@ -248,6 +248,7 @@ class Plan:
         """Settings of a model; a control is the first model's with `control` set."""
         options = self._model(task, model)
         del options["stain"]  # says which features it reads, and they say it themselves
+        del options["preset"]  # is in the other settings
         if model in TRAINED:
             options["control"] = model
         return in_order(options)

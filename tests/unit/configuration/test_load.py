@@ -14,6 +14,7 @@ import pytest
 import yaml
 from slidemake.configuration.load import load_configuration, path_keys, sheet_columns, stage_options
 from slidemake.configuration.page import PAGE, configuration_page
+from slidemake.configuration.presets import PUBLISHED
 from slidemake.configuration.schema import SCHEMA, describe, leaves, schema
 from slidemake.core.failures import RunError
 from slidemake.core.stages import STAGES
@@ -248,6 +249,10 @@ def test_contradictions():
     assert "keeps no pixels" in problems(minimal(tiling={"store": "coords", "pixels": "normalised"}))
     text = problems(minimal(tasks={"t": {"label": "x", "type": "multiclass", "positive": "a"}}))
     assert "no positive class" in text
+    external = {"outcome": {"label": "outcome", "splits": {"method": "external", "test": ["b"]}}}
+    said = problems(minimal(tasks=external, stain={"target": "cohort", "method": "macenko"}))
+    assert "stain.target: the median of the cohort would be taken over the external cohort of task outcome" in said
+    assert load_configuration(minimal(tasks=external, stain={"target": "cohort", "method": "none"}))
     assert "explain.model: there is no model 'x'" in problems(minimal(explain={"model": "x"}))
     assert "tasks.outcome.positive: explain.slides is positive" in problems(minimal(explain={"slides": "positive"}))
     assert "explain.truth: 'masks/{slide}.png' may hold" in problems(minimal(explain={"truth": "masks/{slide}.png"}))
@@ -294,7 +299,37 @@ def test_models_are_what_training_knows():
     model = load_configuration(minimal())["models"]["auto"]
     assert (model.pop("encoder"), model.pop("stain")) == ("efficientnet_lite0", None)  # which features it reads
     assert model.pop("aggregator") == "auto"  # a fit by itself is of one aggregator
+    assert model.pop("preset") == "none"  # has its say while the configuration is read
     assert model == {key: value for key, value in fitting.DEFAULTS.items() if key not in ("device", "aggregator")}
+
+
+def test_preset_of_a_paper_fills_what_is_not_said():
+    models = {
+        "paper": {"aggregator": "transmil", "preset": "Paper", "learning_rate": "1e-3", "max_tiles": 500},
+        "clam": {"aggregator": "CLAM_sb", "preset": "paper", "epochs": None},
+        "own": {"aggregator": "transmil"},
+    }
+    found = load_configuration(minimal(models=models))["models"]
+    assert found["paper"]["hidden"] == 512
+    assert found["paper"]["optimiser"] == "lookahead_radam"
+    assert (found["paper"]["learning_rate"], found["paper"]["max_tiles"]) == (1e-3, 500)  # what the user says stands
+    assert (found["paper"]["tile_fraction"], found["paper"]["scaling"]) == (1.0, "none")
+    assert (found["clam"]["hidden"], found["clam"]["attention"], found["clam"]["max_tiles"]) == (512, 256, None)
+    assert (found["own"]["hidden"], found["own"]["optimiser"], found["own"]["tile_fraction"]) == (128, "adamw", None)
+    sweep = {"s": {"aggregator": ["dtfd", "ilra"], "preset": "paper"}}
+    swept = load_configuration(minimal(sweeps=sweep))["models"]
+    assert (swept["s-dtfd"]["clip"], swept["s-ilra"]["hidden"]) == (5.0, 256)
+    text = problems(minimal(models={"auto": {"aggregator": "auto", "preset": "paper"}}))
+    assert "models.auto.preset: auto has no paper to take settings from" in text
+    assert "models.auto.preset" in problems(minimal(models={"auto": {"aggregator": "auto", "preset": "papr"}}))
+
+
+def test_presets_are_settings_that_their_aggregators_take():
+    registered = pytest.importorskip("slidemake.mil.aggregators").AGGREGATORS
+    for name, settings in PUBLISHED.items():
+        sizes = {"hidden", "attention", "dropout"} & set(settings)
+        assert sizes == {"hidden", "attention", "dropout"} & set(registered[name].takes), name
+        assert set(settings) <= set(schema()["$defs"]["model"]["properties"]), name
 
 
 def test_columns_that_tasks_need():

@@ -36,6 +36,9 @@ def write_store(folder, slide, features, encoder=ENCODER, stain=STAIN, **attrs):
     group = zarr.create_group(folder / f"{slide}.zarr", zarr_format=3)
     group.create_array("features", shape=features.shape, dtype=features.dtype, chunks=(max(1, len(features)), 8))
     group["features"][:] = features
+    coords = np.stack([np.arange(len(features)) % 3, np.arange(len(features)) // 3], 1) * 8  # rows of three
+    group.create_array("coords", shape=coords.shape, dtype=np.int32, chunks=(max(1, len(features)), 2))
+    group["coords"][:] = coords
     group.attrs.update(
         {
             "format": "slidemake-embeddings",
@@ -45,6 +48,7 @@ def write_store(folder, slide, features, encoder=ENCODER, stain=STAIN, **attrs):
             "grid": "8px",
             "fingerprint": f"fp-{slide}",
             "mpp": {"requested": 0.5},
+            "tile_level0_px": [8.0, 8.0],
             **attrs,
         }
     )
@@ -175,6 +179,9 @@ def test_bags_from_stores(tmp_path):
         some = bags.of_patients(["B", "nobody"])
         assert (some.tiles("A"), some.tiles("B")) == (0, 3)
         np.testing.assert_array_equal(some.bag("B"), data["b1"])
+        # a1 has one tile, a2 none, c a row of three and one below, eight columns and one beside them
+        np.testing.assert_array_equal(bags.places("A"), [[0, 0], [0, 18], [0, 19], [0, 20], [1, 18]])
+        np.testing.assert_array_equal(bags.places("B"), [[0, 0], [0, 1], [0, 2]])
     assert isinstance(mapped.features, np.memmap)
     assert mapped.features.dtype == np.float16
     assert bags.encoder == load_bags(tmp_path, pairs).encoder == ENCODER

@@ -42,8 +42,25 @@ def _measured(labels: np.ndarray, prob: np.ndarray, options: Mapping[str, Any], 
     return found
 
 
+def _single(p: ClassPredictions, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of each repeat's own probabilities, averaged: of the models that were trained, whose AUROC is the headline, and
+    not of their mean. None where there is one repeat."""
+    if len(p.repeats) < 2:
+        return None
+    known = [(r, np.isfinite(p.prob[r, :, 0])) for r in range(len(p.repeats))]
+    found = [_measured(p.labels[seen], p.prob[r, seen], options, False) for r, seen in known if seen.any()]
+    chance = [f["ece_if_calibrated"] for f in found]
+    mean: dict[str, Any] = {"n": found[0]["n"], "ece": float(np.mean([f["ece"] for f in found]))}
+    mean["ece_if_calibrated"] = {key: float(np.mean([c[key] for c in chance])) for key in ("mean", "p95")}
+    for key in ("slope", "intercept", "in_the_large"):
+        values = [f[key] for f in found]
+        mean[key] = None if None in values else float(np.mean(values))
+    return mean
+
+
 def calibration_report(p: ClassPredictions, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Calibration of the probability averaged over repeats; `before` is that of the logits without temperature.
+    """Calibration of the probability averaged over repeats; `before` is that of the logits without temperature,
+    `single` that of each repeat's own probabilities, on average.
 
     Two classes: of P(positive); more: of the top class, and `ece_classwise` of all of them. Sites with fewer
     than 10 patients get a reason instead of figures.
@@ -67,5 +84,6 @@ def calibration_report(p: ClassPredictions, options: Mapping[str, Any]) -> dict[
         "of": "probability averaged over repeats" if len(p.repeats) > 1 else "probability",
         **_measured(p.labels, after, options, True),
         "before": None if before is None else _measured(p.labels, before, options, True),
+        "single": _single(p, options),
         "sites": sites,
     }

@@ -1,8 +1,8 @@
 """ABMIL and gated ABMIL: the bag is the attention-weighted mean of its tiles.
 
 e = ReLU(W h), a = softmax(w . (tanh(V e) * sigmoid(U e))), logits = C sum(a e). Ilse, Tomczak, Welling,
-"Attention-based deep multiple instance learning", ICML 2018, equations 7 to 9. Permutation invariant. Defaults: hidden
-128, attention 64, dropout 0.25.
+"Attention-based deep multiple instance learning", ICML 2018, equations 7 to 9. Permutation invariant. `preset: paper`
+has the published sizes.
 """
 
 from __future__ import annotations

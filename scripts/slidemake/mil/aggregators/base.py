@@ -52,13 +52,15 @@ class Learned(nn.Module):
 
 class Batch(NamedTuple):
     """Bags of one training step: features (B, N, D), mask (B, N) where something was padded, labels (B,) class indices
-    where the task has classes, and the number of each tile's slide within its bag (B, N) where attention asks for it.
+    where the task has classes, the number of each tile's slide within its bag (B, N) where attention asks for it, and
+    row and column (B, N, 2) of each tile where the method looks at neighbours.
     """
 
     features: Tensor
     mask: Tensor | None = None
     labels: Tensor | None = None
     slides: Tensor | None = None
+    places: Tensor | None = None
 
 
 BagLoss = Callable[[Tensor], Tensor]  # logits (B, O) -> scalar
@@ -82,6 +84,7 @@ class Aggregator(nn.Module):
     domain_scale: Tensor | None
     domain_shift: Tensor | None
     classifier: nn.Linear
+    placed = False  # whether `pool` takes the tiles' places besides, as the last of `encoded`
 
     def __init__(self, features: int, outputs: int):
         super().__init__()
@@ -130,6 +133,10 @@ class Aggregator(nn.Module):
         """(..., N, D) features -> tensors (..., N, *), each row from its own tile only."""
         raise NotImplementedError
 
+    def encode_placed(self, x: Tensor, places: Tensor | None) -> tuple[Tensor, ...]:
+        """`encode` and, where the method asks for them and they are known, places (..., N, 2): row and column."""
+        return (*self.encode(x), places) if self.placed and places is not None else self.encode(x)
+
     def pool(self, *encoded: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tensors (B, N, *) of `encode` -> pooled (B, P) and attention (B, N). A bag needs one real tile."""
         raise NotImplementedError
@@ -146,13 +153,18 @@ class Aggregator(nn.Module):
         return self.classify(self.readout(pooled))
 
     def forward(
-        self, features: Tensor, mask: Tensor | None = None, slides: Tensor | None = None
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        slides: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """features (B, N, D), mask (B, N) bool or None -> logits (B, O), attention (B, N).
 
-        slides (B, N): number of each tile's slide within its bag, for models with attention over slides.
+        slides (B, N): number of each tile's slide within its bag, for models with attention over slides. places
+        (B, N, 2): row and column of each tile, for those that look at neighbours.
         """
-        pooled, attention = self.represent(self.encode(features), mask, slides)
+        pooled, attention = self.represent(self.encode_placed(features, places), mask, slides)
         return self.logits(pooled), attention
 
     def represent(
@@ -165,7 +177,7 @@ class Aggregator(nn.Module):
 
     def step(self, batch: Batch, bag_loss: BagLoss) -> Step:
         """A training step's loss; bag_loss is the task's."""
-        pooled, _ = self.represent(self.encode(batch.features), batch.mask, batch.slides)
+        pooled, _ = self.represent(self.encode_placed(batch.features, batch.places), batch.mask, batch.slides)
         hidden = self.readout(pooled)
         logits = self.classify(hidden)
         return Step(bag_loss(logits), logits, hidden)

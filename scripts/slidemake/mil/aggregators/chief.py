@@ -2,8 +2,8 @@
 
 Wang et al., "A pathology foundation model for cancer diagnosis and prognosis prediction", Nature 2024:
 a = softmax(gated attention of ReLU(W h)), z = sum a_i h_i in the encoder's own space, logits = C z. The branch for the
-organ is left out. CHIEF's sizes: 768 features of CTransPath, hidden 512, attention 256, dropout 0.25. Permutation
-invariant.
+organ is left out. CHIEF's own are 768 features of CTransPath; `preset: paper` has its other
+sizes. Permutation invariant.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 Lu et al., "Data-efficient and weakly supervised computational pathology on whole-slide images", Nat Biomed Eng 2021.
 For the true class, the B tiles with most attention are to be told from the B with least by a small classifier of that
 class; with more than two classes the B top tiles of every other class are labelled as evidence against it. The loss of
-that classifier is the smooth top-1 SVM (Berrada, Zisserman, Kumar, ICLR 2018; temperature and margin 1), and
-L = 0.7 L_bag + 0.3 L_instance. B = 8, and at most half of the tiles of a bag; bags of one tile have none. Permutation
-invariant. The paper's sizes: hidden 512, attention 256, dropout 0.25, learning rate 2e-4.
+that classifier is the smooth top-1 SVM (Berrada, Zisserman, Kumar, ICLR 2018; temperature and margin 1), and L = 0.7
+L_bag + 0.3 L_instance. B = 8, and at most half of the tiles of a bag; bags of one tile have none. Permutation
+invariant. Dropout falls on both branches of the gate, each by itself, as in the authors' code. Two classes are taken
+for tissue with and without a finding; where both are findings the authors' option `subtyping` also labels the top tiles
+of the other class as evidence against it, which is done here from three classes on. `preset: paper` has the published
+sizes.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ class CLAM(AttentionMIL):
         self.multi = branches == "multi"
         self.classifier = nn.Linear(hidden, outputs)
         self.instances = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(outputs))
+
+    def attend(self, embedding: Tensor) -> Tensor:
+        assert self.gate is not None
+        return self.score(self.drop(torch.tanh(self.tanh(embedding))) * self.drop(torch.sigmoid(self.gate(embedding))))
 
     def classify(self, hidden: Tensor) -> Tensor:
         if not self.multi:

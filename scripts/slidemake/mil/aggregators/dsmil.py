@@ -1,9 +1,11 @@
 """DSMIL: one stream finds the critical tile of every class, the other attends to the tiles that resemble it.
 
 Li, Li, Eliceiri, "Dual-stream multiple instance learning network", CVPR 2021. c_i = W h_i, m = argmax_i c_i per class,
-q_i = tanh(Q2 ReLU(Q1 h_i)), a_i = softmax_i(q_i . q_m / sqrt(d)), B = sum a_i h_i, logits = (max_i c_i + F(B)) / 2
-with F over the vectors of all classes. Training gives each stream half of the loss. Permutation invariant; values are
-the features themselves. The paper's attention is 128 wide, learning rate 1e-4.
+q_i = tanh(Q2 ReLU(Q1 h_i)), a_i = softmax_i(q_i . q_m / sqrt(d)), B = sum a_i h_i, logits = (max_i c_i + F(B)) / 2 with
+F over the vectors of all classes. Training gives each stream half of the loss. Permutation invariant; values are the
+features themselves. One thing differs from the paper, which has one output with a sigmoid where there are two classes,
+and a sigmoid for each where there are more: here each class has an output, two classes have two, with a softmax over
+them, so that the negative class has a critical tile, too. `preset: paper` has the published sizes.
 """
 
 from __future__ import annotations

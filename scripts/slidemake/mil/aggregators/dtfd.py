@@ -1,10 +1,11 @@
 """DTFD-MIL: a bag is split into pseudo-bags, each is pooled, and a second attention pools what they gave.
 
 Zhang et al., "DTFD-MIL: double-tier feature distillation multiple instance learning", CVPR 2022, with the attention
-feature of each pseudo-bag handed on (AFS) and 4 pseudo-bags. Both tiers learn from the bag's label. In training the
+feature of each pseudo-bag handed on (AFS) and 4 pseudo-bags. Both tiers learn from the bag's label, each from its own
+loss: what the second tier loses does not train the first, as with the two optimisers of the authors. In training the
 tiles are dealt at random. To predict they are dealt in the order of their attention scores, so that the outcome does
 not depend on chance or on the order of tiles. A bag with fewer tiles than pseudo-bags leaves some empty, which weigh
-nothing. Permutation invariant when predicting. The paper's sizes: hidden 512, attention 128, learning rate 1e-4.
+nothing. Permutation invariant when predicting. `preset: paper` has the published sizes.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class DTFD(AttentionMIL):
             return super().step(batch, bag_loss)
         embedding, scores = self.encode(batch.features)
         vectors, attention, filled = self.distil(embedding, scores, batch.mask)
-        pooled, _ = self.combine(vectors, attention, filled)
+        pooled, _ = self.combine(vectors.detach(), attention, filled)
         logits = self.classify(pooled)
         known = torch.where(filled[..., None], vectors, vectors[:, :1])  # the first has a tile in every bag
         first = self.first(known)

@@ -4,7 +4,7 @@ Xiang, Zhang, "Exploring low-rank property in multiple instance learning for who
 2023. A gated attention block is H = A(L, X), X' = A(X, H) with r latent vectors L and A(Q, K) the multi-head attention
 with residual, layer norms and feed-forward, times a gate SiLU(G Q); two blocks, r = 64, 8 heads. The query's attention
 over the tiles, mean of its heads, is what is reported. Permutation invariant; cost grows with the number of tiles
-times r. The paper's hidden is 256.
+times r. `preset: paper` has the published sizes.
 """
 
 from __future__ import annotations

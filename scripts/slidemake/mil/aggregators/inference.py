@@ -19,18 +19,26 @@ REPEATED = 64  # predictions spent on a bag by leave-one-out without a closed fo
 
 @torch.inference_mode()
 def encode_bag(
-    model: Aggregator, features: np.ndarray, chunk: int = CHUNK, domains: Tensor | None = None
+    model: Aggregator,
+    features: np.ndarray,
+    chunk: int = CHUNK,
+    domains: Tensor | None = None,
+    places: np.ndarray | None = None,
 ) -> tuple[Tensor, ...]:
     """(N, D) features of one bag -> the tensors (N, *) of `model.encode`, chunk by chunk; model in eval mode.
 
-    domains (N,): number of each tile's scanner or site, which models that harmonise features look at.
+    domains (N,): number of each tile's scanner or site, which models that harmonise features look at. places (N, 2):
+    come last of the tensors where the model asks for them.
     """
     device, dtype = model.feature_mean.device, model.feature_mean.dtype
     parts = []
     for i in range(0, len(features), chunk):
         x = torch.as_tensor(np.asarray(features[i : i + chunk], np.float32), device=device, dtype=dtype)
         parts.append(model.encode(x if domains is None else model.harmonise(x, domains[i : i + chunk])))
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    encoded = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if not model.placed or places is None:
+        return encoded
+    return (*encoded, torch.as_tensor(np.asarray(places, np.int64), device=device))
 
 
 def slide_numbers(sizes: Sequence[int]) -> Tensor:
@@ -44,11 +52,13 @@ def predict_bag(
     features: np.ndarray,
     sizes: Sequence[int] | None = None,
     domains: Sequence[int] | None = None,
+    places: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, D) features, N >= 1 -> logits (O,) and attention (N,), float64.
 
     sizes: tiles of each of the bag's slides, in order; None: one slide. domains: of each slide, for models that
-    harmonise features; -1, or None, leaves them as they are.
+    harmonise features; -1, or None, leaves them as they are. places (N, 2): row and column of each tile, for models
+    that look at neighbours (`Bags.places`).
     """
     if len(features) == 0:
         raise ValueError("a bag without tiles has no prediction")
@@ -56,7 +66,7 @@ def predict_bag(
     model.eval()
     numbers = slide_numbers([len(features)] if sizes is None else sizes)
     of_tiles = None if domains is None else torch.as_tensor(domains)[numbers]
-    encoded = tuple(e[None] for e in encode_bag(model, features, domains=of_tiles))
+    encoded = tuple(e[None] for e in encode_bag(model, features, domains=of_tiles, places=places))
     slides = None if sizes is None else numbers[None].to(encoded[0].device)
     pooled, attention = model.represent(encoded, None, slides)
     logits = model.logits(pooled)
@@ -66,7 +76,11 @@ def predict_bag(
 
 @torch.inference_mode()
 def leave_one_out(
-    model: Aggregator, features: np.ndarray, target: int | Callable[[Tensor], Tensor] = 1, domain: int = -1
+    model: Aggregator,
+    features: np.ndarray,
+    target: int | Callable[[Tensor], Tensor] = 1,
+    domain: int = -1,
+    places: np.ndarray | None = None,
 ) -> np.ndarray:
     """How much each tile adds to the log-odds of class `target`: with all tiles minus without that tile, (N,) float64.
 
@@ -74,12 +88,12 @@ def leave_one_out(
     pass for methods with a closed form (all but TransMIL, DTFD and ILRA), whose few tiles that it does not hold for are
     taken away one by one. A bag of one tile is compared with the empty bag, whose pooled vector is 0. Without a closed
     form, bags up to 64 tiles are exact too; of larger ones the 32 tiles with most attention are taken away one by one
-    and the others in 32 runs of neighbours, each tile with an equal part of its run's effect. domain: of the slide, as
-    in `predict_bag`. Computed in float64.
+    and the others in 32 runs of neighbours, each tile with an equal part of its run's effect. domain: of the slide,
+    and places, as in `predict_bag`. Computed in float64.
     """
     score = target if callable(target) else partial(log_odds, target=target)
     exact = copy.deepcopy(model).double().eval()
-    encoded = encode_bag(exact, features, domains=torch.full((len(features),), domain))
+    encoded = encode_bag(exact, features, domains=torch.full((len(features),), domain), places=places)
     pooled, attention = exact.pool(*(e[None] for e in encoded))
     whole = score(exact.logits(pooled[0]))
     n = len(features)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slidemake.core.failures import RunError
 from slidemake.mil.aggregators import Aggregator, Batch
 from slidemake.mil.bags import Bags
-from slidemake.mil.batches import draw_rows, pad_rows
+from slidemake.mil.batches import cells_of, draw_rows, looks_at_neighbours, pad_rows
 from slidemake.mil.invariance.adversary import Adversary
 from slidemake.mil.invariance.augmentation import mean_shift, mix_style
 from slidemake.mil.invariance.combat import fit_combat
@@ -180,7 +180,11 @@ class Robust:
         device = model.feature_mean.device
         scans = [scan for p in patients for scan in self.scans[p]]
         candidates = [np.concatenate([np.arange(*self.bags.offsets[s : s + 2]) for s in scan.slides]) for scan in scans]
-        rows, mask = pad_rows([draw_rows(c, self.settings, rng) for c in candidates])
+        placed = looks_at_neighbours(self.bags, self.settings)
+        cells = self.bags.cells if placed else None
+        rows, mask = pad_rows(
+            [draw_rows(c, self.settings, rng, None if cells is None else cells[c]) for c in candidates]
+        )
         x = torch.from_numpy(np.take(self.bags.features, rows, axis=0)).float().to(device)
         mask = None if mask is None else mask.to(device)
         domains = np.array([scan.domain for scan in scans])
@@ -207,7 +211,8 @@ class Robust:
             return self._reduce(each, weights, about)
 
         labels = about["classes"] if self.squash == "softmax" else None
-        result = model.step(Batch(x, mask, labels, slides), bag_loss)
+        places = cells_of(self.bags, rows).to(device) if placed else None
+        result = model.step(Batch(x, mask, labels, slides, places), bag_loss)
         self.bags.forget()
         return result.loss + self._penalties(result.hidden, result.logits, about, progress)
 
@@ -281,7 +286,8 @@ def describe_scans(model: Aggregator, robust: Robust, patients: Sequence[str], m
             x = model.harmonise(x[None], torch.full((1, len(rows)), scan.domain))
             numbers = robust.bags.slide_of(rows)[None]
             slides = torch.from_numpy(numbers - numbers.min()) if model.slide_scores is not None else None
-            pooled, _ = model.represent(model.encode(x), None, slides)
+            places = cells_of(robust.bags, rows[None]) if model.placed and robust.bags.cells is not None else None
+            pooled, _ = model.represent(model.encode_placed(x, places), None, slides)
             hidden.append(model.readout(pooled)[0])
             logits.append(model.logits(pooled)[0])
             people.append(p)

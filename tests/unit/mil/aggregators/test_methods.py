@@ -228,6 +228,13 @@ def test_streams_of_dsmil_and_tiers_of_dtfd_share_the_loss():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     other = model.step(Batch(x, mask), loss)
     assert not torch.equal(step.logits, other.logits)  # dealt anew
+    # the last call of the loss is the second tier's: alone it trains no part of the first
+    calls: list[torch.Tensor] = []
+    model.zero_grad()
+    step = model.step(Batch(x, mask), lambda logits: calls.append(logits) or logits.sum() * 0)
+    calls[-1].sum().backward()
+    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"second", "classifier"}
 
 
 @pytest.mark.parametrize("name", sorted(AGGREGATORS))
