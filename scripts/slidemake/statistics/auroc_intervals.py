@@ -172,5 +172,5 @@ def auroc_difference(
         return {"difference": difference, **nothing, "se": 0.0, "p": 1.0 if same else None}
     df = first.quantile_df
     z, q = difference / error, float(student.ppf((1 + level) / 2, df))
-    ends = {"low": difference - q * error, "high": difference + q * error}
+    ends = {"low": max(-1.0, difference - q * error), "high": min(1.0, difference + q * error)}
     return {"difference": difference, **ends, "se": error, "z": z, "p": float(2 * student.sf(abs(z), df))}
