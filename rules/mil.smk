@@ -66,7 +66,10 @@ rule pack_bags:
 def bags_of(wildcards):
     """The packed embeddings that a model trains on, and their index."""
     encoder = PLAN.encoder_of(wildcards.task, wildcards.model)
-    return [f"{OUTPUT}/cohort/bags/{encoder}{suffix}" for suffix in (".npy", ".json", ".places")]
+    return [
+        f"{OUTPUT}/cohort/bags/{encoder}{suffix}"
+        for suffix in (".npy", ".json", ".places")
+    ]
 
 
 rule check_leakage:
