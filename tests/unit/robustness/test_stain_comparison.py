@@ -65,6 +65,12 @@ def test_too_few_patients_are_no_figure():
     assert compare_stain(*cohort(8, 0, patients=8)[:2], {})["patients"] == 0
 
 
+class Two(float):
+    """Stands for an encoder: what threads ask of it is its device."""
+
+    device = "cpu"
+
+
 def test_what_was_embedded_is_kept(tmp_path, monkeypatch):
     calls = []
 
@@ -74,17 +80,17 @@ def test_what_was_embedded_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stain_comparison, "slide_vectors", vectors_of)
     jobs = [SimpleNamespace(slide_id=name, fingerprint=f"f-{name}") for name in ("a", "b", "empty")]
-    first = cohort_vectors(jobs, lambda: 2.0, tmp_path, 2)
+    first = cohort_vectors(jobs, lambda: Two(2.0), tmp_path, 2)
     assert sorted(calls) == ["a", "b", "empty"]
     again = cohort_vectors(jobs, lambda: pytest.fail("the encoder was loaded for nothing"), tmp_path, 2)
     assert again.keys() == first.keys() == {"a", "b"}
     assert again["a"]["with"].tolist() == first["a"]["with"].tolist() == [1.0, 2.0]
     jobs[0] = SimpleNamespace(slide_id="a", fingerprint="other tiles")
-    cohort_vectors(jobs, lambda: 2.0, tmp_path, 2)
+    cohort_vectors(jobs, lambda: Two(2.0), tmp_path, 2)
     assert calls.count("a") == 2
     one, two = (p for p in tmp_path.glob("*.json") if json.loads(p.read_text())["slide_id"] in ("b", "empty"))
     one.rename(tmp_path / "x")
     two.rename(one)
     (tmp_path / "x").rename(two)
-    cohort_vectors(jobs, lambda: 2.0, tmp_path, 2)
+    cohort_vectors(jobs, lambda: Two(2.0), tmp_path, 2)
     assert (calls.count("b"), calls.count("empty")) == (2, 2)  # what is of another slide is not taken
