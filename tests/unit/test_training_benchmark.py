@@ -77,6 +77,11 @@ def test_the_label_is_what_the_tiles_hold(cohort):
             label: {bool(x[:, 1].max() > 5) for x, y in zip(tiles, labels, strict=True) if y == label} for label in "BC"
         }
         assert sorted(map(str, second.values())) == ["{False}", "{True}"]
+    elif kind == "labels":
+        assert [a > 0.5 for a in area] == ["any=1" in label for label in labels]
+        assert set(labels) == {"any=0;first=0", "any=1;first=0", "any=1;first=1"}
+    elif kind == "numbers":
+        assert np.corrcoef(np.array(labels, float) ** 2, area)[0, 1] > 0.9
     elif kind == "grades":
         of = {grade: [a for a, label in zip(area, labels, strict=True) if label == grade] for grade in "012"}
         assert max(of["0"]) < 0.5 < min(of["1"])

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from slidemake.mil.automatic import heaviest
 from slidemake.mil.bags import Bags
@@ -81,7 +82,11 @@ def train_model(
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # NumPy's sums, too, hang on how many threads share them, which is the machine's or the scheduler's to say
+        with (
+            threadpool_limits(1, user_api="blas"),
+            ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             results = list(pool.map(lambda item: _run_fold(work, item[1], item[0], len(folds)), enumerate(folds, 1)))
     finally:
         torch.set_num_threads(before)

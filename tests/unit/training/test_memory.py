@@ -9,10 +9,10 @@ import sys
 PROGRAM = """
 import json, resource, sys
 import numpy as np
-from slidemake.mil.bags import make_bags, open_bags
+from slidemake.mil.bags import open_bags, places_of
 from slidemake.mil.fitting import DEFAULTS, fit_member
 from slidemake.mil.losses import class_objective
-from slidemake.core.files import write_json
+from slidemake.core.files import file_sums, write_json
 from pathlib import Path
 
 bags, tiles, dim = 300, 600, 1280  # 0.46 GB of float16
@@ -20,7 +20,10 @@ path = Path(sys.argv[1]) / "packed.npy"
 names = [f"{i:04d}" for i in range(bags)]
 np.lib.format.open_memmap(path, "w+", np.float16, (bags * tiles, dim)).flush()  # holes: it takes no room on the disk
 about = {"encoder": {}, "slides": names, "patients": names, "sizes": [tiles] * bags}
-write_json(path.with_suffix(".json"), {"format": "slidemake-bags", **about})
+with open(places_of(path), "wb") as handle:
+    np.save(handle, np.zeros((bags * tiles, 2), np.int32))
+files = file_sums(path.parent, [places_of(path).name])
+write_json(path.with_suffix(".json"), {"format": "slidemake-bags", **about, "files": files})
 settings = {**DEFAULTS, "epochs": 1, "min_epochs": 1, "tile_fraction": 0.5}
 
 def peak(count):

@@ -264,7 +264,7 @@ def test_batches_take_real_tiles_without_repeats():
     for most, people in ((6, ["P00", "P04", "P08"]), (12, ["P00", "P04", "P08"]), (12, ["P03"])):
         settings = {**DEFAULTS, "tile_fraction": 0.5, "min_tiles": 3, "max_tiles": most}
         wanted = [min(max(round(0.5 * bags.tiles(p)), 3), most, bags.tiles(p)) for p in people]
-        x, mask, _ = sample_batch(bags, people, settings, np.random.default_rng(0))
+        x, mask, *_ = sample_batch(bags, people, settings, np.random.default_rng(0))
         assert x.shape == (len(people), max(wanted), bags.dim)
         assert (mask is None) == (len(set(wanted)) == 1)
         counts = [x.shape[1]] * len(people) if mask is None else mask.sum(1).tolist()
@@ -278,7 +278,7 @@ def test_batches_take_real_tiles_without_repeats():
 def test_a_single_whole_bag_is_not_copied():
     bags, _ = planted()
     settings = {**DEFAULTS, "tile_fraction": 1.0, "max_tiles": None}
-    x, mask, _ = sample_batch(bags, ["P04"], settings, np.random.default_rng(0))
+    x, mask, *_ = sample_batch(bags, ["P04"], settings, np.random.default_rng(0))
     assert mask is None
     assert np.shares_memory(x.numpy(), bags.features)
     np.testing.assert_array_equal(x[0].numpy(), bags.bag("P04"))
