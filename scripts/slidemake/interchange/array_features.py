@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.interchange.features import Features, number, pairs, refused, text, two_dimensional
+from slidemake.interchange.features import Features, pairs, positive_number, refused, text, two_dimensional
 from slidemake.interchange.hdf5_features import NAME_IT, clam_tiles, only, open_hdf5
 
 
@@ -114,9 +114,9 @@ def zarr_arrays(path: Path, mapping: Mapping[str, Any]) -> Features:
     found = Features("slidemake" if about.get("format") == "slidemake-embeddings" else "plain", group[name], coords)
     if found.tool == "slidemake":
         encoder, mpp = about.get("encoder") or {}, about.get("mpp") or {}
-        found.tile = number(about.get("tile_level0_px"))
+        found.tile = positive_number(about.get("tile_level0_px"))
         found.tile_px, found.mpp = encoder.get("tile_px"), encoder.get("mpp")
-        found.mpp0, found.encoder = number(mpp.get("source")), encoder.get("key")
+        found.mpp0, found.encoder = positive_number(mpp.get("source")), encoder.get("key")
     found.rows = two_dimensional(found.rows, path)
     return found
 
@@ -161,10 +161,13 @@ def slide2vec(path: Path, found: Features, tile_index: np.ndarray | None) -> Fea
         found.coords = pairs(corner, beside)
         about = _json(beside.with_name(f"{path.stem}.coordinates.meta.json"))
         tiling, slide = about.get("tiling") or {}, about.get("slide") or {}
-        found.tile, found.stride = number(tiling.get("tile_size_lv0")), number(tiling.get("step_px_lv0"))
-        px = number(tiling.get("requested_tile_size_px"))
-        found.tile_px, found.mpp = int(px) if px else None, number(tiling.get("requested_spacing_um"))
-        found.mpp0 = number(slide.get("base_spacing_um"))
+        found.tile, found.stride = (
+            positive_number(tiling.get("tile_size_lv0")),
+            positive_number(tiling.get("step_px_lv0")),
+        )
+        px = positive_number(tiling.get("requested_tile_size_px"))
+        found.tile_px, found.mpp = int(px) if px else None, positive_number(tiling.get("requested_spacing_um"))
+        found.mpp0 = positive_number(slide.get("base_spacing_um"))
         break
     return found
 
@@ -177,9 +180,9 @@ def _clam_coordinates(path: Path) -> Path | None:
 
 def _with_tiles(found: Features, about: Mapping[str, Any]) -> Features:
     """The size of tiles as our own Parquet files say it."""
-    found.tile, found.mpp0 = number(about.get("tile_level0_px")), number(about.get("mpp_level0"))
-    px = number(about.get("tile_px"))
-    found.tile_px, found.mpp = int(px) if px else None, number(about.get("mpp"))
+    found.tile, found.mpp0 = positive_number(about.get("tile_level0_px")), positive_number(about.get("mpp_level0"))
+    px = positive_number(about.get("tile_px"))
+    found.tile_px, found.mpp = int(px) if px else None, positive_number(about.get("mpp"))
     return found
 
 

@@ -88,7 +88,7 @@ def pairs(coords: Any, path: str | Path) -> np.ndarray:
     return found.astype(np.float64)
 
 
-def number(value: Any) -> float | None:
+def positive_number(value: Any) -> float | None:
     """A positive number that a file's attribute gives, else None."""
     try:
         found = float(np.asarray(value).reshape(-1)[0])

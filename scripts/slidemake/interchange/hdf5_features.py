@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.interchange.features import Features, number, pairs, refused, text, two_dimensional
+from slidemake.interchange.features import Features, pairs, positive_number, refused, text, two_dimensional
 
 OBJECTIVE = 10.0  # um per px at a magnification of 1: 20x is 0.5
 STAMP_1 = (224, 256.0)  # px and um of a tile of STAMP before it wrote units
@@ -54,9 +54,12 @@ def layout_of(file: Any) -> str:
 def trident(path: Path, file: Any) -> Features:
     """`features` and `coords` with the attributes of its tiles. A magnification says um per px by name only."""
     about = file["coords"].attrs
-    tile, px = number(about.get("patch_size_level0")), number(about.get("patch_size"))
-    overlap = number(about.get("overlap")) or 0.0
-    target, level0 = number(about.get("target_magnification")), number(about.get("level0_magnification"))
+    tile, px = positive_number(about.get("patch_size_level0")), positive_number(about.get("patch_size"))
+    overlap = positive_number(about.get("overlap")) or 0.0
+    target, level0 = (
+        positive_number(about.get("target_magnification")),
+        positive_number(about.get("level0_magnification")),
+    )
     return Features(
         "trident",
         two_dimensional(file["features"], path),
@@ -90,8 +93,8 @@ def clam_tiles(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
                 with open_hdf5(beside) as file:
                     return clam_tiles(path, dict(file["coords"].attrs)) if "coords" in file else {}
         return {}
-    px, level = number(about.get("patch_size")), about.get("patch_level")
-    downsample = number(about.get("downsample")) or (1.0 if level is not None and int(level) == 0 else None)
+    px, level = positive_number(about.get("patch_size")), about.get("patch_level")
+    downsample = positive_number(about.get("downsample")) or (1.0 if level is not None and int(level) == 0 else None)
     tile = px * downsample if px and downsample else None
     return {"tile": tile, "stride": None, "tile_px": int(px) if px else None}
 
@@ -106,12 +109,12 @@ def stamp(path: Path, file: Any) -> Features:
     if kind != "tile":
         raise refused(path, f"holds features of a whole {kind}, not of tiles", "Give STAMP's features of tiles.")
     rows, coords = two_dimensional(file["feats"], path), pairs(file["coords"][...], path)
-    px = number(about.get("tile_size_px"))
-    um = number(about.get("tile_size_um"))
+    px = positive_number(about.get("tile_size_px"))
+    um = positive_number(about.get("tile_size_um"))
     if um is None and text(about.get("unit")) == "um":
-        um = number(about.get("tile_size"))
+        um = positive_number(about.get("tile_size"))
     if um is None:
-        step = number(about.get("tile_size")) or spacing(coords)
+        step = positive_number(about.get("tile_size")) or spacing(coords)
         if len(coords) and (step is None or round(step) != STAMP_1[0]):
             raise refused(
                 path,
@@ -181,7 +184,7 @@ def _unknown(name: str | None, found: list[str]) -> str:
 
 
 def _size(about: Mapping[str, Any]) -> dict[str, Any]:
-    width, height = number(about.get("level0_width")), number(about.get("level0_height"))
+    width, height = positive_number(about.get("level0_width")), positive_number(about.get("level0_height"))
     return {"level0": [int(width), int(height)]} if width and height else {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slidemake.interchange.features import Features, number, pairs, refused, two_dimensional
+from slidemake.interchange.features import Features, pairs, positive_number, refused, two_dimensional
 from slidemake.interchange.hdf5_features import NAME_IT, only
 
 
@@ -37,15 +37,15 @@ def _raw2features(path: Path, group: Any, mapping: Mapping[str, Any]) -> Feature
     if grid not in group["grids"]:
         raise refused(path, f"does not say which of its grids {model} has", "Set features.mapping.coords to its name.")
     about = {**dict(group.attrs), **dict(group["grids"][grid].attrs)}
-    px = number(about.get("tile_px") or about.get("patch_size"))
+    px = positive_number(about.get("tile_px") or about.get("patch_size"))
     return Features(
         "raw2features",
         two_dimensional(rows, path),
         pairs(group["grids"][grid]["coords"][...], path),
-        tile=number(about.get("tile_level0_px") or about.get("patch_size_level0")),
+        tile=positive_number(about.get("tile_level0_px") or about.get("patch_size_level0")),
         tile_px=int(px) if px else None,
-        mpp=number(about.get("mpp") or about.get("target_mpp")),
-        mpp0=number(about.get("mpp_level0")),
+        mpp=positive_number(about.get("mpp") or about.get("target_mpp")),
+        mpp0=positive_number(about.get("mpp_level0")),
         encoder=str(model),
     )
 
@@ -69,13 +69,13 @@ def _of_tables(path: Path, group: Any, mapping: Mapping[str, Any]) -> Features:
     tiles = _region(table)
     about = ((group.attrs.get("tile_spec") or {}).get(tiles)) or {}
     coords = _coordinates(path, table, tiles)
-    down = number(about.get("base_downsample")) or 1.0
-    width, step = number(about.get("base_width")), number(about.get("base_stride_width"))
-    if width is None and number(about.get("width")) and number(about.get("ops_downsample")):
-        width = number(about["width"]) * number(about["ops_downsample"]) * down  # type: ignore[operator]
-        stride = number(about.get("stride_width"))
-        step = stride * number(about["ops_downsample"]) * down if stride else None  # type: ignore[operator]
-    px = number(about.get("width"))
+    down = positive_number(about.get("base_downsample")) or 1.0
+    width, step = positive_number(about.get("base_width")), positive_number(about.get("base_stride_width"))
+    px, shrunk = positive_number(about.get("width")), positive_number(about.get("ops_downsample"))
+    if width is None and px and shrunk:
+        width = px * shrunk * down
+        stride = positive_number(about.get("stride_width"))
+        step = stride * shrunk * down if stride else None
     corners, side = coords
     properties = group.attrs.get("wsi") or group.attrs.get("slide_properties") or {}
     return Features(
@@ -85,8 +85,8 @@ def _of_tables(path: Path, group: Any, mapping: Mapping[str, Any]) -> Features:
         tile=width or side,
         stride=step,
         tile_px=int(px) if px else None,
-        mpp=number(about.get("mpp")),
-        mpp0=number(properties.get("mpp")) if isinstance(properties, Mapping) else None,
+        mpp=positive_number(about.get("mpp")),
+        mpp0=positive_number(properties.get("mpp")) if isinstance(properties, Mapping) else None,
         encoder=name.split("/")[-1].removesuffix("_tiles"),
     )
 

@@ -38,6 +38,11 @@ def number(value: float | None) -> str:
     return "" if value is None else format(float(value), ".9g")
 
 
+def as_written(value: Any) -> float:
+    """The number that a reader of the file will find: what is decided is decided on it."""
+    return float(number(value))
+
+
 def number_in(row: Mapping[str, str], column: str, where: str) -> float:
     """The number in a cell; RunError (which begins with `where`) for what is none or not finite."""
     try:

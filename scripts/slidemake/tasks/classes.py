@@ -13,7 +13,17 @@ from slidemake.statistics import class_metrics
 from slidemake.statistics.reliability import roc_and_pr
 from slidemake.statistics.sizes import bins_for
 from slidemake.statistics.temperature import auroc, fit_temperature, probabilities, youden_threshold
-from slidemake.tasks.base import SMALL, Figures, Options, Predictions, Threshold, number, number_in, task_type
+from slidemake.tasks.base import (
+    SMALL,
+    Figures,
+    Options,
+    Predictions,
+    Threshold,
+    as_written,
+    number,
+    number_in,
+    task_type,
+)
 from slidemake.tasks.class_predictions import OfClasses
 
 if TYPE_CHECKING:
@@ -121,8 +131,8 @@ class ClassOutcome(OfClasses):
 
     def cells(self, outputs: np.ndarray, values: np.ndarray, threshold: Threshold) -> dict[str, str]:
         # decided on the number that is written, so that a reader of the file decides the same
-        written = np.array([float(number(p)) for p in values])
-        limit = None if threshold is None else float(number(threshold))  # type: ignore[arg-type]
+        written = np.array([as_written(p) for p in values])
+        limit = None if threshold is None else as_written(threshold)
         row = {"threshold": number(limit), "predicted": decide(written, self.classes, limit)}
         row |= {f"prob_{name}": number(p) for name, p in zip(self.classes, values, strict=True)}
         return row | {f"logit_{name}": number(v) for name, v in zip(self.classes, outputs, strict=True)}

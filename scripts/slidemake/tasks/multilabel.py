@@ -10,7 +10,7 @@ import scipy
 
 from slidemake.statistics import class_metrics
 from slidemake.statistics.temperature import auroc, fit_intercepts, fit_temperature, youden_threshold
-from slidemake.tasks.base import Figures, Options, Outcome, Predictions, Threshold, number, task_type
+from slidemake.tasks.base import Figures, Options, Outcome, Predictions, Threshold, as_written, number, task_type
 from slidemake.tasks.class_predictions import ClassPredictions, without_prevalence
 from slidemake.tasks.classes import TITLES, named
 from slidemake.tasks.labels import parse_multilabel
@@ -99,11 +99,11 @@ class MultilabelOutcome(Outcome):
         return [f"{kind}_{name}" for kind in ("prob", "logit", "threshold", "predicted") for name in self.labels]
 
     def cells(self, outputs: np.ndarray, values: np.ndarray, threshold: Threshold) -> dict[str, str]:
-        limits = [float(number(t)) for t in threshold]  # type: ignore[union-attr]
+        limits = [as_written(t) for t in np.atleast_1d(np.asarray(threshold, float))]
         row: dict[str, str] = {}
         for name, raw, value, limit in zip(self.labels, outputs, values, limits, strict=True):
             row |= {f"prob_{name}": number(value), f"logit_{name}": number(raw), f"threshold_{name}": number(limit)}
-            row[f"predicted_{name}"] = str(int(float(number(value)) >= limit))
+            row[f"predicted_{name}"] = str(int(as_written(value) >= limit))
         return row
 
     def headline(self, values: np.ndarray) -> float:

@@ -11,7 +11,16 @@ import scipy
 from slidemake.statistics import ordinal_metrics
 from slidemake.statistics.survival_metrics import concordance
 from slidemake.statistics.temperature import fit_intercepts, probabilities
-from slidemake.tasks.base import Figures, Options, Predictions, Threshold, best_temperature, number, task_type
+from slidemake.tasks.base import (
+    Figures,
+    Options,
+    Predictions,
+    Threshold,
+    as_written,
+    best_temperature,
+    number,
+    task_type,
+)
 from slidemake.tasks.class_predictions import OfClasses
 from slidemake.tasks.classes import named
 from slidemake.tasks.labels import class_names
@@ -106,7 +115,7 @@ class OrdinalOutcome(OfClasses):
         return [*(f"prob_{name}" for name in self.classes), *raw, "threshold", "predicted"]
 
     def cells(self, outputs: np.ndarray, values: np.ndarray, threshold: Threshold) -> dict[str, str]:
-        written = np.array([float(number(p)) for p in values])
+        written = np.array([as_written(p) for p in values])
         row = {"threshold": "", "predicted": self.classes[int(median_grade(written))]}
         row |= {f"prob_{name}": number(p) for name, p in zip(self.classes, values, strict=True)}
         return row | {f"logit_{name}": number(v) for name, v in zip(self.classes[:-1], outputs, strict=True)}

@@ -8,6 +8,7 @@ threshold is the median risk of validation patients, never of those tested.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from slidemake.tasks.base import (
     Outcome,
     Predictions,
     Threshold,
+    as_written,
     best_temperature,
     number,
     task_type,
@@ -105,9 +107,9 @@ class SurvivalOutcome(Outcome):
     def arrays(self, labels: Sequence[Label]) -> tuple[np.ndarray, np.ndarray]:
         return np.array([t for t, _ in labels], float), np.array([e for _, e in labels], bool)
 
+    @abstractmethod
     def survival(self, outputs: np.ndarray, link: Mapping[str, Any], at: np.ndarray) -> np.ndarray:
         """S (T,) at the times `at` from the outputs (C,) of one patient."""
-        raise NotImplementedError
 
     def predict(self, outputs: np.ndarray, link: Mapping[str, Any]) -> np.ndarray:
         rows = np.asarray(outputs, float).reshape(-1, self.outputs)
@@ -127,8 +129,9 @@ class SurvivalOutcome(Outcome):
     def threshold(self, values: np.ndarray, labels: Sequence[Label]) -> Threshold:
         return float(np.median(values[:, 0])) if len(values) else 0.5
 
+    @abstractmethod
     def raw_columns(self) -> list[str]:
-        raise NotImplementedError
+        """Columns of the outputs (C,) as they come from the model."""
 
     def columns(self) -> list[str]:
         return [*self.value_columns(), *self.raw_columns(), "threshold", "predicted"]
@@ -138,7 +141,7 @@ class SurvivalOutcome(Outcome):
 
     def cells(self, outputs: np.ndarray, values: np.ndarray, threshold: Threshold) -> dict[str, str]:
         texts = [number(v) for v in values]
-        limit = float(number(threshold))  # type: ignore[arg-type]
+        limit = as_written(threshold)
         row = dict(zip(self.columns(), texts, strict=False))
         row |= {name: number(v) for name, v in zip(self.raw_columns(), outputs, strict=True)}
         return row | {"threshold": number(limit), "predicted": "high" if float(texts[0]) >= limit else "low"}
