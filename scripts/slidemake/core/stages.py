@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
         Stage("explain", 2, "explain", ("slides", "truth", "top_tiles"), "explain/{where}/{slide}", "explanation"),
         Stage("predict", 2),
         Stage("drift", 3),
-        Stage("report", 3, "report"),
+        Stage("report", 4, "report"),
         Stage("export", 1, "export"),
     )
 }

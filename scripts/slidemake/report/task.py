@@ -30,7 +30,8 @@ def measured_section(
     if learning.exists() and (trained := figures.training(read_table(learning), main)):
         pictures.append(("Training", trained, ""))
     return {
-        "titles": titles,
+        "titles": {key: title for key, title in titles.items() if key not in outcome.further},
+        "further": {key: title for key, title in titles.items() if key in outcome.further},
         "headline": list(outcome.headlines or titles)[:HEADLINES],
         "positives": outcome.positives_are,
         "quantity": outcome.quantity,

@@ -148,6 +148,7 @@ class Outcome(ABC):
 
     name_is: ClassVar[str] = "class"  # what one of `names` is called
     titles: ClassVar[dict[str, str]] = {}  # {metric: head of its column in the report, may name options}
+    further: ClassVar[tuple[str, ...]] = ()  # of `titles`, those in a table that opens, so that the first fits the page
     headlines: ClassVar[tuple[str, ...]] = ()  # metrics that the report shows large; default: the first of `titles`
     called: ClassVar[dict[str, str]] = {}  # {metric: its name in a sentence}, where it is another one
     quantity: ClassVar[str] = "probability"  # what is predicted, as a head of a column

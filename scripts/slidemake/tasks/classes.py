@@ -42,6 +42,7 @@ TITLES = {
     "brier": "Brier",
     "ece": "ECE",
 }
+FURTHER = ("f1", "mcc", "kappa", "sensitivity_at_specificity")
 
 
 def class_order(labels: Mapping[str, str], positive: str | None = None) -> tuple[str, ...]:
@@ -83,6 +84,7 @@ class ClassOutcome(OfClasses):
     few, undefined, lower_is_better = "of the rarest class", "", class_metrics.LOWER_IS_BETTER
     titles: ClassVar[dict[str, str]] = TITLES
     headlines = ("auroc", "auprc", "balanced_accuracy", "brier")
+    further = FURTHER
 
     def __init__(self, classes: Sequence[str], kind: str | None = None):
         super().__init__(classes)

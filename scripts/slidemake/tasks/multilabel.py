@@ -12,7 +12,7 @@ from slidemake.statistics import class_metrics
 from slidemake.statistics.temperature import auroc, fit_intercepts, fit_temperature, youden_threshold
 from slidemake.tasks.base import Figures, Options, Outcome, Predictions, Threshold, as_written, number, task_type
 from slidemake.tasks.class_predictions import ClassPredictions, without_prevalence
-from slidemake.tasks.classes import TITLES, named
+from slidemake.tasks.classes import FURTHER, TITLES, named
 from slidemake.tasks.labels import parse_multilabel
 
 LABEL_METRICS = (
@@ -33,6 +33,7 @@ class MultilabelOutcome(Outcome):
     kind, form, primary = "multilabel", "labels", "auroc"
     few, lower_is_better = "of the rarest label's rarer value", ("brier",)
     titles: ClassVar[dict[str, str]] = {key: TITLES[key] for key in LABEL_METRICS}
+    further = FURTHER
     called: ClassVar[dict[str, str]] = {"auroc": "macro AUROC"}
 
     def __init__(self, labels: Sequence[str]):
