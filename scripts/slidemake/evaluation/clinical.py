@@ -49,13 +49,13 @@ def _counts(p: ClassPredictions, parts: list[tuple[int, np.ndarray]], called: np
 def decisions(
     p: ClassPredictions, inside: np.ndarray, called: np.ndarray, options: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Figures of decisions (R, n) among the patients `inside`; `at_prevalence` is None unless the options name one."""
+    """Figures of decisions (R, n) among the patients `inside`; `at_prevalence` where the options name one."""
     parts = _known(p, inside)
     if not parts:
         return None
     tp, fn, fp, tn = counts = _counts(p, parts, called)
     found: dict[str, Any] = {"n": tp + fn + fp + tn, "positives": tp + fn}
-    found |= {**predictive_values((tp, fn, fp, tn), None, options["level"]), "at_prevalence": None}
+    found |= predictive_values((tp, fn, fp, tn), None, options["level"])
     if options.get("prevalence") is not None:
         stated = predictive_values((tp, fn, fp, tn), options["prevalence"], options["level"])
         found["at_prevalence"] = {key: stated[key] for key in ("ppv", "npv")}
